@@ -1,0 +1,78 @@
+"""What enters the update: the outcome advantage, the skill advantage, and their sum. Pure tensor functions.
+
+Shapes: B rows are steps pooled over trajectories, R is the padded response length. NaN marks "not scored" and never
+leaves this file: what is not scored has no skill advantage. Nothing here carries gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def outcome_advantage(
+    returns: Tensor,  # (B,) R(tau) of the step's trajectory, less the step's own penalty
+    group_ids: Tensor,  # (B,) which task
+    trajectory_ids: Tensor,  # (B,) which rollout
+    *,
+    normalize: str = "mean_std",
+    over: str = "steps",
+    eps: float = 1e-6,
+) -> Tensor:
+    """A_ep = (R(tau) - mean_g) / (std_g + eps), or R(tau) - mean_g with normalize="mean". -> (B,)
+
+    `over="steps"` takes the group's mean and (sample) std over step rows, as the authors' release does
+    (gigpo/core_gigpo.py, compute_mean_std_cross_steps=True), so that a long trajectory weighs more;
+    `over="trajectories"` counts each rollout once. A group of one sample has mean 0 and std 1 there, hence the raw
+    return here too. Raises ValueError for an unknown option.
+    """
+    if normalize not in ("mean_std", "mean"):
+        raise ValueError(f"normalize must be 'mean_std' or 'mean', not {normalize!r}")
+    if over not in ("steps", "trajectories"):
+        raise ValueError(f"over must be 'steps' or 'trajectories', not {over!r}")
+    advantages = torch.zeros_like(returns)  # (B,)
+    for group in group_ids.unique():
+        rows = group_ids == group  # (B,)
+        sample = returns[rows]  # (steps of the group,)
+        if over == "trajectories":
+            seen = trajectory_ids[rows]  # (steps of the group,)
+            sample = torch.stack([sample[seen == trajectory][0] for trajectory in seen.unique()])  # (trajectories,)
+        mean, std = (sample.mean(), sample.std()) if len(sample) > 1 else (torch.zeros(()), torch.ones(()))
+        centred = returns[rows] - mean
+        advantages[rows] = centred / (std + eps) if normalize == "mean_std" else centred
+    return advantages
+
+
+def skill_advantage(skill_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """A_skill = (log pi(y | h with skill) - log pi_old(y | h)) * m. All (B, R) -> (B, R).
+
+    Positive where the skill makes the sampled token likelier (praise), negative where it makes it less likely (blame).
+    Exactly 0 off the mask and where either side is NaN, that is, not scored.
+    """
+    shift = skill_logprobs - old_logprobs  # (B, R)
+    return torch.where(mask.bool() & ~shift.isnan(), shift, torch.zeros_like(shift)).detach()
+
+
+def combine(
+    outcome: Tensor,  # (B,)
+    episode_shift: Tensor | None,  # (B, R) skill_advantage of the episode-guided steps
+    step_shift: Tensor | None,  # (B, R) skill_advantage of the step-guided steps
+    mask: Tensor,  # (B, R)
+    *,
+    episode_weight: float,
+    step_weight: float,
+    skill_clip: float | None = None,
+) -> Tensor:
+    """A = A_ep + lambda_ep A_skill (episode-guided) + lambda_step A_skill (step-guided), 0 off the mask. -> (B, R)
+
+    A weight of 0 leaves its term out altogether, so that the result is GRPO's bit for bit. `skill_clip` bounds each
+    |A_skill| before weighting (an addition of ours, off by default).
+    """
+    advantages = outcome[:, None] * mask.to(outcome.dtype)  # (B, R)
+    for shift, weight in ((episode_shift, episode_weight), (step_shift, step_weight)):
+        if shift is None or weight == 0:
+            continue
+        if skill_clip is not None:
+            shift = shift.clamp(-skill_clip, skill_clip)
+        advantages = advantages + weight * shift
+    return advantages

@@ -1,0 +1,138 @@
+"""How fast the two ALFWorld engines are, on the same games and the same actions, in one run on one core.
+
+    python benchmarks/env_speed.py
+
+A step is a command, its observation, the list of admissible commands and whether the goal holds. A cold reset of the
+fast engine reads and parses the game file, a cached one finds it parsed; the official engine translates the problem at
+every reset. Ratios are of totals over all games.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from envs import alfworld_files
+from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game
+from envs.alfworld_games import generate_games
+
+REPEATS = 50  # of the fast engine's measurements, which are over too soon otherwise
+EPISODES = 10_000  # for the growth of memory
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def walk(path: str, steps: int, rng: Random) -> list[str]:
+    """Random admissible commands from the start of a game."""
+    engine = FastEngine(load_game(path))
+    commands = []
+    for _ in range(steps):
+        commands.append(rng.choice(engine.admissible_commands()))
+        engine.step(commands[-1])
+    return commands
+
+
+def play(engine: FastEngine | TextWorldEngine, commands: list[str]) -> list[tuple[str, list[str], bool]]:
+    return [(engine.step(command), engine.admissible_commands(), engine.won) for command in commands]
+
+
+def cached_reset(path: str) -> str:
+    return FastEngine(load_game(path)).reset()
+
+
+def cold_reset(path: str) -> str:
+    alfworld_files._load_game.cache_clear()
+    return cached_reset(path)
+
+
+def measure(paths: list[str], steps: int) -> dict[str, float]:
+    """Seconds for one pass over all games, by what is measured."""
+    total = dict.fromkeys(
+        ("official step", "official reset", "fast step", "fast reset, cold", "fast reset, cached"), 0.0
+    )
+    for number, path in enumerate(paths):
+        commands = walk(path, steps, Random(number))
+        official, fast = TextWorldEngine(load_game(path)), FastEngine(load_game(path))
+        total["official reset"] += seconds(official.reset)
+        said = []
+        total["official step"] += seconds(lambda: said.extend(play(official, commands)))  # noqa: B023
+        fast.reset()
+        assert play(fast, commands) == said, f"the engines differ on {path}; see tools/compare_engines.py"
+        for _ in range(REPEATS):
+            total["fast reset, cold"] += seconds(lambda: cold_reset(path)) / REPEATS  # noqa: B023
+            total["fast reset, cached"] += seconds(lambda: cached_reset(path)) / REPEATS  # noqa: B023
+            fast.reset()
+            total["fast step"] += seconds(lambda: play(fast, commands)) / REPEATS  # noqa: B023
+    return total
+
+
+def memory_growth(paths: list[str]) -> list[int]:
+    """Bytes allocated by Python after one episode of every game, and after each tenth of EPISODES more."""
+    rng = Random(0)
+
+    def episode(path: str) -> None:
+        engine = FastEngine(load_game(path))
+        engine.reset()
+        for _ in range(10):
+            engine.step(rng.choice(engine.admissible_commands()))
+
+    def allocated() -> int:
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    for path in paths:  # the `go to` commands of a place are kept once worked out: visit them all first
+        game = load_game(path)
+        for place in game.at:
+            game.ways_from(place)
+        episode(path)
+    tracemalloc.start()
+    sizes = [allocated()]
+    for number in range(EPISODES):
+        episode(paths[number % len(paths)])
+        if (number + 1) % (EPISODES // 10) == 0:
+            sizes.append(allocated())
+    tracemalloc.stop()
+    return sizes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--games", type=int, default=6, help="how many games, one kind of task after the other")
+    parser.add_argument("--steps", type=int, default=50, help="steps in each")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = generate_games(folder, "train", args.games, 0)
+        total = measure(paths, args.steps)
+        sizes = memory_growth(paths)
+    steps = args.games * args.steps
+    rates = {name: (steps if "step" in name else args.games) / spent for name, spent in total.items()}
+    print(
+        f"{args.games} games of full-size rooms, {args.steps} steps each; Python {platform.python_version()}, one core"
+    )
+    print(f"{'':22}{'official':>12}{'fast':>12}{'ratio':>9}")
+    for label, ours, theirs in (
+        ("steps/s", "fast step", "official step"),
+        ("resets/s, file cold", "fast reset, cold", "official reset"),
+        ("resets/s, file cached", "fast reset, cached", "official reset"),
+    ):
+        print(f"{label:22}{rates[theirs]:12.2f}{rates[ours]:12.0f}{rates[ours] / rates[theirs]:8.0f}x")
+    print(f"memory growth of the fast engine over {EPISODES} episodes of 10 steps: {sizes[-1] - sizes[0]} bytes")
+    print(f"  at each tenth: {', '.join(str(size - sizes[0]) for size in sizes[1:])}")
+
+
+if __name__ == "__main__":
+    main()

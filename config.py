@@ -1,0 +1,191 @@
+"""One flat, typed config. The command line, the recipes and `--help` are all made from it."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from envs import ENVIRONMENTS
+from router import MODES
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _(default, help: str, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Defaults are the laptop run; recipes/*.toml hold the paper's settings. Units stand in each field's help."""
+
+    # method
+    algo: str = _("opid", "training method", ("opid", "grpo"))
+    routing: str = _("critical-first", "which skill guides a step", MODES)
+    episode_weight: float = _(0.3, "lambda_ep: weight of A_skill on episode-guided tokens (paper: 0.001)")
+    step_weight: float = _(0.3, "lambda_step: weight of A_skill on step-guided tokens (paper: 0.001)")
+    skill_clip: float | None = _(None, "bound of |A_skill| a token, in nats; none: unbounded (paper)")
+    scorer: str = _(
+        "reference", "weights that score the skill-augmented context (paper: old)", ("old", "reference", "ema")
+    )
+    ema_decay: float = _(0.99, "decay of the EMA weights, an iteration, for --scorer ema")
+    skill_writer: str = _(
+        "reference", "weights that write the skills (paper: policy)", ("policy", "reference", "openai")
+    )
+    max_step_skills: int = _(5, "K: most step skills a trajectory")
+    normalize: str = _("mean_std", "outcome advantage: group mean and std, or mean only", ("mean_std", "mean"))
+    group_over: str = _("steps", "what group statistics are taken over", ("steps", "trajectories"))
+
+    # skill writing
+    skill_tokens: int = _(512, "most tokens of a skill answer")
+    skill_temperature: float = _(1.0, "temperature of skill writing; 0: greedy")
+    skill_prefill: str = _("", "text that starts every skill answer for the model, such as '{'")
+    openai_base_url: str | None = _(None, "endpoint for --skill-writer openai; none: the library's default")
+    openai_model: str | None = _(None, "model name for --skill-writer openai (key: OPENAI_API_KEY)")
+
+    # environment
+    env: str = _("alfworld", "environment", ENVIRONMENTS)
+    engine: str = _("fast", "ALFWorld engine", ("fast", "textworld"))
+    games: str = _("generate", "folder of official ALFWorld games ($ALFWORLD_DATA), or 'generate'")
+    game_size: str = _("small", "size of generated ALFWorld rooms", ("small", "full"))
+    train_games: int = _(1000, "generated training games")
+    eval_games: int = _(200, "games a split at evaluation, at most")
+    max_steps: int = _(30, "most steps an episode")
+    history: int = _(5, "last steps shown in a 'window' prompt")
+    success_reward: float = _(10.0, "outcome reward of a solved task")
+    invalid_penalty: float = _(0.1, "taken off a step's return for an invalid action")
+
+    # model
+    model: str = _("tiny", "'tiny', 'smollm2', a folder or a hub id")
+    prompt: str = _("auto", "prompt style; auto: compact for the tiny model", ("auto", "official", "compact"))
+    context: str = _("chat", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
+    context_limit: int = _(1024, "most tokens of prompt and response together")
+    max_new_tokens: int = _(12, "most tokens of a response")
+    dtype: str = _("float32", "dtype of the weights", ("float32", "bfloat16"))
+    mixed_precision: str = _("no", "accelerate's autocast", ("no", "bf16"))
+    gradient_checkpointing: bool = _(False, "recompute activations in the backward pass")
+    lora_rank: int = _(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
+
+    # scale
+    iterations: int = _(60, "training iterations")
+    tasks: int = _(8, "tasks an iteration")
+    rollouts: int = _(8, "rollouts a task (N)")
+    temperature: float = _(1.0, "sampling temperature of training rollouts")
+
+    # update
+    learning_rate: float = _(2e-4, "AdamW's peak learning rate")
+    warmup: int = _(0, "iterations of linear warm-up")
+    weight_decay: float = _(0.01, "AdamW's weight decay")
+    epochs: int = _(1, "passes over an iteration's batch")
+    mini_batch: int = _(256, "step samples a gradient step; 0: all of the iteration")
+    clip: float = _(0.2, "PPO clip range of the token ratio")
+    kl: float = _(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
+    max_grad_norm: float = _(1.0, "gradient clipping, L2 norm")
+    token_budget: int = _(16384, "most padded tokens a forward pass (micro-batch)")
+    generate_budget: int = _(262144, "most rows x length of one skill-writing generate call, tokens")
+
+    # run
+    seed: int = _(0, "seed of everything random")
+    out: str = _("runs/opid", "run folder")
+    resume: bool = _(False, "go on from the newest checkpoint in --out")
+    eval_every: int = _(10, "iterations between evaluations; 0: only at the end")
+    eval_temperature: float = _(0.4, "sampling temperature of evaluation")
+    save_every: int = _(10, "iterations between checkpoints")
+    keep_checkpoints: int = _(2, "newest checkpoints to keep")
+    sample_every: int = _(5, "iterations between samples.jsonl records")
+    tracker: str = _("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
+
+    def __post_init__(self):
+        """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
+            if not _is_of(value, typing.get_type_hints(Config)[f.name]):
+                raise ValueError(f"{flag(f.name)} must be {f.type}, not {value!r}")
+        positive = "iterations tasks rollouts max_steps max_new_tokens context_limit epochs token_budget eval_games"
+        for name in (
+            positive + " save_every keep_checkpoints sample_every temperature learning_rate skill_tokens"
+        ).split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{flag(name)} must be positive, not {getattr(self, name)}")
+        for name in "warmup kl mini_batch lora_rank max_step_skills eval_every history eval_temperature".split():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{flag(name)} must not be negative")
+        if self.prompt == "auto":
+            self.prompt = "compact" if self.model == "tiny" else "official"
+        if self.max_new_tokens >= self.context_limit:
+            raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
+        if self.skill_writer == "openai" and self.algo != "grpo" and not self.openai_model:
+            raise ValueError("--skill-writer openai needs --openai-model")
+        if self.algo == "opid" and self.routing == "none" and self.uses_skills:
+            raise ValueError("--routing none guides no step: use --algo grpo")
+
+    @property
+    def uses_skills(self) -> bool:
+        """Zero weights take the same path as GRPO: no skill is written, nothing is re-scored."""
+        return self.algo != "grpo" and (self.episode_weight != 0 or self.step_weight != 0)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _is_of(value, annotation) -> bool:
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
+
+
+def read_recipe(name: str) -> dict:
+    """A recipe's settings: a name in recipes/ or a path to a .toml file. Raises ValueError for one that is not there
+    or holds an unknown setting."""
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise ValueError(f"no recipe {name!r}; known: {known}, or a path to a .toml file")
+    settings = tomllib.loads(path.read_text())
+    unknown = settings.keys() - {f.name for f in fields(Config)}
+    if unknown:
+        raise ValueError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
+    return {name: float(v) if typing.get_type_hints(Config)[name] is float else v for name, v in settings.items()}
+
+
+def parse_args(argv: list[str] | None = None, base: dict | None = None) -> Config:
+    """The command line -> Config. A flag overrides the recipe, which overrides `base`, which overrides the default.
+    Exits with a clear message on an unknown flag, a bad value or an impossible combination."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="OPID, On-Policy Skill Distillation for agentic RL, in plain PyTorch.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--recipe", help="settings to start from: a name in recipes/ or a .toml file")
+    for f in fields(Config):
+        annotation = typing.get_type_hints(Config)[f.name]
+        kind = next(k for k in (*typing.get_args(annotation), annotation) if k in (str, int, float, bool))
+        options: dict = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} (default: {f.default})"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            optional = annotation is not kind
+            options["type"] = (
+                (lambda kind: lambda text: None if text == "none" else kind(text))(kind) if optional else kind
+            )
+            options["choices"] = f.metadata["choices"]
+            options["metavar"] = None if f.metadata["choices"] else kind.__name__.upper()
+        parser.add_argument(flag(f.name), **options)
+    given = vars(parser.parse_args(argv))
+    try:
+        recipe = given.pop("recipe", None)
+        return Config(**{**(base or {}), **(read_recipe(recipe) if recipe else {}), **given})
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,90 @@
+"""What flows between the files. Read this first.
+
+    rollout -> [Trajectory] -> skills -> [Skills | None] -> router -> [[Guidance]] -> rescore -> advantage -> Batch -> train
+
+Token ids are the truth: what was sampled is what is scored and trained on, never re-tokenised text. A skill changes a
+prompt, never a response, so original and skill-augmented scores line up position by position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Level = Literal["episode", "step"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A named place in a prompt where a skill of one level may be put. `template` shows it: it contains `{text}`."""
+
+    level: Level
+    template: str
+
+
+# A prompt with its slots still open: the pieces joined in order are one user message. A slot that no skill fills is
+# the empty string, so the plain prompt and the augmented one differ by the skill and by nothing else.
+Prompt = tuple[str | Slot, ...]
+
+
+@dataclass
+class Step:
+    """One turn: what the policy saw, what it sampled, what came of it."""
+
+    prompt: Prompt  # the user message of this turn, slots open
+    observation: str  # the environment's text that this turn answers
+    context: list[int]  # h_t: ids of everything the policy saw, slots empty
+    response: list[int]  # y_t: ids exactly as sampled, end-of-turn token included where one was sampled
+    text: str  # the response decoded, for people and for skill prompts
+    action: str  # the action parsed from it, as sent to the environment
+    valid: bool  # False: no admissible action could be parsed
+    penalty: float = 0.0  # off this step's return, for an invalid action
+
+
+@dataclass
+class Trajectory:
+    """One finished (or cut off) episode. `group` is shared by the N rollouts of one task."""
+
+    task: str
+    group: int
+    steps: list[Step]
+    success: bool
+    reward: float = 0.0  # R(tau), the outcome reward
+    task_type: str = ""
+    game: str = ""  # where the task came from (a game file, a question id), for people
+
+
+@dataclass
+class Skills:
+    """Hindsight skills of one trajectory: `episode` guides any step, `steps[t]` guides step t (0-based)."""
+
+    summary: str
+    episode: str
+    steps: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """One skill routed to one step."""
+
+    level: Level
+    text: str
+
+
+@dataclass
+class Batch:
+    """The tensors of one update. B rows are steps pooled over trajectories, R is the longest response.
+
+    All per-token tensors are response-only and right-padded. NaN means "not computed" (off the mask, or a row that a
+    scorer did not score); 0.0 never does, since as a log-prob it would mean certainty.
+    """
+
+    contexts: list[list[int]]  # B ragged rows of token ids
+    responses: list[list[int]]  # B ragged rows of token ids
+    mask: torch.Tensor  # (B, R) bool, True on response tokens
+    old_logprobs: torch.Tensor  # (B, R) log pi_old(y | h)
+    reference_logprobs: torch.Tensor | None  # (B, R) log pi_ref(y | h); None where the KL term is off
+    skill_advantages: torch.Tensor  # (B, R) A_skill before weighting, NaN where no skill was scored
+    advantages: torch.Tensor  # (B, R) what the update uses, 0 off the mask

@@ -1,0 +1,195 @@
+"""ALFWorld as a text environment: game files, prompts, action parser. Two engines play it, see alfworld_engine.py.
+
+Games are the official files (`game.tw-pddl` under DATA/json_2.1.1/SPLIT/, as `alfworld-download` lays them out) or
+generated ones in the same format (alfworld_games.py), so nobody needs a download to start.
+
+Prompts. "official": the words of the authors' release (agent_system/environments/prompts/alfworld.py), responses
+`<think>...</think><action>...</action>`. "compact": the same observations less their filler words, responses are bare
+commands; short enough for a model of a million parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from data import Prompt, Slot
+from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game
+from envs.alfworld_games import generate_games
+
+__all__ = ["SPLITS", "TASK_TYPES", "AlfworldEnv", "generate_games", "list_games"]
+
+SPLITS = ("train", "valid_seen", "valid_unseen")
+
+# The columns of the paper's table, in its order.
+TASK_TYPES = {
+    "pick_and_place_simple": "Pick",
+    "look_at_obj_in_light": "Look",
+    "pick_clean_then_place_in_recep": "Clean",
+    "pick_heat_then_place_in_recep": "Heat",
+    "pick_cool_then_place_in_recep": "Cool",
+    "pick_two_obj_and_place": "Pick2",
+}
+
+ENGINES = {"fast": FastEngine, "textworld": TextWorldEngine}
+
+EPISODE_SLOT = Slot(
+    "episode",
+    "\n**Episode-Level Skill**\nRefer to this episode-level skill when deciding what action to take in the current "
+    "episode:\n[{text}]\n\n",
+)
+STEP_SLOT = Slot("step", "**Critical-Step Skill**\nUse this current-step skill for this decision only:\n[{text}]\n\n")
+ROLE = "You are an expert agent operating in the ALFRED Embodied Environment."
+YOUR_TURN = "Now it's your turn to take an action.\n"
+REASON = (
+    "You should first reason step-by-step about the current situation. This reasoning process MUST be enclosed within "
+    "<think> </think> tags."
+)
+CHOOSE = (
+    "\nOnce you've finished your reasoning, you should choose an admissible action for current step and present it "
+    "within <action> </action> tags.\n"
+)
+
+COMPACT_ANALYSIS = "task {task} outcome {outcome} {steps} write skills"
+FILLER = {"a", "an", "the", "you", "and", "it", "in", "of", "are", "some"}
+
+
+def list_games(folder: str | Path, split: str) -> list[str]:
+    """The game files of one split, sorted. `folder` holds json_2.1.1/ (or is it).
+
+    As the official loader does, games with movable receptacles or slicing are left out, and so are folders whose
+    solvability check left no game file. Raises FileNotFoundError or ValueError with what to do.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown ALFWorld split {split!r}; known: {', '.join(SPLITS)}")
+    folder = Path(os.path.expandvars(folder)).expanduser()
+    root = folder / "json_2.1.1" if (folder / "json_2.1.1").is_dir() else folder
+    games = sorted(
+        str(path)
+        for path in (root / split).glob("**/game.tw-pddl")
+        if "movable" not in str(path) and "Sliced" not in str(path)
+    )
+    if not games:
+        raise FileNotFoundError(
+            f"no game.tw-pddl under {root / split}. Get the official games with `pip install alfworld && "
+            f"alfworld-download` and point --games at $ALFWORLD_DATA, or leave --games at 'generate' for generated ones"
+        )
+    return games
+
+
+def words(text: str) -> str:
+    """An official observation or task in the compact style: lower case, no filler, no punctuation."""
+    text = re.sub(r"^you arrive at [^.]*\. |the [a-z]+ \d+ is open\. ", "", text.lower())
+    text = text.removeprefix("you are in the middle of a room. looking quickly around ")
+    return " ".join(word for word in re.findall(r"[a-z]+|\d+", text) if word not in FILLER)
+
+
+class AlfworldEnv:
+    """The environment of envs/__init__.py, on one engine. `games`: paths that reset(seed=...) draws from."""
+
+    def __init__(
+        self,
+        games: list[str] | None = None,
+        engine: str = "fast",
+        max_steps: int = 30,
+        prompt: str = "official",
+        history: int = 5,
+    ):
+        if engine not in ENGINES:
+            raise ValueError(f"unknown ALFWorld engine {engine!r}; known: {', '.join(ENGINES)}")
+        if prompt not in ("official", "compact"):
+            raise ValueError(f"unknown ALFWorld prompt {prompt!r}; known: official, compact")
+        self.games, self.engine_name, self.max_steps = games or [], engine, max_steps
+        self.prompt, self.history = prompt, history
+        self.engine = None
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
+        """Play `options["game"]` (a path), or the one of `games` that `seed` selects. Raises GameFileError (a bad
+        file) or ValueError (no game to play)."""
+        path = (options or {}).get("game")
+        if path is None:
+            if not self.games:
+                raise ValueError('no game to play: pass games=[...] or reset(options={"game": path})')
+            path = self.games[(seed or 0) % len(self.games)]
+        if self.engine is None or self.engine.game.path != path:
+            self.engine = ENGINES[self.engine_name](load_game(path))
+        self.steps = 0
+        observation = self.engine.reset()
+        if self.prompt == "compact":  # whose prompt has a place of its own for the task; the banner says nothing
+            observation = observation.partition("\n\n")[2].partition("\n\nYour task is to:")[0]
+        return self._text(observation), {
+            "task": self._text(self.engine.game.task),
+            "task_type": self.engine.game.task_type,
+            "game": path,
+            "admissible_actions": self.engine.admissible_commands(),
+            "won": False,
+        }
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        """Reward 1 when the task becomes solved, else 0. Raises RuntimeError before reset."""
+        if self.engine is None:
+            raise RuntimeError("call reset() before step()")
+        observation = self.engine.step(action)
+        self.steps += 1
+        won = self.engine.won
+        info = {"admissible_actions": self.engine.admissible_commands(), "won": won}
+        return self._text(observation), float(won), won, not won and self.steps >= self.max_steps, info
+
+    def tasks(self, split: str) -> list[str]:
+        """The games that this environment was given for `split`."""
+        return [game for game in self.games if f"/{split}/" in game]
+
+    def build_prompt(
+        self, style: str, task: str, history: list[tuple[str, str]], observation: str, admissible: list[str]
+    ) -> Prompt:
+        """See envs/__init__.py. With its slots empty, the official "window" prompt is the authors', byte for byte:
+        the last `self.history` steps, every admissible action but `help`."""
+        if self.prompt == "compact":
+            return self._compact_prompt(style, task, history, observation)
+        actions = "\n ".join(f"'{action}'" for action in admissible if action != "help")
+        actions = f"Your admissible actions of the current situation are: [{actions}].\n\n"
+        if not history:  # the first observation names the task
+            opening = f"\n{ROLE}\nYour current observation is: {observation}\n"
+            return (opening, EPISODE_SLOT, actions, STEP_SLOT, f"{YOUR_TURN}{REASON} {CHOOSE}")
+        if style == "chat":
+            return (f"{observation}\n{actions}", STEP_SLOT, YOUR_TURN)
+        recent = history[-self.history :]
+        first = len(history) - len(recent) + 1
+        shown = "\n".join(
+            f"[Observation {i}: '{seen}', Action {i}: '{action}']" for i, (seen, action) in enumerate(recent, first)
+        )
+        past = (
+            f"Prior to this step, you have already taken {len(history)} step(s). Below are the most recent {len(recent)} "
+            f"observations and the corresponding actions you took: {shown}\nYou are now at step {len(history) + 1} and "
+            f"your current observation is: {observation}\n"
+        )
+        opening = f"\n{ROLE} Your task is to: {task}\n"
+        return (opening, EPISODE_SLOT, past + actions, STEP_SLOT, f"{YOUR_TURN}{REASON}{CHOOSE}")
+
+    def _compact_prompt(self, style: str, task: str, history: list[tuple[str, str]], observation: str) -> Prompt:
+        episode, step = Slot("episode", " skill {text}"), Slot("step", " hint {text}")
+        if style == "chat" and history:
+            return (observation, step)
+        recent = history[-self.history :] if history else []
+        past = "".join(f" before {seen} did {action}" for seen, action in recent)
+        return (f"task {task}", episode, f"{past} now {observation}", step)
+
+    def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
+        """ "official": as the authors parse (projection.py): the text between <action> tags, lower case; valid if both
+        tags and a <think> block are there and no Chinese characters are; else the last 30 characters, invalid.
+        "compact": the whole response, valid if it is admissible."""
+        if self.prompt == "compact":
+            action = response.strip()
+            return action, action in admissible
+        found = re.search(r"<action>(.*?)</action>", response, re.DOTALL | re.IGNORECASE)
+        if found is None:
+            return response[-30:].lower(), False
+        thought = "<think>" in response and "</think>" in response
+        return found.group(1).strip().lower(), thought and not re.search(r"[\u4e00-\u9fff]", response)
+
+    def analysis_prompt(self) -> str | None:
+        return COMPACT_ANALYSIS if self.prompt == "compact" else None
+
+    def _text(self, text: str) -> str:
+        return words(text) if self.prompt == "compact" else text

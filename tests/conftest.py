@@ -1,0 +1,61 @@
+"""What tests share: a tiny random model for speed, the real small model for truth, generated games."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from envs.alfworld import AlfworldEnv, generate_games
+from models import drop_quantization, load_model
+from warmstart import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def llama(tokenizer):
+    """A random model, its weights scaled up so that its log-probs are far from uniform."""
+    return sharpen(tiny_model(len(tokenizer), seed=0, width=48))
+
+
+@pytest.fixture
+def qwen(tokenizer):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=4,
+    )
+    return sharpen(Qwen2ForCausalLM(config))
+
+
+def sharpen(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer) of SmolLM2-135M-Instruct, float32."""
+    model, tokenizer = load_model("smollm2")
+    return drop_quantization(model).eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def games(tmp_path_factory):
+    return generate_games(tmp_path_factory.mktemp("games"), "train", 6, 0, size="small")
+
+
+@pytest.fixture
+def compact_env():
+    return lambda: AlfworldEnv(prompt="compact", max_steps=5)

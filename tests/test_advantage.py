@@ -1,0 +1,102 @@
+"""Hand-computed numbers for everything that enters the advantage."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advantage import combine, outcome_advantage, skill_advantage
+
+NAN = float("nan")
+
+
+def test_outcome_over_steps_weighs_long_trajectories_more():
+    # one group: a success of 1 step (return 10), a failure of 3 steps (return 0)
+    returns, groups, owners = torch.tensor([10.0, 0, 0, 0]), torch.zeros(4), torch.tensor([0, 1, 1, 1])
+    # mean 2.5, sample variance (7.5^2 + 3 * 2.5^2) / 3 = 25, std 5
+    got = outcome_advantage(returns, groups, owners)
+    assert torch.allclose(got, torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5)
+
+
+def test_outcome_over_trajectories_counts_each_once():
+    returns, groups, owners = torch.tensor([10.0, 0, 0, 0]), torch.zeros(4), torch.tensor([0, 1, 1, 1])
+    # mean 5, sample std sqrt(50) = 7.0711
+    got = outcome_advantage(returns, groups, owners, over="trajectories")
+    assert torch.allclose(got, torch.tensor([0.70711, -0.70711, -0.70711, -0.70711]), atol=1e-4)
+    mean_only = outcome_advantage(returns, groups, owners, over="trajectories", normalize="mean")
+    assert mean_only.tolist() == [5, -5, -5, -5]
+
+
+def test_outcome_groups_do_not_mix():
+    returns, groups = torch.tensor([10.0, 0, 4, 2]), torch.tensor([7, 7, 3, 3])
+    got = outcome_advantage(returns, groups, torch.arange(4), normalize="mean")
+    assert got.tolist() == [5, -5, 1, -1]
+
+
+def test_outcome_of_a_group_of_one_is_the_raw_return():
+    got = outcome_advantage(torch.tensor([10.0, 3.0]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    assert torch.allclose(got, torch.tensor([10.0, 3.0]), atol=1e-4)
+
+
+def test_outcome_of_a_group_without_signal_is_zero():
+    got = outcome_advantage(torch.full((3,), 10.0), torch.zeros(3), torch.arange(3))
+    assert got.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("option", [{"normalize": "max"}, {"over": "tokens"}])
+def test_outcome_rejects_unknown_options(option):
+    with pytest.raises(ValueError, match="must be"):
+        outcome_advantage(torch.zeros(1), torch.zeros(1), torch.zeros(1), **option)
+
+
+def test_skill_advantage_is_the_shift_on_scored_tokens():
+    old = torch.tensor([[-1.0, -2.0, NAN], [-0.5, NAN, NAN]])
+    skill = torch.tensor([[-0.25, -3.0, NAN], [NAN, NAN, NAN]])  # the second row was not scored
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert skill_advantage(skill, old, mask).tolist() == [[0.75, -1.0, 0], [0, 0, 0]]
+
+
+def test_skill_advantage_is_zero_off_the_mask_even_where_numbers_stand():
+    got = skill_advantage(torch.ones(1, 3), torch.zeros(1, 3), torch.tensor([[1, 0, 1]]))
+    assert got.tolist() == [[1, 0, 1]]
+
+
+def test_skill_advantage_carries_no_gradient():
+    old = torch.zeros(1, 2, requires_grad=True)
+    assert not skill_advantage(torch.ones(1, 2), old, torch.ones(1, 2)).requires_grad
+
+
+def test_combine_adds_each_level_with_its_own_weight():
+    outcome, mask = torch.tensor([1.0, -1.0]), torch.tensor([[1, 1], [1, 0]])
+    episode, step = torch.tensor([[0.5, 0.25], [0, 0]]), torch.tensor([[0.0, 0], [2, 0]])
+    got = combine(outcome, episode, step, mask, episode_weight=0.1, step_weight=0.2)
+    assert torch.allclose(got, torch.tensor([[1.05, 1.025], [-0.6, 0]]))
+
+
+def test_combine_clips_the_shift_before_weighting():
+    got = combine(
+        torch.zeros(1),
+        torch.tensor([[5.0, -5.0]]),
+        None,
+        torch.ones(1, 2),
+        episode_weight=2,
+        step_weight=0,
+        skill_clip=1,
+    )
+    assert got.tolist() == [[2, -2]]
+
+
+values = st.floats(-100, 100, width=32)
+
+
+@given(st.lists(st.tuples(values, values, st.booleans(), st.booleans()), min_size=1, max_size=20), values)
+def test_no_nan_reaches_the_result_and_zero_weights_are_grpo(tokens, outcome):
+    old = torch.tensor([[a if scored else NAN for a, _, scored, _ in tokens]])
+    skill = torch.tensor([[b if scored else NAN for _, b, _, scored in tokens]])
+    mask = ~old.isnan()
+    shift = skill_advantage(skill, old, mask)
+    outcome = torch.tensor([outcome])
+    assert combine(outcome, shift, shift, mask, episode_weight=0.3, step_weight=0.1).isfinite().all()
+    grpo = combine(outcome, None, None, mask, episode_weight=1, step_weight=1)
+    assert torch.equal(combine(outcome, shift, shift, mask, episode_weight=0, step_weight=0), grpo)
+    assert torch.equal(grpo, torch.where(mask, outcome, torch.zeros(())))

@@ -1,0 +1,95 @@
+"""The command line: every flag explained, every mistake named before a model is loaded."""
+
+from dataclasses import fields
+
+import pytest
+
+from config import RECIPES, Config, flag, parse_args, read_recipe
+
+
+def test_defaults_and_overrides():
+    assert parse_args([]) == Config()
+    config = parse_args(["--algo", "grpo", "--learning-rate", "1", "--no-resume", "--skill-clip", "2", "--seed", "3"])
+    assert (config.algo, config.learning_rate, config.resume, config.skill_clip, config.seed) == (
+        "grpo",
+        1.0,
+        False,
+        2.0,
+        3,
+    )
+    assert parse_args(["--skill-clip", "none"]).skill_clip is None
+
+
+def test_every_flag_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    shown = capsys.readouterr().out
+    for f in fields(Config):
+        assert flag(f.name) in shown
+        assert len(f.metadata["help"]) > 8
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lamda", "1"], "unrecognized arguments: --lamda"),
+        (["--iter", "1"], "unrecognized"),  # no guessing of abbreviations
+        (["--algo", "ppo"], "invalid choice"),
+        (["--iterations", "0"], "--iterations must be positive"),
+        (["--tasks", "two"], "invalid int"),
+        (["--kl", "-1"], "--kl must not be negative"),
+        (["--skill-writer", "openai"], "--openai-model"),
+        (["--routing", "none"], "--algo grpo"),
+        (["--max-new-tokens", "2000"], "no room"),
+        (["--recipe", "alfword"], "no recipe 'alfword'; known: alfworld-"),
+    ],
+)
+def test_mistakes_are_named(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_types_are_named():
+    with pytest.raises(ValueError, match="--tasks must be int"):
+        Config(tasks=2.5)
+    with pytest.raises(ValueError, match="--resume must be bool"):
+        Config(resume=1)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(recipe):
+    assert isinstance(parse_args(["--recipe", recipe.stem]), Config)
+
+
+def test_paper_recipe_holds_the_papers_settings():
+    config = parse_args(["--recipe", "alfworld-qwen2.5-3b", "--seed", "5"])
+    assert (config.tasks, config.rollouts, config.max_steps, config.history) == (16, 8, 30, 5)
+    assert (config.episode_weight, config.step_weight, config.max_step_skills) == (0.001, 0.001, 5)
+    assert (config.learning_rate, config.clip, config.kl, config.mini_batch) == (1e-6, 0.2, 0.01, 256)
+    assert (config.scorer, config.skill_writer, config.routing, config.context) == (
+        "old",
+        "policy",
+        "critical-first",
+        "window",
+    )
+    assert config.context_limit == 2048 + 512
+    assert config.seed == 5
+
+
+def test_unknown_setting_in_a_recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("lambda = 1\n")
+    with pytest.raises(ValueError, match="unknown settings lambda"):
+        read_recipe(str(path))
+
+
+def test_zero_weights_use_no_skills():
+    assert Config().uses_skills
+    assert not Config(episode_weight=0.0, step_weight=0.0).uses_skills
+    assert not Config(algo="grpo").uses_skills
+
+
+def test_prompt_follows_the_model():
+    assert Config().prompt == "compact"
+    assert Config(model="smollm2").prompt == "official"

@@ -1,0 +1,186 @@
+"""Rollouts: plain sampling, the cache carried over turns, contexts as sampled."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from data import Guidance
+from envs.alfworld import AlfworldEnv
+from rescore import guided_context, response_logprobs
+from rollout import Encoder, Sampler, generate, plain_sampling, rollout
+
+STRIPPING = (  # a template that drops earlier thoughts, as some do
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'].split('</think>')[-1] }}<end>"
+    "{% else %}<user>{{ m['content'] }}<assistant>{% endif %}{% endfor %}"
+)
+
+
+def play(model, tokenizer, make_env, games, style="chat", seed=0, **options):
+    torch.manual_seed(seed)
+    options = {"max_new_tokens": 8, "context_limit": 512} | options
+    return rollout(model, Encoder(tokenizer, style), make_env, games, 2, **options)
+
+
+def conversation(encoder, sampler, turns=5):
+    """Two episodes of unlike length; the second one ends after three turns."""
+    messages, responses, everything = {0: ["go to desk 1"], 1: ["look now in bed 2 and bed 3"]}, {0: [], 1: []}, []
+    for turn in range(turns):
+        live = [0, 1] if turn < 3 else [0]
+        contexts = [encoder.context(messages[i], responses[i]) for i in live]
+        for i, response in zip(live, sampler(live, contexts), strict=True):
+            responses[i].append(response)
+            messages[i].append("see apple 1" + " bread 2" * (turn + i))
+            everything.append(response)
+    return everything
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_carrying_the_cache_changes_no_token(architecture, temperature, tokenizer, request):
+    model, encoder = request.getfixturevalue(architecture), Encoder(tokenizer, "chat")
+    model.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))  # many ends of turn: some rows end early
+    runs = []
+    for reuse in (True, False):
+        torch.manual_seed(0)
+        sampler = Sampler(model, tokenizer, max_new_tokens=9, temperature=temperature, reuse_cache=reuse)
+        runs.append(conversation(encoder, sampler))
+        assert (sampler.cache is not None) == reuse
+    assert runs[0] == runs[1]
+    assert len({len(response) for response in runs[0]}) > 1 or temperature == 0  # so there is padding inside rows
+
+
+def test_a_context_that_does_not_extend_its_row_is_read_anew(llama, tokenizer):
+    sampler = Sampler(llama, tokenizer, max_new_tokens=4, temperature=0.0)
+    first, other = (
+        tokenizer("<user>look<assistant>")["input_ids"],
+        tokenizer("<user>open bed 1<assistant>")["input_ids"],
+    )
+    sampler([0], [first])
+    fresh = Sampler(llama, tokenizer, max_new_tokens=4, temperature=0.0)
+    assert sampler([0], [other]) == fresh([0], [other])
+
+
+def test_a_models_own_generation_config_does_not_leak_in(llama, tokenizer):
+    """Qwen's: it would cut the distribution to 20 tokens and penalise repetition."""
+    llama.generation_config = GenerationConfig(
+        do_sample=True,
+        top_p=0.8,
+        top_k=20,
+        repetition_penalty=1.05,
+        min_p=0.1,
+        no_repeat_ngram_size=2,
+        eos_token_id=[4, 7],
+    )
+    config = plain_sampling(llama, tokenizer, max_new_tokens=6, temperature=0.7)
+    assert config.eos_token_id == [4, 7]  # where a turn ends is the model's to say
+    contexts = [tokenizer("<user>look in bed 1<assistant>")["input_ids"]] * 4
+    torch.manual_seed(0)
+    out = llama.generate(torch.tensor(contexts), generation_config=config, output_scores=True)
+    new = out.sequences[:, len(contexts[0]) :]
+    sampled_from = torch.stack(out.scores, 1).log_softmax(-1)  # (rows, new, V), after every processor that ran
+    assert sampled_from.isfinite().all()  # nothing was cut off
+    expected = sampled_from.gather(-1, new[..., None])[..., 0]
+    responses = [Sampler(llama, tokenizer, max_new_tokens=6, temperature=1)._cut(row) for row in new.tolist()]
+    scored = response_logprobs(llama, contexts, responses, temperature=0.7)
+    mask = ~scored.isnan()
+    assert mask.sum() >= 4
+    assert torch.allclose(scored[mask], expected[:, : scored.shape[1]][mask], atol=1e-4)
+
+
+def test_generate_keeps_order_over_batches(llama, tokenizer):
+    contexts = [tokenizer(f"<user>look{' bed 1' * n}<assistant>")["input_ids"] for n in (1, 9, 4)]
+    together = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0)
+    apart = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0, token_budget=1)
+    assert together == apart
+    assert all(together)
+
+
+def test_trajectories_hold_what_was_seen_and_sampled(llama, tokenizer, compact_env, games):
+    trajectories, metrics = play(llama, tokenizer, compact_env, games[:3])
+    assert [t.group for t in trajectories] == [0, 0, 1, 1, 2, 2]
+    assert metrics["episodes"] == 6
+    for trajectory in trajectories:
+        assert len(trajectory.steps) == 5  # a random model solves nothing
+        assert trajectory.reward == 0
+        assert not trajectory.success
+        for step, after in zip(trajectory.steps, trajectory.steps[1:], strict=False):
+            assert after.context[: len(step.context) + len(step.response)] == step.context + step.response
+            assert step.text == tokenizer.decode(step.response, skip_special_tokens=True)
+            assert step.penalty == (0.0 if step.valid else 0.1)
+    plain = [guided_context(Encoder(tokenizer, "chat"), t, i, None) for t in trajectories for i in range(len(t.steps))]
+    assert plain == [step.context for t in trajectories for step in t.steps]
+
+
+def test_a_rollout_is_a_function_of_its_seed_and_not_of_the_cache(llama, tokenizer, compact_env, games):
+    runs = [
+        [[s.response for s in t.steps] for t in play(llama, tokenizer, compact_env, games[:2], **options)[0]]
+        for options in ({}, {}, {"reuse_cache": False}, {"seed": 1})
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert runs[0] != runs[3]
+
+
+def test_finished_episodes_leave_the_batch_and_success_is_rewarded(llama, tokenizer, games, monkeypatch):
+    """A sampler that recites the walkthrough of one game: the other game's episodes go on without it."""
+    import json
+
+    plan = json.loads(open(games[0]).read())["walkthrough"]
+    sizes = []
+
+    def recite(self, keys, contexts):
+        sizes.append(len(keys))
+        commands = [plan[len(sizes) - 1] if key < 2 else "look" for key in keys]
+        return [[*tokenizer(command)["input_ids"], tokenizer.eos_token_id] for command in commands]
+
+    monkeypatch.setattr(Sampler, "__call__", recite)
+    make_env = lambda: AlfworldEnv(prompt="compact", max_steps=len(plan) + 2)
+    trajectories, metrics = play(llama, tokenizer, make_env, games[:2])
+    assert [t.success for t in trajectories] == [True, True, False, False]
+    assert [t.reward for t in trajectories] == [10, 10, 0, 0]
+    assert sizes == [4] * len(plan) + [2] * 2
+    assert metrics["train/success"] == 0.5
+    assert all(step.valid for t in trajectories for step in t.steps)
+
+
+def test_a_full_context_ends_the_episode_and_is_counted(llama, tokenizer, compact_env, games):
+    trajectories, metrics = play(llama, tokenizer, compact_env, games[:2], context_limit=75)
+    assert metrics["rollout/context_full"] > 0
+    assert all(len(s.context) + len(s.response) <= 75 for t in trajectories for s in t.steps)
+    with pytest.raises(ValueError, match="--context-limit"):
+        play(llama, tokenizer, compact_env, games[:2], context_limit=20)
+
+
+def test_window_style_is_one_message_a_step(llama, tokenizer, compact_env, games):
+    trajectories, _ = play(llama, tokenizer, compact_env, games[:1], style="window")
+    user = tokenizer.convert_tokens_to_ids("<user>")
+    assert all(step.context.count(user) == 1 for t in trajectories for step in t.steps)
+
+
+def test_a_response_that_was_cut_off_gets_its_end_of_turn_as_context(tokenizer):
+    encoder, end = Encoder(tokenizer, "chat"), tokenizer.eos_token_id
+    word = tokenizer("look")["input_ids"]
+    whole = encoder.context(["bed 1", "bed 2"], [[*word, end]])
+    assert encoder.context(["bed 1", "bed 2"], [word]) == whole
+    assert whole.count(end) == 1
+
+
+def test_a_template_that_drops_thoughts_is_rendered_anew(llama, tokenizer, compact_env, games):
+    stripping = copy.deepcopy(tokenizer)
+    stripping.chat_template = STRIPPING
+    assert Encoder(tokenizer, "chat").extends
+    encoder = Encoder(stripping, "chat")
+    assert not encoder.extends
+    response = tokenizer("look < / think >")["input_ids"]
+    assert (
+        encoder.context(["bed 1", "bed 2"], [response])[-3:] == Encoder(tokenizer, "chat").context(["bed 2"], [])[-3:]
+    )
+    trajectories, _ = play(llama, stripping, compact_env, games[:1])  # and rollouts go on, without cache
+    step = Guidance("step", "open bed")
+    assert guided_context(encoder, trajectories[0], 2, step) != trajectories[0].steps[2].context
+
+
+def test_unknown_style(tokenizer):
+    with pytest.raises(ValueError, match="window"):
+        Encoder(tokenizer, "dialogue")

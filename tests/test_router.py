@@ -1,0 +1,66 @@
+"""The truth table of routing, and where a skill's text goes."""
+
+import pytest
+
+from data import Guidance, Skills, Slot
+from router import MODES, fill, guided_messages, route
+
+SKILLS = Skills("summary", "work in order", {1: "open it"})
+EPISODE, STEP = Guidance("episode", "work in order"), Guidance("step", "open it")
+PROMPT = ("task\n", Slot("episode", "E:{text}\n"), "now\n", Slot("step", "S:{text}\n"), "act")
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("critical-first", [(EPISODE,), (STEP,), (EPISODE,)]),
+        ("additive", [(EPISODE,), (EPISODE, STEP), (EPISODE,)]),
+        ("episode", [(EPISODE,), (EPISODE,), (EPISODE,)]),
+        ("step", [(), (STEP,), ()]),
+        ("none", [(), (), ()]),
+    ],
+)
+def test_route(mode, expected):
+    assert route(SKILLS, 3, mode) == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_skills_guide_nothing(mode):
+    assert route(None, 2, mode) == [(), ()]
+
+
+def test_blank_skills_guide_nothing():
+    assert route(Skills("", " ", {0: ""}), 1, "additive") == [()]
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="critical-first"):
+        route(SKILLS, 1, "critical")
+
+
+def test_fill_puts_each_level_in_its_slot_and_leaves_the_rest():
+    assert fill(PROMPT) == "task\nnow\nact"
+    assert fill(PROMPT, EPISODE) == "task\nE:work in order\nnow\nact"
+    assert fill(PROMPT, STEP) == "task\nnow\nS:open it\nact"
+
+
+def test_fill_keeps_braces_of_a_skill():
+    assert fill(PROMPT, Guidance("step", "{0} {text}")) == "task\nnow\nS:{0} {text}\nact"
+
+
+def test_a_skill_without_a_slot_is_an_error_not_a_plain_prompt():
+    with pytest.raises(ValueError, match="no episode slot"):
+        fill(("task", Slot("step", "{text}")), EPISODE)
+
+
+def test_window_holds_both_levels_in_its_one_message():
+    assert guided_messages([PROMPT, PROMPT], EPISODE, "window") == ["task\nE:work in order\nnow\nact"]
+
+
+def test_chat_puts_the_episode_skill_first_and_the_step_skill_last():
+    later = ("seen\n", Slot("step", "S:{text}\n"))
+    prompts = [PROMPT, later, later]
+    plain = ["task\nnow\nact", "seen\n", "seen\n"]
+    assert guided_messages(prompts, None, "chat") == plain
+    assert guided_messages(prompts, EPISODE, "chat") == ["task\nE:work in order\nnow\nact", *plain[1:]]
+    assert guided_messages(prompts, STEP, "chat") == [*plain[:2], "seen\nS:open it\n"]

@@ -1,0 +1,462 @@
+"""skills.py: what is read from a model's answer, what it is asked, and who is asked."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import skills
+from data import Skills, Step, Trajectory
+from skills import analysis_prompt, model_writer, openai_writer, parse_skills, write_skills
+
+GOOD = '{"episode_summary": "It won.", "episode_skill": "Look first.", "step_skills": {"0": "Go.", "2": "Take it."}}'
+READ = Skills("It won.", "Look first.", {0: "Go.", 2: "Take it."})
+
+
+def trajectory(success=True, observations=("a shelf", "a drawer", "a lamp"), task="put a pen on the desk"):
+    steps = [
+        Step(prompt=(o,), observation=o, context=[1], response=[2], text="", action=f"act {t}", valid=True)
+        for t, o in enumerate(observations)
+    ]
+    return Trajectory(task, 0, steps, success)
+
+
+# --- what small models really print ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"```json\n{GOOD}\n```",
+        f"```\n{GOOD}\n```",
+        f"Sure! Here's the {{JSON}} object you asked for:\n\n{GOOD}\n\nI hope it's helpful {{:",
+        GOOD.replace("}", ",}"),  # trailing commas
+        GOOD.replace('"', "'"),
+        f"```json\n{GOOD.replace(chr(34), chr(39))}\n```\nDone.",
+        GOOD[:-2],  # cut off after the last skill
+        GOOD[:-3],  # cut off inside it
+        GOOD.replace('"0"', "0").replace('"2"', "2"),
+        GOOD.replace('"0"', '"step 0"').replace('"2"', '"Step 2:"'),
+        GOOD.replace('"0"', '"Step_0"').replace('"2"', '" 2 "'),
+        GOOD.replace('"episode_skill"', '" episode_skill "').replace('"step_skills"', '"Step Skills"'),
+        GOOD.replace("Look first.", "\\n Look first.  ").replace("Go.", " Go."),
+        GOOD.replace(" ", "\n"),
+        f"[{GOOD}]",
+        '{"episode_skill": "  "} ' + GOOD,
+        '{"episode_skill": ""}\n' + GOOD.replace("}", ",}"),
+        GOOD + '\n{"episode_summary": "", "episode_skill": "", "step_skills": {}}',
+        GOOD.replace("}", ",}") + "\nOr, for {another}:\n" + '{"episode_summary": "", "episode_skill": "",}',
+        # the form of the prompt copied, then filled in
+        '{"episode_summary": "...", "episode_skill": "...", "step_skills": {"<step>": "..."}}\n' + GOOD,
+        '<think>Maybe {"episode_skill": "a draft"}?</think>' + GOOD,
+    ],
+)
+def test_sloppy_answers_are_read(text):
+    read = parse_skills(text, num_steps=3, max_step_skills=5)
+    words = [read.summary, read.episode, *read.steps.values()]
+    assert [" ".join(w.split()).rstrip(".") for w in words] == ["It won", "Look first", "Go", "Take it"]
+    assert list(read.steps) == [0, 2]
+
+
+def test_a_quote_inside_a_skill_and_raw_line_breaks():
+    assert parse_skills('{"episode_skill": "Say "open" first"}', 1, 1).episode == 'Say "open" first'
+    assert parse_skills('{"episode_skill": "Look,\nthen go", "step_skills": null}', 1, 1).episode == "Look,\nthen go"
+
+
+def test_of_several_objects_the_first_with_a_skill_is_taken():
+    assert parse_skills('{"episode_skill": "A"} User: next\n{"episode_skill": "B"}', 1, 1).episode == "A"
+    assert parse_skills("{'episode_skill': 'A',} User: next\n{'episode_skill': '',}", 1, 1).episode == "A"
+    assert parse_skills("{'episode_skill': '',} User: next\n{'episode_skill': 'B',}", 1, 1).episode == "B"
+
+
+@pytest.mark.parametrize(
+    ("step_skills", "kept"),
+    [
+        ({"0": "a", "2": "b"}, {0: "a", 2: "b"}),
+        ({"3": "a", "-1": "b", "99999999999": "c", "first": "d", "1.5": "e", "2": "f"}, {2: "f"}),  # out of range
+        ({"2": "c", "0": "a", "1": "b"}, {0: "a", 1: "b"}),  # more than two: the first two by step
+        ({"0": " ", "1": "...", "2": "c"}, {2: "c"}),  # blank ones take no place
+        ({"0": 7, "1": {"skill": "b"}, "2": ["c"]}, {}),  # never str(dict)
+        ({"0": None, "1": True}, {}),
+        ([{"step": 1, "skill": "b"}, {"step": "Step 0", "skill": "a"}], {0: "a", 1: "b"}),
+        ([{"step": True, "skill": "a"}, {"step": 1.0, "skill": "b"}, {"step": [1], "skill": "c"}, {"step": 1}], {}),
+        ([{"2": "c"}, {"step 0": "a"}], {0: "a", 2: "c"}),
+        (["Step 2: look", "step 0:go", "take it", 5, None], {0: "go", 2: "look"}),
+        ({"step": 2, "skill": "c"}, {2: "c"}),
+        (["look", "go"], {}),  # a place in a list is not a step
+        ([{"step": 2, "skill": "a"}, {"step": 2, "skill": "c"}], {2: "c"}),  # as JSON does: the last one counts
+        ("look", {}),
+        (None, {}),
+        (3, {}),
+    ],
+)
+def test_step_skills(step_skills, kept):
+    text = json.dumps({"episode_skill": "Look.", "step_skills": step_skills})
+    assert parse_skills(text, num_steps=3, max_step_skills=2) == Skills("", "Look.", kept)
+
+
+def test_limits_of_none():
+    assert parse_skills(GOOD, 0, 5).steps == {} == parse_skills(GOOD, 3, 0).steps
+
+
+def test_a_summary_that_is_no_text_is_empty_and_lone_surrogates_are_replaced():
+    text = '{"episode_summary": {"a": 1}, "episode_skill": "go \\ud83d on"}'
+    assert parse_skills(text, 1, 1) == Skills("", "go ? on", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no JSON object"),
+        ("I cannot help with that.", "no JSON object"),
+        ('{"skill": "go"}', "no JSON object with an episode_skill"),
+        ('{"episode_skill": ""}', "empty or not a text"),
+        ('{"episode_skill": "..."}', "empty or not a text"),
+        ('{"episode_skill": 5}', "empty or not a text"),
+        ('{"episode_skill": {"text": "go"}}', "empty or not a text"),
+        ('{"episode_skill": ["go"]}', "empty or not a text"),
+        ("{'episode_skill': null,}", "empty or not a text"),
+        ('"episode_skill"', "no JSON object"),
+        ('{"episode_skill":' * 1000, "no JSON object"),  # too deep for the repair library
+    ],
+)
+def test_no_skill_is_an_error_that_says_why(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_skills(text, 3, 5)
+
+
+@pytest.mark.parametrize("key", ["", '"episode_skill'])
+@pytest.mark.parametrize("unit", ["{", "[", '{"', "{'", '{"a":', '{"a" ', '{"a":[', '("', "\\", "x ", '{"a":1}', "}{"])
+def test_long_garbage_is_refused_quickly(unit, key):
+    start = time.perf_counter()
+    with pytest.raises(ValueError):
+        parse_skills("{" + key + unit * 200_000, 3, 5)
+    assert time.perf_counter() - start < 10  # the worst takes about a second
+
+
+_punctuation = ["{", "}", "[", "]", ":", ",", '"', "'", "\\", "\n", " ", "//", "/*", "```", "</think>"]
+_words = ['"episode_skill"', "episode_skill", '"step_skills"', '"step"', '"skill"', '"0"', "3", "Step 1:", "go", GOOD]
+_pieces = st.sampled_from([*_punctuation, *_words, "null", "1e999", "NaN", "\ud800"])
+_answers = st.text(max_size=60) | st.lists(_pieces, max_size=40).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_answers, st.integers(0, 4), st.integers(0, 3))
+@example("{" * 5000 + "episode_skill", 3, 3)
+@example("episode_skill" + '{"a":' * 5000, 3, 3)
+@example('{"episode_skill": "a", "step_skills": [{"step": ' + "[" * 900 + "]" * 900 + ', "skill": "b"}]}', 3, 3)
+def test_any_text_gives_wellformed_skills_or_a_value_error(text, num_steps, max_step_skills):
+    try:
+        read = parse_skills(text, num_steps, max_step_skills)
+    except ValueError as error:
+        assert str(error)
+        return
+    assert read.episode
+    assert len(read.steps) <= max_step_skills
+    assert list(read.steps) == sorted(read.steps)
+    assert all(type(t) is int and 0 <= t < num_steps for t in read.steps)
+    for skill in (read.episode, read.summary, *read.steps.values()):
+        assert skill == skill.strip()
+        assert skill.encode() is not None  # a tokenizer can read it
+
+
+_skill = st.text(st.characters(codec="utf-8"), max_size=30).map(lambda text: f"a{text}b")
+_skills = st.builds(Skills, _skill | st.just(""), _skill, st.dictionaries(st.integers(0, 9), _skill, max_size=5))
+
+
+@settings(max_examples=300, deadline=None)
+@given(_skills, st.sampled_from(["%s", "```json\n%s\n```", "Sure, here's it:\n\n%s\n\nIs that {all}?"]), st.booleans())
+def test_round_trip(written, around, ascii_only):
+    answer = {"episode_summary": written.summary, "episode_skill": written.episode, "step_skills": written.steps}
+    text = around.replace("%s", json.dumps(answer, ensure_ascii=ascii_only))
+    assert parse_skills(text, 10, 5) == written
+
+
+# --- the prompt ---
+
+
+def test_prompt_shows_task_outcome_and_numbered_steps():
+    prompt = analysis_prompt(trajectory(observations=("You see\n\n  a {shelf}.", "{0} {task} %s")), 5)
+    assert "Task: put a pen on the desk\nOutcome: success\n" in prompt
+    assert "\nstep 0: You see a {shelf}. -> act 0\nstep 1: {0} {task} %s -> act 1\n\n" in prompt
+    assert "at most 2 critical steps" in prompt  # there are no more than two
+    assert '{"episode_summary": "...", "episode_skill": "...", "step_skills": {"<step>": "..."}}' in prompt
+
+
+def test_success_asks_for_a_workflow_and_failure_for_what_to_avoid():
+    won, lost = (analysis_prompt(trajectory(success), 1) for success in (True, False))
+    assert "workflow that made it succeed" in won and "warning signs" not in won
+    assert "what to avoid: the mistake" in lost and "warning signs" in lost and "Outcome: failure" in lost
+    assert "workflow" not in lost
+
+
+def test_the_general_prompt_forbids_hindsight():
+    prompt = analysis_prompt(trajectory(), 5)
+    assert "Never state what only hindsight knows" in prompt and "known at that step" in prompt
+
+
+def test_a_template_of_the_environment():
+    template = "{outcome} {task} {{}} {max_step_skills}\n{steps}"
+    prompt = analysis_prompt(trajectory(False, ("x",), task="find {it}"), 3, template)
+    assert prompt == "failure find {it} {} 1\nstep 0: x -> act 0"
+
+
+@pytest.mark.parametrize("template", ["{tusk}", "{0}", "{", "{task.nothing}"])
+def test_a_bad_template_names_the_fields(template):
+    with pytest.raises(ValueError, match="task, outcome, steps, max_step_skills, focus"):
+        analysis_prompt(trajectory(), 3, template)
+
+
+# --- asking, and asking again ---
+
+
+class Script:
+    """A writer that answers from a list of batches and remembers what it was asked."""
+
+    def __init__(self, *batches):
+        self.batches, self.asked = list(batches), []
+
+    def __call__(self, prompts):
+        self.asked.append(prompts)
+        return self.batches.pop(0)
+
+
+def test_one_batch_one_batched_retry_and_hand_computed_metrics():
+    # trajectory        0: parsed   1: parsed on retry   2: never   3: too long   4: too long on retry
+    script = Script([GOOD, "no idea", '{"episode_skill": 1}', None, "hm"], ['{"episode_skill": "B"}', "x" * 5000, None])
+    trajectories = [trajectory(task=f"task {i}") for i in range(5)]
+    written, metrics = write_skills(trajectories, script, max_step_skills=5)
+    assert written == [READ, Skills("", "B", {}), None, None, None]
+    assert metrics == {
+        "skills/parse_rate": 2 / 5,
+        "skills/first_parse_rate": 1 / 5,
+        "skills/retried": 3,
+        "skills/failed": 2,
+        "skills/too_long": 1,
+        "skills/step_skills": (2 + 0) / 2,
+    }
+    first, second = script.asked
+    assert first == [analysis_prompt(t, 5) for t in trajectories]
+    assert [prompt.startswith(first[i]) for prompt, i in zip(second, (1, 2, 4), strict=True)] == [True] * 3
+    assert "no idea" in second[0] and "no JSON object with an episode_skill was found" in second[0]
+    assert '{"episode_skill": 1}' in second[1] and "empty or not a text" in second[1]
+
+
+def test_no_retry_where_all_parse_and_long_answers_are_clipped():
+    script = Script([GOOD])
+    _, metrics = write_skills([trajectory()], script, max_step_skills=1, template="{task}")
+    assert script.asked == [["put a pen on the desk"]]
+    assert metrics["skills/parse_rate"] == metrics["skills/step_skills"] == 1 and metrics["skills/retried"] == 0
+
+    script = Script(["x" * 5000], [GOOD])
+    write_skills([trajectory()], script, max_step_skills=1)
+    assert "x" * 1000 + " [...]" in script.asked[1][0] and "x" * 1001 not in script.asked[1][0]
+
+
+def test_nothing_to_write():
+    written, metrics = write_skills([], Script(), max_step_skills=5)
+    assert written == [] and set(metrics.values()) == {0}
+
+
+def test_a_writer_that_loses_answers_or_dies_is_an_error():
+    with pytest.raises(ValueError):
+        write_skills([trajectory(), trajectory()], Script([GOOD]), max_step_skills=5)
+
+    def dead(prompts):
+        raise RuntimeError("down")
+
+    with pytest.raises(RuntimeError, match="down"):
+        write_skills([trajectory()], dead, max_step_skills=5)
+
+
+# --- a local model ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<end>", "<unk>", "user", "assistant", "one", "two", "{", "}"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content + ' <end> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{{ '' if enable_thinking is false else ' one' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_model_writer_prompts_prefills_and_leaves_out_what_does_not_fit(tokenizer, monkeypatch):
+    calls = []
+
+    def generate(model, tokenizer, contexts, **options):
+        calls.append((contexts, options, model.training))
+        return [[5, 1], [6, 8, 1]]
+
+    monkeypatch.setattr(skills, "generate", generate)
+    model = torch.nn.Linear(1, 1)
+    write = model_writer(model, tokenizer, max_new_tokens=4, temperature=0.5, context_limit=11, prefill="{ ")
+    answers = write(["one", "one two one two", "two two two"])
+    # user one <end> assistant {      user two two two <end> assistant {      4 new tokens: 11 fit, 12 do not
+    assert calls == [
+        (
+            [[3, 5, 1, 4, 7], [3, 6, 6, 6, 1, 4, 7]],
+            {"max_new_tokens": 4, "temperature": 0.5, "token_budget": 65536},
+            False,
+        )
+    ]
+    assert answers == ["{ one", None, "{ two }"]
+    assert model.training  # as it was
+
+
+def test_model_writer_with_a_real_tiny_model(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=1, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    write = model_writer(
+        LlamaForCausalLM(config), tokenizer, max_new_tokens=6, temperature=1.0, context_limit=30, prefill='{"a": "'
+    )
+    answers = write(["one", "one two two", "two " * 40])
+    assert answers[0].startswith('{"a": "') and answers[1].startswith('{"a": "') and answers[2] is None
+    assert write(["two " * 40]) == [None]
+
+
+# --- an OpenAI-compatible endpoint ---
+
+
+@contextmanager
+def server(answer):
+    """`answer(request body, number of the request) -> (status, body)` on a free port of localhost; yields its URL."""
+    lock, count = threading.Lock(), 0
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            nonlocal count
+            with lock:
+                count += 1
+                number = count
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request |= {"path": self.path, "key": self.headers["Authorization"]}
+            status, body = answer(request, number)
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.handle_error = lambda *args: None  # a client that gave up waiting is part of a test
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}/v1"
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def completion(text):
+    message = {"role": "assistant", "content": text}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+OPTIONS = {"max_new_tokens": 7, "temperature": 0.5, "timeout": 5.0}
+
+
+def test_openai_writer_answers_in_order(key):
+    requests = []
+
+    def answer(request, number):
+        requests.append(request)
+        prompt = request["messages"][0]["content"]
+        time.sleep(0.1 if prompt == "p0" else 0)  # the first to be asked is the last to be answered
+        return completion(None if prompt == "p2" else f"answer to {prompt}")
+
+    with server(answer) as url:
+        answers = openai_writer("m", base_url=url, **OPTIONS)(["p0", "p1", "p2", "p3"])
+    assert answers == ["answer to p0", "answer to p1", "", "answer to p3"]
+    first = next(r for r in requests if r["messages"][0]["content"] == "p0")
+    assert first == {
+        "messages": [{"role": "user", "content": "p0"}],
+        "model": "m",
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "path": "/v1/chat/completions",
+        "key": "Bearer secret",
+    }
+
+
+def test_openai_writer_works_on_after_a_failure(key):
+    with server(lambda request, number: completion("ok") if number > 1 else (503, {})) as url:
+        assert openai_writer("m", base_url=url, retries=1, **OPTIONS)(["p"]) == ["ok"]
+
+
+def test_openai_writer_counts_a_prompt_too_long_for_the_server(key):
+    error = {"error": {"message": "This model's maximum context length is 8 tokens.", "code": None}}
+    with server(lambda request, number: (400, error)) as url:
+        assert openai_writer("m", base_url=url, **OPTIONS)(["p"]) == [None]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (500, {}),
+        (401, {"error": {"message": "bad key"}}),
+        (400, {"error": {"message": "unknown parameter"}}),
+        (200, {}),
+        (200, {"choices": []}),
+        (200, b"not json"),
+    ],
+)
+def test_openai_writer_says_which_server_is_broken(key, reply):
+    with server(lambda request, number: reply) as url, pytest.raises(RuntimeError, match=url):
+        openai_writer("m", base_url=url, retries=0, **OPTIONS)(["p", "p"])
+
+
+def test_openai_writer_on_a_dead_server(key):
+    with server(lambda request, number: completion("ok")) as url:
+        pass  # its port is closed now
+    with pytest.raises(RuntimeError, match=url):
+        write_skills([trajectory()], openai_writer("m", base_url=url, retries=0, **OPTIONS), max_step_skills=5)
+
+
+def test_openai_writer_times_out(key):
+    def slow(request, number):
+        time.sleep(0.5)
+        return completion("late")
+
+    with server(slow) as url, pytest.raises(RuntimeError, match=f"{url}.*Timeout"):
+        openai_writer("m", base_url=url, retries=0, **OPTIONS | {"timeout": 0.1})(["p"])
+
+
+def test_openai_writer_wants_a_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        openai_writer("m", base_url="http://127.0.0.1:9/v1", **OPTIONS)
+
+
+def test_openai_is_not_imported_unless_asked_for():
+    assert not hasattr(skills, "openai")

@@ -1,0 +1,232 @@
+"""The update in hand-computed numbers, and whole runs: GRPO as the zero of OPID, exact resume, many processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train as train_module
+from config import Config
+from envs.alfworld import AlfworldEnv
+from train import k3, policy_loss, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_policy_loss_by_hand():
+    old = torch.zeros(6)
+    new = torch.tensor([1.0, 1.1, 1.5, 1.5, 0.5, 0.5]).log()  # the ratios
+    advantages = torch.tensor([2.0, 2.0, 2.0, -2.0, 2.0, -2.0])
+    loss, clipped = policy_loss(new, old, advantages, clip=0.2)
+    assert torch.allclose(loss, torch.tensor([-2.0, -2.2, -2.4, 3.0, -1.0, 1.6]))
+    assert clipped.tolist() == [0, 0, 1, 0, 0, 1]
+
+
+def test_clipped_tokens_carry_no_gradient_and_others_push_along_the_advantage():
+    new = torch.tensor([0.0, 0.0, 1.0], requires_grad=True)
+    policy_loss(new, torch.zeros(3), torch.tensor([1.0, -1.0, 1.0]), clip=0.2)[0].sum().backward()
+    assert new.grad.tolist() == [-1, 1, 0]
+
+
+def test_k3_is_zero_at_the_reference_positive_elsewhere_and_pulls_back():
+    new = torch.tensor([0.0, 0.5, -0.5], requires_grad=True)
+    kl = k3(new, torch.zeros(3))
+    assert torch.allclose(kl, torch.tensor([0.0, 0.106531, 0.148721]), atol=1e-5)  # e^-0.5 - 0.5, e^0.5 - 1.5
+    kl.sum().backward()
+    assert new.grad[1] > 0 > new.grad[2]
+
+
+@pytest.fixture
+def random_tiny(monkeypatch, llama, tokenizer):
+    """`--model tiny` without its warm start, and skills by a script, since a random model writes none."""
+    import copy
+
+    # half of its responses count as valid, so that there is an outcome to learn from
+    monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+
+
+def config(tmp_path, name, **changes):
+    small = dict(iterations=3, tasks=2, rollouts=2, max_steps=4, max_new_tokens=6, train_games=6, eval_games=2)
+    rest = dict(
+        eval_every=0, save_every=1, mini_batch=8, invalid_penalty=1.0, learning_rate=1e-3, kl=0.01, scorer="old"
+    )
+    return Config(**(small | rest | dict(out=str(tmp_path / name)) | changes))
+
+
+def weights(out) -> dict:
+    newest = sorted(Path(out, "checkpoints").glob("*.pt"))[-1]
+    return torch.load(newest, weights_only=True)["model"]
+
+
+def lines(out, name="metrics.jsonl"):
+    """The records of a run, without what a clock says (and without evaluations, which a run's last iteration has)."""
+    records = [json.loads(line) for line in Path(out, name).read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith(("seconds/", "eval/"))} for record in records]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_zero_weights_are_grpo_bit_for_bit(random_tiny, tmp_path):
+    grpo, zero, opid = (
+        config(tmp_path, "grpo", algo="grpo"),
+        config(tmp_path, "zero", episode_weight=0.0, step_weight=0.0),
+        config(tmp_path, "opid", episode_weight=0.5, step_weight=0.5),
+    )
+    for c in (grpo, zero, opid):
+        train(c)
+    assert same(weights(grpo.out), weights(zero.out))
+    assert lines(grpo.out) == lines(zero.out)
+    assert lines(grpo.out)[0]["advantage/outcome_abs"] > 0.1
+    assert not same(weights(grpo.out), weights(opid.out))
+
+
+def test_a_run_leaves_what_it_promises(random_tiny, tmp_path, llama):
+    c = config(tmp_path, "run", iterations=2, sample_every=1, keep_checkpoints=1, eval_every=1)
+    train(c)
+    record = lines(c.out)[-1]
+    names = "iteration episodes train/success skills/parse_rate "
+    names += "guided/episode guided/step advantage/outcome_abs advantage/skill_abs loss/policy loss/kl clip_fraction"
+    assert set(names.split()) <= record.keys()
+    assert record["guided/episode"] == pytest.approx(0.75)
+    assert record["guided/step"] == pytest.approx(0.25)
+    assert record["advantage/skill_abs"] > 0
+    with_clock = json.loads(Path(c.out, "metrics.jsonl").read_text().splitlines()[-1])
+    assert with_clock["eval/valid_seen/success"] == with_clock["eval/valid_unseen/success"] == 0
+    assert {"seconds/rollout", "seconds/skills", "seconds/rescore", "seconds/update"} <= with_clock.keys()
+    sample = lines(c.out, "samples.jsonl")[0]
+    assert sample["skills"]["episode"] == "open every closed place"
+    step = sample["steps"][1]
+    assert step["route"] == [{"level": "step", "text": "look in bed"}]
+    assert len(step["tokens"]) == len(step["advantages"]) == len(step["skill_advantages"]) == len(step["old_logprobs"])
+    assert any(step["skill_advantages"])
+    policy = AutoModelForCausalLM.from_pretrained(Path(c.out, "policy"))
+    assert AutoTokenizer.from_pretrained(Path(c.out, "policy")).chat_template
+    assert same(dict(policy.named_parameters()), weights(c.out))
+    assert not same(dict(llama.named_parameters()), weights(c.out))  # it trained
+    assert Path(c.out, "curve.png").stat().st_size > 1000
+    assert [p.name for p in Path(c.out, "checkpoints").iterdir()] == ["000001.pt"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scorer": "ema"}, {"context": "window"}, {"routing": "additive", "epochs": 2}, {"kl": 0.0}]
+)
+def test_every_variant_trains(changes, random_tiny, tmp_path, llama):
+    c = config(tmp_path, "variant", iterations=1, **changes)
+    train(c)
+    assert not same(dict(llama.named_parameters()), weights(c.out))
+    assert all(v == v for v in lines(c.out)[0].values())  # no NaN
+
+
+def test_resume_goes_on_exactly(random_tiny, tmp_path):
+    whole, halves = config(tmp_path, "whole", iterations=4, scorer="ema"), config(tmp_path, "halves", scorer="ema")
+    train(whole)
+    halves.iterations = 2
+    train(halves)
+    Path(halves.out, "metrics.jsonl").open("a").write('{"iteration": 2, "half-writ')  # what a kill may leave
+    halves.iterations, halves.resume = 4, True
+    train(halves)
+    assert lines(whole.out) == lines(halves.out)
+    assert same(weights(whole.out), weights(halves.out))
+
+
+def test_a_folder_with_another_run_is_refused(random_tiny, tmp_path):
+    c = config(tmp_path, "run", iterations=1)
+    train(c)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(c)
+    with pytest.raises(ValueError, match="--tasks"):
+        train(config(tmp_path, "run", iterations=1, tasks=3, resume=True))
+
+
+def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "k3", lambda new, reference: new * float("nan"))
+    with pytest.raises(FloatingPointError, match="checkpoint"):
+        train(config(tmp_path, "nan"))
+
+
+def test_unparsable_skills_are_counted_and_shift_nothing(random_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
+    c, grpo = config(tmp_path, "run"), config(tmp_path, "grpo", algo="grpo")
+    train(c)
+    train(grpo)
+    assert lines(c.out)[0]["skills/parse_rate"] == 0
+    assert lines(c.out)[0]["skills/failed"] == 4
+    assert lines(c.out)[0]["advantage/skill_abs"] == 0
+    assert same(weights(c.out), weights(grpo.out))
+
+
+SCRIPT = """
+import sys, torch, train
+from warmstart import tiny_model, tiny_tokenizer
+from config import parse_args
+from envs.alfworld import AlfworldEnv
+torch.set_num_threads(1)
+AlfworldEnv.parse_action = lambda self, text, admissible: (text, len(text) % 2 == 0)
+tokenizer = tiny_tokenizer()
+train.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=48), tokenizer)
+train.train(parse_args(sys.argv[1:]))
+"""
+
+
+def command(out, *more):
+    flags = "--algo grpo --tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
+    flags += "--eval-every 0 --save-every 3 --invalid-penalty 1 --learning-rate 1e-3"
+    return [*flags.split(), "--out", str(out), *more]
+
+
+def test_resume_after_kill_9(tmp_path):
+    """Six iterations in one go, and 3 + 3 with a kill -9 in between."""
+    run = [sys.executable, "-c", SCRIPT]
+    subprocess.run([*run, *command(tmp_path / "whole", "--iterations", "6")], cwd=ROOT, check=True, capture_output=True)
+    killed = subprocess.Popen(
+        [*run, *command(tmp_path / "killed", "--iterations", "600")], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    while not (tmp_path / "killed/checkpoints/000002.pt").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    for later in (tmp_path / "killed/checkpoints").glob("0000[!0]*"):  # it may have been quicker than we
+        later.unlink()
+    rest = command(tmp_path / "killed", "--iterations", "6", "--resume")
+    for path in sorted((tmp_path / "killed/checkpoints").glob("*.pt"))[1:]:
+        path.unlink()
+    subprocess.run([*run, *rest], cwd=ROOT, check=True, capture_output=True)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_two_processes_share_the_tasks_and_stay_in_step(tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    script = tmp_path / "run.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
+    done = subprocess.run(
+        [*launch, str(script), *command(tmp_path / "two", "--iterations", "2")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [record["episodes"] for record in lines(tmp_path / "two")] == [4, 4]

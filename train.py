@@ -1,0 +1,313 @@
+"""OPID in plain PyTorch: rollout -> skills -> router -> rescore -> advantage -> update.
+
+python train.py                                    # the laptop default: tiny model, fast ALFWorld, no GPU
+python train.py --recipe alfworld-qwen2.5-3b       # the paper's settings
+accelerate launch train.py --recipe ...            # many GPUs: each plays its share of the tasks
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from advantage import combine, outcome_advantage, skill_advantage
+from config import Config, parse_args
+from data import Batch, Guidance, Skills, Trajectory
+from evaluate import environment, evaluate, format_table, games_of
+from models import add_lora, drop_quantization, frozen_copy, load_model
+from rescore import Sequence, micro_batches, pack, response_logprobs, sequence_logprobs, skill_logprobs
+from rollout import Encoder, rollout
+from router import route
+from runlog import RunLog
+from skills import model_writer, openai_writer, write_skills
+
+
+def train(config: Config) -> RunLog:
+    """The whole run. A function of config and seed: every iteration seeds itself, so that resuming is exact."""
+    run = Run(config)
+    for iteration in range(run.log.first_iteration, config.iterations):
+        run.start(iteration)
+        trajectories = run.rollout(iteration)
+        skills = run.write_skills(trajectories)
+        routes = [route(s, len(t.steps), config.routing) for s, t in zip(skills, trajectories, strict=True)]
+        batch = run.score(trajectories, routes)
+        run.update(batch, iteration)
+        run.finish(iteration, trajectories, skills, routes, batch)
+    run.close()
+    return run.log
+
+
+class Run:
+    """What lasts from one iteration to the next: policy, optimizer, frozen copies, games, log."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        tracker = None if config.tracker == "none" else config.tracker
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
+        self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
+        model, tokenizer = load_model(config.model, dtype=config.dtype, seed=config.seed)
+        torch.manual_seed(config.seed)
+        model = add_lora(model, config.lora_rank) if config.lora_rank else drop_quantization(model)
+        self.model = model.to(self.accelerator.device)
+        # The model is not wrapped for data parallelism: gradients are summed once a step (see `_step`), so processes may
+        # hold different numbers of micro-batches, and `generate` is the model's own.
+        self.reference, self.ema = frozen_copy(self.model), None
+        if config.scorer == "ema":
+            self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+            self.model.enable_input_require_grads()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, config.context)
+        self.make_env, self.games = environment(config), games_of(config, "train")
+        self.log.restore(self.model, self.optimizer, self.ema)
+        self.metrics: dict[str, float] = {}
+        if config.eval_every and self.log.first_iteration == 0:
+            self._evaluate(-1)
+
+    def start(self, iteration: int) -> None:
+        rank = self.accelerator.process_index
+        torch.manual_seed((config_seed := self.config.seed) * 1_000_003 + iteration * 1009 + rank)
+        self.rng = random.Random(f"{config_seed} {iteration}")
+        self.metrics = {}
+
+    # ---- 1. rollout ----------------------------------------------------------------------------------------------
+
+    def rollout(self, iteration: int) -> list[Trajectory]:
+        """This process's share of the iteration's tasks, each played N times."""
+        config, share = self.config, self.accelerator
+        games = self.rng.sample(self.games, min(config.tasks, len(self.games)))
+        mine = games[share.process_index :: share.num_processes]
+        with self._phase("rollout"), self._bar("rollout") as bar:
+            trajectories, metrics = rollout(
+                self.model,
+                self.encoder,
+                self.make_env,
+                mine,
+                config.rollouts,
+                max_new_tokens=config.max_new_tokens,
+                context_limit=config.context_limit,
+                temperature=config.temperature,
+                success_reward=config.success_reward,
+                invalid_penalty=config.invalid_penalty,
+                progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
+            )
+        self.metrics |= metrics
+        return trajectories
+
+    # ---- 2. skill extraction -------------------------------------------------------------------------------------
+
+    def write_skills(self, trajectories: list[Trajectory]) -> list[Skills | None]:
+        """Hindsight skills, by the current weights, the frozen ones or an endpoint; None for each if unused."""
+        config = self.config
+        if not config.uses_skills:
+            return [None] * len(trajectories)
+        sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
+        if config.skill_writer == "openai":
+            write = openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
+        else:
+            author = self.model if config.skill_writer == "policy" else self.reference
+            write = model_writer(
+                author,
+                self.tokenizer,
+                **sampling,
+                prefill=config.skill_prefill,
+                context_limit=config.context_limit,
+                batch_tokens=config.generate_budget,
+            )
+        training = self.model.training
+        self.model.eval()
+        with self._phase("skills"):
+            skills, metrics = write_skills(
+                trajectories,
+                write,
+                max_step_skills=config.max_step_skills,
+                template=self.make_env().analysis_prompt(),
+            )
+        self.model.train(training)
+        self.metrics |= metrics
+        return skills
+
+    # ---- 4. re-scoring and 5. advantage --------------------------------------------------------------------------
+
+    def score(self, trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]]) -> Batch:
+        """Old, reference and skill-augmented log-probs of the sampled tokens, and the advantage that they make."""
+        config = self.config
+        steps = [step for trajectory in trajectories for step in trajectory.steps]
+        contexts, responses = [step.context for step in steps], [step.response for step in steps]
+        scoring = {"temperature": config.temperature, "token_budget": config.token_budget}
+        with self._phase("rescore"), self.accelerator.autocast():
+            old = response_logprobs(self.model, contexts, responses, **scoring, progress=self._bar_of("old"))  # (B, R)
+            mask = ~old.isnan()  # (B, R)
+            reference = response_logprobs(self.reference, contexts, responses, **scoring) if config.kl else None
+            shifts, skill_advantages = {}, torch.full_like(old, float("nan"))  # (B, R)
+            for level, weight in (("episode", config.episode_weight), ("step", config.step_weight)):
+                if not config.uses_skills or weight == 0:
+                    continue
+                scored, too_long = skill_logprobs(
+                    {"old": self.model, "reference": self.reference, "ema": self.ema}[config.scorer],
+                    self.encoder,
+                    trajectories,
+                    routes,
+                    level,
+                    context_limit=config.context_limit,
+                    **scoring,
+                    progress=self._bar_of(level),
+                )
+                shifts[level] = skill_advantage(scored, old, mask)  # (B, R)
+                guided = ~scored.isnan()  # (B, R)
+                skill_advantages[guided] = skill_advantages[guided].nan_to_num() + shifts[level][guided]
+                self.metrics[f"guided/{level}"] = guided.any(1).float().mean().item()
+                self.metrics[f"guided/{level}_too_long"] = too_long
+        counts = [len(trajectory.steps) for trajectory in trajectories]
+        owner = torch.arange(len(trajectories)).repeat_interleave(torch.tensor(counts))  # (B,)
+        outcome = outcome_advantage(
+            torch.tensor([trajectories[i].reward for i in owner]) - torch.tensor([step.penalty for step in steps]),
+            torch.tensor([trajectories[i].group for i in owner]),
+            owner,
+            normalize=config.normalize,
+            over=config.group_over,
+        )  # (B,)
+        weights = {"episode_weight": config.episode_weight, "step_weight": config.step_weight}
+        advantages = combine(
+            outcome, shifts.get("episode"), shifts.get("step"), mask, **weights, skill_clip=config.skill_clip
+        )  # (B, R)
+        self.metrics |= advantage_metrics(outcome, skill_advantages, mask)
+        return Batch(contexts, responses, mask, old, reference, skill_advantages, advantages)
+
+    # ---- 6. update -----------------------------------------------------------------------------------------------
+
+    def update(self, batch: Batch, iteration: int) -> None:
+        """PPO-clip over mini-batches of packed sequences. One token denominator a mini-batch, over all processes."""
+        config = self.config
+        sequences = pack(batch.contexts, batch.responses)
+        steps = self._sum(len(batch.responses))
+        parts = max(1, round(steps / config.mini_batch)) if config.mini_batch else 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup))
+        totals: dict[str, float] = {}
+        with self._phase("update"), self._bar("update", total=config.epochs * parts) as bar:
+            for _ in range(config.epochs):
+                self.rng.shuffle(sequences)
+                for part in range(parts):
+                    for name, value in self._step(sequences[part::parts], batch).items():
+                        totals[name] = totals.get(name, 0.0) + value / (parts * config.epochs)
+                    bar.update()
+        if self.ema is not None:
+            for slow, fast in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                slow.lerp_(fast.detach(), 1 - config.ema_decay)
+        self.metrics |= totals
+
+    def _step(self, sequences: list[Sequence], batch: Batch) -> dict[str, float]:
+        """One optimizer step -> mean a token of each loss term, clip fraction, gradient norm."""
+        config, device = self.config, self.accelerator.device
+        tokens = self._sum(sum(size for sequence in sequences for _, _, size in sequence.responses))
+        sums = torch.zeros(3, device=device)
+        self.model.train()
+        for micro in micro_batches(sequences, config.token_budget):
+            with self.accelerator.autocast():
+                new, rows, columns = sequence_logprobs(self.model, micro, config.temperature)  # (N,)
+
+            def of(tensor: Tensor) -> Tensor:
+                return tensor.to(device)[rows, columns]  # (N,)
+
+            policy, clipped = policy_loss(new, of(batch.old_logprobs), of(batch.advantages), config.clip)
+            kl = k3(new, of(batch.reference_logprobs)) if config.kl else torch.zeros_like(policy)
+            loss = (policy + config.kl * kl).sum() / tokens
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the loss is {loss.item()}: the last checkpoint in {config.out}/checkpoints is from before. "
+                    "Try a lower --learning-rate or --dtype float32"
+                )
+            loss.backward()
+            sums += torch.stack([policy.detach().sum(), kl.detach().sum(), clipped.sum()])
+        for parameter in self.trained:
+            if self.accelerator.num_processes > 1:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        policy, kl, clipped = (self.accelerator.reduce(sums, reduction="sum") / tokens).tolist()
+        return {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped, "grad_norm": norm.item()}
+
+    # ---- the rest ------------------------------------------------------------------------------------------------
+
+    def finish(self, iteration, trajectories, skills, routes, batch) -> None:
+        """Evaluate, log, save."""
+        config, last = self.config, iteration == self.config.iterations - 1
+        if last or (config.eval_every and (iteration + 1) % config.eval_every == 0):
+            self._evaluate(iteration)
+        if iteration % config.sample_every == 0:
+            self.log.samples(iteration, self.tokenizer, trajectories, skills, routes, batch)
+        self.log.metrics(iteration, self.metrics)
+        if last or (iteration + 1) % config.save_every == 0:
+            self.log.save(iteration, self.model, self.optimizer, self.ema)
+
+    def close(self) -> None:
+        self.log.finish(self.model, self.tokenizer)
+
+    def _evaluate(self, iteration: int) -> None:
+        """Held-out success without skills. Iteration -1 is the policy before training."""
+        if not self.accelerator.is_main_process:
+            return
+        with self._phase("evaluate"):
+            results = evaluate(self.model, self.encoder, self.config)
+        self.log.evaluation(iteration, results, format_table(results))
+        for split, played in results.items():
+            self.metrics[f"eval/{split}/success"] = sum(t.success for t in played) / len(played)
+
+    def _sum(self, value: float) -> float:
+        return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum").item()
+
+    def _bar(self, name: str, total: int | None = None):
+        return tqdm(total=total, desc=name, leave=False, disable=None if self.accelerator.is_main_process else True)
+
+    def _bar_of(self, name: str):
+        main = self.accelerator.is_main_process
+        return lambda batches: tqdm(batches, desc=f"score {name}", leave=False, disable=None if main else True)
+
+    @contextmanager
+    def _phase(self, name: str):
+        started = time.perf_counter()
+        yield
+        key = f"seconds/{name}"
+        self.metrics[key] = self.metrics.get(key, 0.0) + time.perf_counter() - started
+
+
+def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO-clip a token: -min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi_theta / pi_old. All (N,) -> (N,), and where
+    the clipped branch, which carries no gradient, was the smaller."""
+    ratio = (new - old).exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    return -torch.minimum(plain, clipped), (clipped < plain).float()
+
+
+def k3(new: Tensor, reference: Tensor) -> Tensor:
+    """KL(pi_theta || pi_ref) a token, by Schulman's k3 on sampled tokens: exp(d) - 1 - d, d = log pi_ref - log pi_theta.
+    Never negative. (N,) -> (N,)"""
+    d = reference - new
+    return d.exp() - 1 - d
+
+
+def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -> dict[str, float]:
+    """Mean |A_ep| over response tokens, and mean |A_skill| and A_skill over those that a skill was scored on."""
+    guided = skill_advantages[~skill_advantages.isnan()]  # (guided tokens,)
+    count = max(len(guided), 1)
+    return {
+        "advantage/outcome_abs": ((outcome.abs()[:, None] * mask).sum() / mask.sum()).item(),
+        "advantage/skill_abs": guided.abs().sum().item() / count,
+        "advantage/skill_mean": guided.sum().item() / count,
+    }
+
+
+if __name__ == "__main__":
+    train(parse_args())
