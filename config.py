@@ -12,6 +12,14 @@ from pathlib import Path
 from envs import ENVIRONMENTS
 from router import MODES
 
+POSITIVE = (
+    *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
+    *("token_budget", "generate_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
+    *("temperature", "learning_rate", "max_grad_norm"),
+)
+NOT_NEGATIVE = ("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
+NOT_NEGATIVE += ("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -107,13 +115,10 @@ class Config:
                 raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
             if not _is_of(value, typing.get_type_hints(Config)[f.name]):
                 raise ValueError(f"{flag(f.name)} must be {f.type}, not {value!r}")
-        positive = "iterations tasks rollouts max_steps max_new_tokens context_limit epochs token_budget eval_games"
-        for name in (
-            positive + " save_every keep_checkpoints sample_every temperature learning_rate skill_tokens"
-        ).split():
+        for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, not {getattr(self, name)}")
-        for name in "warmup kl mini_batch lora_rank max_step_skills eval_every history eval_temperature".split():
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag(name)} must not be negative")
         if self.prompt == "auto":
@@ -143,6 +148,16 @@ def _is_of(value, annotation) -> bool:
     if isinstance(value, bool):
         return bool in kinds
     return isinstance(value, (*kinds, int) if float in kinds else kinds)
+
+
+def _optional(kind: type):
+    """Reads "none" as None, anything else as `kind`."""
+
+    def read(text: str):
+        return None if text == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it in its error message
+    return read
 
 
 def read_recipe(name: str) -> dict:
@@ -176,10 +191,7 @@ def parse_args(argv: list[str] | None = None, base: dict | None = None) -> Confi
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            optional = annotation is not kind
-            options["type"] = (
-                (lambda kind: lambda text: None if text == "none" else kind(text))(kind) if optional else kind
-            )
+            options["type"] = _optional(kind) if annotation is not kind else kind
             options["choices"] = f.metadata["choices"]
             options["metavar"] = None if f.metadata["choices"] else kind.__name__.upper()
         parser.add_argument(flag(f.name), **options)

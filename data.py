@@ -1,6 +1,6 @@
 """What flows between the files. Read this first.
 
-    rollout -> [Trajectory] -> skills -> [Skills | None] -> router -> [[Guidance]] -> rescore -> advantage -> Batch -> train
+    rollout -> [Trajectory] -> skills -> [Skills | None] -> router -> [[Guidance]] -> rescore, advantage -> Batch
 
 Token ids are the truth: what was sampled is what is scored and trained on, never re-tokenised text. A skill changes a
 prompt, never a response, so original and skill-augmented scores line up position by position.

@@ -85,7 +85,7 @@ def success_by_type(trajectories: list[Trajectory]) -> dict[str, tuple[int, int]
 
 
 def format_table(results: dict[str, list[Trajectory]]) -> str:
-    """One line a split: success in % by task type, then over all games with the 95% interval and the number of games."""
+    """A line a split: success in % by task type, then over all games, its 95% interval, the number of games."""
     columns = [*TASK_TYPES.values(), "All"]
     lines = [f"{'split':<13}" + "".join(f"{column:>8}" for column in columns) + f"{'95% interval':>17}{'games':>7}"]
     for split, trajectories in results.items():

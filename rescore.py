@@ -118,7 +118,7 @@ def response_logprobs(
 def guided_steps(
     trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]], level: str
 ) -> Iterator[tuple[int, Trajectory, int, Guidance]]:
-    """(row, trajectory, step, guidance) of every step that has guidance of `level`; rows count steps pooled in order."""
+    """(row, trajectory, step, guidance) of each step with guidance of `level`; rows count steps pooled in order."""
     row = 0
     for trajectory, route in zip(trajectories, routes, strict=True):
         for t, guidances in enumerate(route):

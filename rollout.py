@@ -253,7 +253,7 @@ def rollout(
     """Play every game `group_size` times -> (trajectories grouped in order, metrics).
 
     All live episodes take their turn in one batch; a finished one leaves it. An episode whose coming context could not
-    hold a full response within `context_limit` tokens ends there, unsuccessful, and is counted ("rollout/context_full").
+    hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted (rollout/context_full).
     Raises ValueError where even a first turn does not fit.
     """
     episodes = [

@@ -36,7 +36,7 @@ Steps, numbered from 0, each as observation -> action:
 Write three things:
 1. episode_summary: one or two sentences on what happened.
 2. episode_skill: {focus}
-3. step_skills: for at most {max_step_skills} critical steps, one short imperative sentence each: what to do at that step.
+3. step_skills: for at most {max_step_skills} critical steps, one short imperative sentence each: what to do there.
 
 Rules for skills:
 - Be general: the order of work, what to check, what to avoid, where such things are usually found.

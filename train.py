@@ -56,7 +56,7 @@ class Run:
         torch.manual_seed(config.seed)
         model = add_lora(model, config.lora_rank) if config.lora_rank else drop_quantization(model)
         self.model = model.to(self.accelerator.device)
-        # The model is not wrapped for data parallelism: gradients are summed once a step (see `_step`), so processes may
+        # The model is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
         self.reference, self.ema = frozen_copy(self.model), None
         if config.scorer == "ema":
@@ -215,12 +215,11 @@ class Run:
         for micro in micro_batches(sequences, config.token_budget):
             with self.accelerator.autocast():
                 new, rows, columns = sequence_logprobs(self.model, micro, config.temperature)  # (N,)
-
-            def of(tensor: Tensor) -> Tensor:
-                return tensor.to(device)[rows, columns]  # (N,)
-
-            policy, clipped = policy_loss(new, of(batch.old_logprobs), of(batch.advantages), config.clip)
-            kl = k3(new, of(batch.reference_logprobs)) if config.kl else torch.zeros_like(policy)
+            at = rows.cpu(), columns.cpu()
+            old, advantages = batch.old_logprobs[at].to(device), batch.advantages[at].to(device)  # (N,)
+            policy, clipped = policy_loss(new, old, advantages, config.clip)
+            reference = batch.reference_logprobs[at].to(device) if config.kl else None
+            kl = k3(new, reference) if config.kl else torch.zeros_like(policy)
             loss = (policy + config.kl * kl).sum() / tokens
             if not loss.isfinite():
                 raise FloatingPointError(
@@ -292,7 +291,7 @@ def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tu
 
 
 def k3(new: Tensor, reference: Tensor) -> Tensor:
-    """KL(pi_theta || pi_ref) a token, by Schulman's k3 on sampled tokens: exp(d) - 1 - d, d = log pi_ref - log pi_theta.
+    """KL(pi_theta || pi_ref) a token, by Schulman's k3 on sampled tokens: exp(d) - 1 - d, d = log pi_ref - log pi_th.
     Never negative. (N,) -> (N,)"""
     d = reference - new
     return d.exp() - 1 - d

@@ -53,8 +53,8 @@ LEARNING_RATE, BATCH_TOKENS = 2e-3, 4096
 JSON_OPEN, JSON_SKILL, JSON_STEPS = '{"episode_summary": "', '", "episode_skill": "', '", "step_skills": {'
 JSON_PIECES = [JSON_OPEN, JSON_SKILL, JSON_STEPS, '",', '"}}', "}}", *(f'"{t}": "' for t in range(64))]
 PROMPT_WORDS = (
-    "task skill hint now before did outcome success failure step write skills first then find never every leave without "
-    "again same stop after one second done closed not nothing happens"
+    "task skill hint now before did outcome success failure step write skills first then find never every leave "
+    "without again same stop after one second done closed not nothing happens"
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<end>"
@@ -66,7 +66,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Word level: every word of the games, of the compact prompts and of the demonstrations is one token, and so is
     each piece of the skills' JSON, so that the tiny model writes the same JSON through the same code path."""
     kinds = (name.lower() for name in FACTS["object_types"] + FACTS["receptacle_types"])
-    texts = re.findall(r"[a-z]+", (DATA / "alfred.twl2").read_text().lower())  # every word of the engine's grammar
+    wordings = " ".join(text for goal in FACTS["goals"].values() for text in goal["templates"])
+    texts = re.findall(r"[a-z]+", f"{wordings} {(DATA / 'alfred.twl2').read_text()}".lower())  # all the engine can say
     known = sorted({*kinds, *texts, *PROMPT_WORDS.split(), ":", "->", *map(str, range(64))})
     special = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *known])}, unk_token="<unk>"))
@@ -334,10 +335,13 @@ class Demonstrator:
 
 def fill_slots(prompt, texts: dict[str, str]) -> str:
     """Like router.fill, for several skills at once: hinted play shows more than one step skill in a conversation."""
-    pieces = [
-        p if isinstance(p, str) else p.template.format(text=texts[p.level]) if texts[p.level] else "" for p in prompt
-    ]
-    return "".join(pieces)
+
+    def show(piece) -> str:
+        if isinstance(piece, str):
+            return piece
+        return piece.template.format(text=texts[piece.level]) if texts[piece.level] else ""
+
+    return "".join(map(show, prompt))
 
 
 # ---- supervised training --------------------------------------------------------------------------------------------
@@ -353,11 +357,12 @@ def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) 
         epoch = micro_batches(sequences, BATCH_TOKENS)
         rng.shuffle(epoch)
         batches += epoch
-    bar = tqdm(batches, desc="warm start", disable=None)
+    warmup = min(50, 1 + len(batches) // 10)
+    bar = tqdm(batches, desc="warm start", mininterval=2)
     for step, batch in enumerate(bar):
         progress = step / len(batches)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50, 1.02 - progress)
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / warmup, 1.02 - progress)
         with torch.autocast("cpu", torch.bfloat16):
             logprobs, _, _ = sequence_logprobs(model, batch, 1.0)
         loss = -logprobs.mean()
@@ -373,10 +378,8 @@ def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) 
 def demonstrations(tokenizer, seed: int, games: int = GAMES, plays: int = PLAYS) -> list[Sequence]:
     paths = generate_games("cache/alfworld-small", "train", games, 0, size="small")
     demonstrator = Demonstrator(tokenizer, seed)
-    rounds = [path for _ in range(plays) for path in paths]
-    return [
-        s for path in tqdm(rounds, desc="demonstrations", disable=None) for s in demonstrator.sequences(load_game(path))
-    ]
+    rounds = tqdm([path for _ in range(plays) for path in paths], desc="demonstrations", disable=None)
+    return [sequence for path in rounds for sequence in demonstrator.sequences(load_game(path))]
 
 
 def warm_started(seed: int = 0, cache: str | Path = "cache"):

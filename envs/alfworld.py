@@ -160,9 +160,9 @@ class AlfworldEnv:
             f"[Observation {i}: '{seen}', Action {i}: '{action}']" for i, (seen, action) in enumerate(recent, first)
         )
         past = (
-            f"Prior to this step, you have already taken {len(history)} step(s). Below are the most recent {len(recent)} "
-            f"observations and the corresponding actions you took: {shown}\nYou are now at step {len(history) + 1} and "
-            f"your current observation is: {observation}\n"
+            f"Prior to this step, you have already taken {len(history)} step(s). Below are the most recent "
+            f"{len(recent)} observations and the corresponding actions you took: {shown}\n"
+            f"You are now at step {len(history) + 1} and your current observation is: {observation}\n"
         )
         opening = f"\n{ROLE} Your task is to: {task}\n"
         return (opening, EPISODE_SLOT, past + actions, STEP_SLOT, f"{YOUR_TURN}{REASON}{CHOOSE}")

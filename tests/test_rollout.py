@@ -1,6 +1,8 @@
 """Rollouts: plain sampling, the cache carried over turns, contexts as sampled."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,9 +126,7 @@ def test_a_rollout_is_a_function_of_its_seed_and_not_of_the_cache(llama, tokeniz
 
 def test_finished_episodes_leave_the_batch_and_success_is_rewarded(llama, tokenizer, games, monkeypatch):
     """A sampler that recites the walkthrough of one game: the other game's episodes go on without it."""
-    import json
-
-    plan = json.loads(open(games[0]).read())["walkthrough"]
+    plan = json.loads(Path(games[0]).read_text())["walkthrough"]
     sizes = []
 
     def recite(self, keys, contexts):

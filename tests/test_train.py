@@ -1,11 +1,13 @@
 """The update in hand-computed numbers, and whole runs: GRPO as the zero of OPID, exact resume, many processes."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train as train_module
-from config import Config
+from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
 from train import k3, policy_loss, train
 
+SMALL = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
+SMALL += "--mini-batch 8 --learning-rate 1e-3"
 ROOT = Path(__file__).parent.parent
 
 
@@ -46,8 +50,6 @@ def test_k3_is_zero_at_the_reference_positive_elsewhere_and_pulls_back():
 @pytest.fixture
 def random_tiny(monkeypatch, llama, tokenizer):
     """`--model tiny` without its warm start, and skills by a script, since a random model writes none."""
-    import copy
-
     # half of its responses count as valid, so that there is an outcome to learn from
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
@@ -55,12 +57,9 @@ def random_tiny(monkeypatch, llama, tokenizer):
     monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
 
-def config(tmp_path, name, **changes):
-    small = dict(iterations=3, tasks=2, rollouts=2, max_steps=4, max_new_tokens=6, train_games=6, eval_games=2)
-    rest = dict(
-        eval_every=0, save_every=1, mini_batch=8, invalid_penalty=1.0, learning_rate=1e-3, kl=0.01, scorer="old"
-    )
-    return Config(**(small | rest | dict(out=str(tmp_path / name)) | changes))
+def config(tmp_path, name, **changes) -> Config:
+    flags = f"{SMALL} --eval-every 0 --save-every 1 --invalid-penalty 1 --scorer old --iterations 3"
+    return replace(parse_args([*flags.split(), "--out", str(tmp_path / name)]), **changes)
 
 
 def weights(out) -> dict:
@@ -134,7 +133,8 @@ def test_resume_goes_on_exactly(random_tiny, tmp_path):
     train(whole)
     halves.iterations = 2
     train(halves)
-    Path(halves.out, "metrics.jsonl").open("a").write('{"iteration": 2, "half-writ')  # what a kill may leave
+    with open(Path(halves.out, "metrics.jsonl"), "a") as file:
+        file.write('{"iteration": 2, "half-writ')  # what a kill may leave
     halves.iterations, halves.resume = 4, True
     train(halves)
     assert lines(whole.out) == lines(halves.out)
@@ -181,8 +181,7 @@ train.train(parse_args(sys.argv[1:]))
 
 
 def command(out, *more):
-    flags = "--algo grpo --tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
-    flags += "--eval-every 0 --save-every 3 --invalid-penalty 1 --learning-rate 1e-3"
+    flags = f"{SMALL} --algo grpo --eval-every 0 --save-every 3 --invalid-penalty 1"
     return [*flags.split(), "--out", str(out), *more]
 
 

@@ -1,0 +1,148 @@
+"""The environment around the engines: prompts byte for byte, slots, parser, splits, errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data import Guidance, Slot
+from envs import make_env
+from envs.alfworld import AlfworldEnv, list_games, words
+from envs.alfworld_engine import GameFileError
+from router import fill
+
+# The authors' templates (agent_system/environments/prompts/alfworld.py), with their fields filled for two cases.
+FIRST = """
+You are an expert agent operating in the ALFRED Embodied Environment.
+Your current observation is: {observation}
+Your admissible actions of the current situation are: ['go to bed 1'
+ 'look'].
+
+Now it's your turn to take an action.
+You should first reason step-by-step about the current situation. This reasoning process MUST be enclosed within <think> </think> tags. 
+Once you've finished your reasoning, you should choose an admissible action for current step and present it within <action> </action> tags.
+"""  # noqa: E501
+LATER = """
+You are an expert agent operating in the ALFRED Embodied Environment. Your task is to: look at bowl.
+Prior to this step, you have already taken 3 step(s). Below are the most recent 2 observations and the corresponding actions you took: [Observation 2: 'o2', Action 2: 'a2']
+[Observation 3: 'o3', Action 3: 'a3']
+You are now at step 4 and your current observation is: o4
+Your admissible actions of the current situation are: ['go to bed 1'
+ 'look'].
+
+Now it's your turn to take an action.
+You should first reason step-by-step about the current situation. This reasoning process MUST be enclosed within <think> </think> tags.
+Once you've finished your reasoning, you should choose an admissible action for current step and present it within <action> </action> tags.
+"""  # noqa: E501
+ACTIONS = ["go to bed 1", "help", "look"]
+HISTORY = [("o1", "a1"), ("o2", "a2"), ("o3", "a3")]
+
+
+def test_first_window_prompt_is_the_authors():
+    prompt = AlfworldEnv().build_prompt("window", "look at bowl.", [], "Your task is to: look at bowl.", ACTIONS)
+    assert fill(prompt) == FIRST.format(observation="Your task is to: look at bowl.")
+
+
+def test_later_window_prompt_is_the_authors_and_shows_the_last_steps():
+    prompt = AlfworldEnv(history=2).build_prompt("window", "look at bowl.", HISTORY, "o4", ACTIONS)
+    assert fill(prompt) == LATER
+
+
+def test_skills_go_where_the_authors_put_them():
+    prompt = AlfworldEnv(history=2).build_prompt("window", "look at bowl.", HISTORY, "o4", ACTIONS)
+    episode, step = fill(prompt, Guidance("episode", "E")), fill(prompt, Guidance("step", "S"))
+    assert "look at bowl.\n\n**Episode-Level Skill**\nRefer to this episode-level skill" in episode
+    assert "episode:\n[E]\n\nPrior to this step" in episode
+    assert (
+        "'look'].\n\n**Critical-Step Skill**\nUse this current-step skill for this decision only:\n[S]\n\nNow it"
+        in step
+    )
+
+
+@pytest.mark.parametrize("style", ["official", "compact"])
+def test_chat_has_the_episode_slot_in_its_opening_only_and_a_step_slot_in_every_turn(style):
+    env = AlfworldEnv(prompt=style)
+    levels = [
+        [piece.level for piece in env.build_prompt("chat", "task", history, "seen", ACTIONS) if isinstance(piece, Slot)]
+        for history in ([], HISTORY)
+    ]
+    assert levels == [["episode", "step"], ["step"]]
+
+
+@pytest.mark.parametrize(
+    ("response", "action", "valid"),
+    [
+        ("<think>hm</think><action> Go to bed 1 </action>", "go to bed 1", True),
+        ("<action>look</action>", "look", False),  # no thought
+        ("<think>hm</think> go to bed 1 and then look around", "go to bed 1 and then look around"[-30:], False),
+        ("<think>看</think><action>look</action>", "look", False),
+        ("<think>a</think><action>x</action><action>y</action>", "x", True),
+    ],
+)
+def test_official_parser(response, action, valid):
+    assert AlfworldEnv().parse_action(response, ACTIONS) == (action, valid)
+
+
+def test_compact_parser_takes_admissible_commands():
+    env = AlfworldEnv(prompt="compact")
+    assert env.parse_action(" look ", ACTIONS) == ("look", True)
+    assert env.parse_action("go to moon 1", ACTIONS) == ("go to moon 1", False)
+
+
+@pytest.mark.parametrize(
+    ("official", "compact"),
+    [
+        ("You arrive at desk 1. On the desk 1, you see a pen 2, and a cd 1.", "on desk 1 see pen 2 cd 1"),
+        ("You arrive at safe 1. The safe 1 is closed.", "safe 1 is closed"),
+        ("You open the safe 1. The safe 1 is open. In it, you see nothing.", "open safe 1 see nothing"),
+        (
+            "You are in the middle of a room. Looking quickly around you, you see a bed 1, and a safe 1.",
+            "see bed 1 safe 1",
+        ),
+        ("Nothing happens.", "nothing happens"),
+        ("find two pen and put them in drawer.", "find two pen put them drawer"),
+    ],
+)
+def test_compact_words(official, compact):
+    assert words(official) == compact
+
+
+def test_every_word_of_many_games_is_in_the_tiny_vocabulary(tokenizer, games):
+    for game in games:
+        env = AlfworldEnv(prompt="compact")
+        observation, info = env.reset(options={"game": game})
+        for command in json.loads(Path(game).read_text())["walkthrough"]:
+            for text in (observation, info.get("task", ""), *info["admissible_actions"]):
+                assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
+            observation, _, _, _, info = env.step(command)
+        assert info["won"]
+
+
+def test_gymnasium_protocol(games):
+    env = make_env("alfworld", games=games, max_steps=2, engine="fast")
+    first, info = env.reset(seed=1)
+    assert info["game"] == games[1]
+    assert first.endswith(f"Your task is to: {info['task']}")
+    _, reward, terminated, truncated, info = env.step("look")
+    assert (reward, terminated, truncated, info["won"]) == (0.0, False, False, False)
+    assert env.step("look")[2:4] == (False, True)
+    assert env.reset(seed=1)[0] == first
+    assert env.tasks("train") == games
+
+
+def test_mistakes_are_named(tmp_path, games):
+    with pytest.raises(ValueError, match="alfworld"):
+        make_env("alfwrld")
+    with pytest.raises(ValueError, match="engine"):
+        AlfworldEnv(engine="slow")
+    with pytest.raises(ValueError, match="no game to play"):
+        AlfworldEnv().reset()
+    with pytest.raises(RuntimeError, match="reset"):
+        AlfworldEnv().step("look")
+    with pytest.raises(ValueError, match="valid_seen"):
+        list_games(tmp_path, "test")
+    with pytest.raises(FileNotFoundError, match="alfworld-download"):
+        list_games(tmp_path, "train")
+    with pytest.raises(GameFileError, match=r"game\.tw-pddl"):
+        AlfworldEnv().reset(options={"game": str(tmp_path / "game.tw-pddl")})
+    assert list_games(Path(games[0]).parents[4], "train") == sorted(games)

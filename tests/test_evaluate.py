@@ -1,0 +1,41 @@
+"""The paper's table and its interval."""
+
+import pytest
+import torch
+
+from config import Config
+from data import Trajectory
+from evaluate import evaluate, format_table, games_of, success_by_type, wilson
+from rollout import Encoder
+
+
+def played(task_type, *outcomes):
+    return [Trajectory("task", 0, [], outcome, task_type=task_type) for outcome in outcomes]
+
+
+def test_wilson_interval_by_hand():
+    # 8 of 10: centre (0.8 + 0.19207) / 1.38415, half width 1.96 * sqrt(0.016 + 0.009604) / 1.38415
+    low, high = wilson(8, 10)
+    assert low == pytest.approx(0.4902, abs=1e-3)
+    assert high == pytest.approx(0.9433, abs=1e-3)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_table():
+    games = played("pick_and_place_simple", True, False) + played("pick_two_obj_and_place", True, True, False)
+    assert success_by_type(games) == {"Pick": (1, 2), "Pick2": (2, 3), "All": (3, 5)}
+    header, line = format_table({"valid_seen": games}).splitlines()
+    assert header.split()[:8] == ["split", "Pick", "Look", "Clean", "Heat", "Cool", "Pick2", "All"]
+    assert line.split()[:8] == ["valid_seen", "50.0", "-", "-", "-", "-", "66.7", "60.0"]
+    assert line.split()[-1] == "5"
+
+
+def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, tokenizer):
+    config = Config(eval_games=3, max_steps=3, max_new_tokens=6)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    encoder = Encoder(tokenizer, "chat")
+    runs = [evaluate(llama, encoder, config, ["valid_unseen"])["valid_unseen"] for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [[s.response for s in t.steps] for t in runs[0]] == [[s.response for s in t.steps] for t in runs[1]]
+    assert [t.game for t in runs[0]] == games_of(config, "valid_unseen")

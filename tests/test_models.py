@@ -1,0 +1,56 @@
+"""Loading and saving: SmolLM2 from its package, LoRA with the adapters off as the reference."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models import add_lora, frozen_copy, load_model, save_policy
+
+
+def test_smollm2_is_dense_trainable_and_answers(smollm2):
+    model, tokenizer = smollm2
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0])
+
+
+def test_a_saved_policy_loads_plainly(llama, tokenizer, tmp_path):
+    save_policy(llama, tokenizer, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), again.parameters(), strict=True))
+    text = '{"episode_summary": " done ", "episode_skill": " open it ", "step_skills": { "1": " look "}}'
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert load_model(str(tmp_path))[1].chat_template == tokenizer.chat_template
+
+
+def test_a_model_without_a_chat_template_is_refused(llama, tokenizer, tmp_path):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    save_policy(llama, bare, tmp_path)
+    with pytest.raises(ValueError, match="chat template"):
+        load_model(str(tmp_path))
+
+
+def test_lora_reference_is_the_start_and_the_merged_policy_is_the_end(llama, tokenizer, tmp_path):
+    ids = torch.tensor([tokenizer("<user>look<assistant>")["input_ids"]])
+    start = copy.deepcopy(llama)
+    model = add_lora(copy.deepcopy(llama), rank=4)
+    reference = frozen_copy(model)
+    assert 0 < sum(p.numel() for p in model.parameters() if p.requires_grad) < start.num_parameters() / 2
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        assert torch.allclose(reference(input_ids=ids).logits, start(input_ids=ids).logits, atol=1e-5)
+        changed = model(input_ids=ids).logits
+        assert not torch.allclose(changed, start(input_ids=ids).logits, atol=1e-2)
+        save_policy(model, tokenizer, tmp_path)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.allclose(merged(input_ids=ids).logits, changed, atol=1e-3)
+    assert reference.device == model.device

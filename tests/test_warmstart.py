@@ -1,0 +1,82 @@
+"""The tiny model's demonstrations: what they teach is right, general, and spelled as training will see it."""
+
+import random
+
+import pytest
+import torch
+
+from envs.alfworld_engine import FastEngine, load_game
+from skills import parse_skills
+from warmstart import Demonstrator, hindsight, hint, play, skills_json, tiny_model, warm_start
+
+
+@pytest.fixture(scope="module")
+def demonstrator(tokenizer):
+    return Demonstrator(tokenizer, seed=0)
+
+
+def test_flawless_play_wins_and_flaws_cost(games):
+    plays = [play(load_game(g), random.Random(i), set(), slip=0.0) for i in range(5) for g in games]
+    assert all(p.success for p in plays)
+    novices = [play(load_game(g), random.Random(i), {"forget", "shut"}) for i in range(5) for g in games]
+    assert 0 < sum(p.success for p in novices) < 0.5 * len(novices)
+
+
+def test_recorded_plays_are_real(games):
+    record = play(load_game(games[0]), random.Random(3), {"forget"})
+    engine = FastEngine(load_game(games[0]))
+    engine.reset()
+    for _, command, _ in record.turns:
+        engine.step(command)
+    assert engine.won == record.success
+
+
+def test_skills_are_general(games):
+    """No skill names a numbered place or thing: that is what only hindsight, or only this game, knows."""
+    for seed in range(6):
+        for game in games:
+            skills = hindsight(play(load_game(game), random.Random(seed), {"shut"}))
+            for text in (skills.episode, *skills.steps.values()):
+                assert not any(word.isdigit() for word in text.split()), text
+
+
+def test_step_skills_say_what_a_good_player_would_do_there(games):
+    for game in games:
+        record = play(load_game(game), random.Random(1), {"forget", "shut"})
+        for t, text in hindsight(record).steps.items():
+            assert text == record.advice_in_words[t]
+            assert record.critical[t]
+
+
+def test_hint_words():
+    assert hint("go to safe 1", held="") == "look in safe"
+    assert hint("go to safe 1", held="pen 1") == "go to safe"
+    assert hint("take pen 1 from safe 1", held="") == "take pen"
+    assert hint("heat egg 2 with microwave 1", held="egg 2") == "heat egg with microwave"
+
+
+def test_json_round_trip_in_the_tiny_tokenizer(tokenizer, games):
+    skills = hindsight(play(load_game(games[0]), random.Random(0), {"forget", "shut"}))
+    ids = tokenizer(skills_json(skills))["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert parse_skills(tokenizer.decode(ids), 64, 5) == skills
+
+
+def test_sequences_mark_just_the_responses(demonstrator, tokenizer, games):
+    for game in games:
+        for sequence in demonstrator.sequences(load_game(game)):
+            assert tokenizer.unk_token_id not in sequence.ids
+            for _, start, size in sequence.responses:
+                assert sequence.ids[start - 1] == tokenizer.convert_tokens_to_ids("<assistant>")
+                assert sequence.ids[start + size - 1] == tokenizer.eos_token_id
+
+
+def test_warm_start_learns_and_is_seeded(demonstrator, tokenizer, games):
+    sequences = [s for _ in range(2) for g in games[:3] for s in demonstrator.sequences(load_game(g))]
+    losses, weights = [], []
+    for _ in range(2):
+        model = tiny_model(len(tokenizer), seed=1, width=48)
+        losses.append((warm_start(model, sequences, 0, epochs=1), warm_start(model, sequences, 0, epochs=12)))
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert losses[0][1] < 0.85 * losses[0][0]
+    assert torch.equal(weights[0], weights[1])
