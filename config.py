@@ -49,7 +49,7 @@ class Config:
     group_over: str = _("steps", "what group statistics are taken over", ("steps", "trajectories"))
 
     # skill writing
-    skill_tokens: int = _(512, "most tokens of a skill answer")
+    skill_tokens: int = _(96, "most tokens of a skill answer")
     skill_temperature: float = _(1.0, "temperature of skill writing; 0: greedy")
     skill_prefill: str = _("", "text that starts every skill answer for the model, such as '{'")
     openai_base_url: str | None = _(None, "endpoint for --skill-writer openai; none: the library's default")
@@ -62,7 +62,7 @@ class Config:
     game_size: str = _("small", "size of generated ALFWorld rooms", ("small", "full"))
     train_games: int = _(1000, "generated training games")
     eval_games: int = _(200, "games a split at evaluation, at most")
-    max_steps: int = _(30, "most steps an episode")
+    max_steps: int = _(20, "most steps an episode")
     history: int = _(5, "last steps shown in a 'window' prompt")
     success_reward: float = _(10.0, "outcome reward of a solved task")
     invalid_penalty: float = _(0.1, "taken off a step's return for an invalid action")

@@ -19,7 +19,7 @@ def load_model(name: str, *, dtype: str = "float32", seed: int = 0):
     Raises ValueError where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
     """
     if name == "tiny":
-        from warmstart import warm_started  # it imports what it needs of this file
+        from tiny.warmstart import warm_started  # it imports what it needs of this file
 
         return warm_started(seed)
     source, options = name, {}

@@ -6,7 +6,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from envs.alfworld import AlfworldEnv, generate_games
 from models import drop_quantization, load_model
-from warmstart import tiny_model, tiny_tokenizer
+from tiny.warmstart import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,7 @@ def test_unparsable_skills_are_counted_and_shift_nothing(random_tiny, tmp_path, 
 
 SCRIPT = """
 import sys, torch, train
-from warmstart import tiny_model, tiny_tokenizer
+from tiny.warmstart import tiny_model, tiny_tokenizer
 from config import parse_args
 from envs.alfworld import AlfworldEnv
 torch.set_num_threads(1)

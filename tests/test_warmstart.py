@@ -7,7 +7,13 @@ import torch
 
 from envs.alfworld_engine import FastEngine, load_game
 from skills import parse_skills
-from warmstart import Demonstrator, hindsight, hint, play, skills_json, tiny_model, warm_start
+from tiny.demonstrations import hindsight, hint, novice, reciter, watch
+from tiny.warmstart import Demonstrator, skills_json, tiny_model, warm_start
+
+
+def play(game, seed: int, flaws: set[str], **habits):
+    rng = random.Random(seed)
+    return watch(load_game(game), rng, novice(rng, flaws, **habits))
 
 
 @pytest.fixture(scope="module")
@@ -16,33 +22,36 @@ def demonstrator(tokenizer):
 
 
 def test_flawless_play_wins_and_flaws_cost(games):
-    plays = [play(load_game(g), random.Random(i), set(), slip=0.0) for i in range(5) for g in games]
+    plays = [play(g, i, set(), slip=0.0) for i in range(5) for g in games]
     assert all(p.success for p in plays)
-    novices = [play(load_game(g), random.Random(i), {"forget", "shut"}) for i in range(5) for g in games]
+    novices = [play(g, i, {"forget", "shut"}) for i in range(5) for g in games]
     assert 0 < sum(p.success for p in novices) < 0.5 * len(novices)
 
 
 def test_recorded_plays_are_real(games):
-    record = play(load_game(games[0]), random.Random(3), {"forget"})
+    record = play(games[0], 3, {"forget"})
+    commands = [command for _, command, _ in record.turns]
     engine = FastEngine(load_game(games[0]))
     engine.reset()
-    for _, command, _ in record.turns:
+    for command in commands:
         engine.step(command)
     assert engine.won == record.success
+    again = watch(load_game(games[0]), random.Random(3), reciter(commands), max_steps=len(commands))
+    assert [(seen, done) for seen, done, _ in again.turns] == [(seen, done) for seen, done, _ in record.turns]
 
 
 def test_skills_are_general(games):
     """No skill names a numbered place or thing: that is what only hindsight, or only this game, knows."""
     for seed in range(6):
         for game in games:
-            skills = hindsight(play(load_game(game), random.Random(seed), {"shut"}))
+            skills = hindsight(play(game, seed, {"shut"}))
             for text in (skills.episode, *skills.steps.values()):
                 assert not any(word.isdigit() for word in text.split()), text
 
 
 def test_step_skills_say_what_a_good_player_would_do_there(games):
     for game in games:
-        record = play(load_game(game), random.Random(1), {"forget", "shut"})
+        record = play(game, 1, {"forget", "shut"})
         for t, text in hindsight(record).steps.items():
             assert text == record.advice_in_words[t]
             assert record.critical[t]
@@ -56,7 +65,7 @@ def test_hint_words():
 
 
 def test_json_round_trip_in_the_tiny_tokenizer(tokenizer, games):
-    skills = hindsight(play(load_game(games[0]), random.Random(0), {"forget", "shut"}))
+    skills = hindsight(play(games[0], 0, {"forget", "shut"}))
     ids = tokenizer(skills_json(skills))["input_ids"]
     assert tokenizer.unk_token_id not in ids
     assert parse_skills(tokenizer.decode(ids), 64, 5) == skills

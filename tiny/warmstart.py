@@ -17,10 +17,8 @@ on them, and training collapses.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,23 +27,21 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import Skills, Step, Trajectory
-from envs.alfworld import COMPACT_ANALYSIS, AlfworldEnv, generate_games, words
-from envs.alfworld_engine import FastEngine, load_game
-from envs.alfworld_expert import TOOLS, Explorer, kind_of
-from envs.alfworld_rooms import DATA, FACTS, likely_places
+from envs.alfworld import COMPACT_ANALYSIS, AlfworldEnv, generate_games
+from envs.alfworld_engine import load_game
+from envs.alfworld_rooms import DATA, FACTS
 from rescore import Sequence, micro_batches, sequence_logprobs
 from rollout import Encoder
 from runlog import replace
 from skills import analysis_prompt
+from tiny.demonstrations import STEP_SKILLS, Play, flaw_of, hindsight, novice, watch, workflow
 
 GAMES = 2000  # generated train games that demonstrations come from
 PLAYS = 2  # times that each is played in each way
-FLAWS = {"forget": 0.65, "shut": 0.55}  # chance that a novice has the flaw
-SLIP = 0.12  # chance of a random command, a step
+FLAWS = {"forget": 0.5, "shut": 0.45}  # chance that a novice has the flaw
 HINTED = 0.25  # share of steps with a hint, in hinted play
-MAX_STEPS = 20
-STEP_SKILLS = 3  # at most, in a demonstration of hindsight
-LEARNING_RATE, BATCH_TOKENS = 2e-3, 4096
+LEARNING_RATE, BATCH_TOKENS = 3e-3, 2048
+OTHER_TOKENS = 0.3  # weight of tokens that are not responses: they teach copying early, where responses alone do not
 
 
 # ---- tokenizer and model ---------------------------------------------------------------------------------------------
@@ -104,167 +100,7 @@ def tiny_model(vocabulary_size: int, seed: int, width: int = 192, layers: int = 
     )
 
 
-# ---- demonstrations --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Play:
-    """One scripted episode: what was seen and done, what a good player would have done, and which hints were shown."""
-
-    task: str
-    task_type: str
-    thing: str
-    parent: str
-    lamp: str
-    turns: list[tuple[str, str, str]] = field(default_factory=list)  # (observation, command, advice)
-    critical: list[bool] = field(default_factory=list)  # a step that decides something
-    advice_in_words: list[str] = field(default_factory=list)  # the step skill that each step could have had
-    hints: dict[int, str] = field(default_factory=dict)
-    skill: str = ""  # the episode skill that it was played under
-    success: bool = False
-
-
-class Adviser(Explorer):
-    """An Explorer that can look over a novice's shoulder: it copes with commands that it would not have given."""
-
-    def reset(self, observation: str) -> None:
-        super().reset(observation)
-        self.treated: set[str] = set()
-        self.origin = ""  # where what is held was taken from
-
-    def _remember(self, observation: str) -> None:
-        verb, names = self.command.split()[0], re.findall(r"[a-z]+ \d+", self.command)
-        happened = not observation.startswith("Nothing happens")
-        if happened and verb == "take":
-            self.origin = names[1]
-            self.seen.setdefault(names[0], names[1])
-        super()._remember(observation)
-        if happened and verb in ("clean", "heat", "cool"):
-            self.treated.add(names[0])
-        elif happened and verb == "take":
-            self.ready = self.task_type not in TOOLS or names[0] in self.treated
-        elif happened and verb == "close":
-            self.closed.add(names[0])
-
-    def _bring(self) -> str:
-        if kind_of(self.held) != self.thing:
-            return self._reach(self.origin) or f"move {self.held} to {self.origin}"
-        return super()._bring()
-
-    def critical(self) -> bool:
-        """Whether the step decides something: a chance to open, take, treat, place or use, or the way there."""
-        return not self.command.startswith("go ") or bool(self.held)
-
-    def careless(self, rng: random.Random) -> str | None:
-        """What somebody does who forgets half of the task, or None where there is nothing to forget."""
-        if self.task_type in TOOLS and self.held and not self.ready:
-            place = self._destination()
-            return self._reach(place) or f"move {self.held} to {place}"
-        if self.task_type == "look_at_obj_in_light" and self.held and self.at:
-            return f"move {self.held} to {self.at}"
-        if self.task_type == "pick_two_obj_and_place" and not self.held and self.target:
-            return f"go to {rng.choice(self.receptacles)}"
-        return None
-
-
-def play(
-    game, rng: random.Random, flaws: set[str], *, skill: str = "", hinted: float = 0.0, slip: float = SLIP
-) -> Play:
-    """One episode of a novice with `flaws`; at a share `hinted` of the steps it is given the adviser's hint and acts on
-    it."""
-    engine, adviser = FastEngine(game), Adviser(rng, likely_places)
-    observation = engine.reset()
-    adviser.reset(observation)
-    record = Play(words(game.task), game.task_type, adviser.thing, adviser.parent, adviser.lamp, skill=skill)
-    observation = observation.partition("\n\n")[2].partition("\n\nYour task is to:")[0]
-    for t in range(MAX_STEPS):
-        advice = adviser.act(observation)
-        record.critical.append(adviser.critical())
-        record.advice_in_words.append(hint(advice, adviser.held))
-        command = advice
-        if rng.random() < hinted:
-            record.hints[t] = record.advice_in_words[t]
-        else:
-            if "forget" in flaws:
-                command = adviser.careless(rng) or command
-            if "shut" in flaws and command.startswith("open "):
-                command = f"go to {rng.choice(adviser.receptacles)}"
-            if rng.random() < slip:
-                command = rng.choice([c for c in engine.admissible_commands() if c not in ("help", "inventory")])
-        record.turns.append((words(observation), command, advice))
-        adviser.command = command
-        observation = engine.step(command)
-        if engine.won:
-            record.success = True
-            break
-    return record
-
-
-# ---- skills, as a script would write them ---------------------------------------------------------------------------
-
-
-def hint(advice: str, held: str) -> str:
-    """A step skill: the advice in general words, without the numbers that only this game gives to things."""
-    verb, *kinds = [word for word in advice.split() if not word.isdigit()]
-    if verb == "go":
-        return f"go to {kinds[-1]}" if held else f"look in {kinds[-1]}"
-    return f"take {kinds[0]}" if verb == "take" else " ".join([verb, *kinds])
-
-
-def order_of_work(play: Play) -> str:
-    """What is done with the thing once it is found."""
-    thing, parent = play.thing, play.parent
-    if play.task_type in TOOLS:
-        verb, tool = TOOLS[play.task_type]
-        return f"{verb} {thing} with {tool} then move {thing} to {parent}"
-    if play.task_type == "look_at_obj_in_light":
-        return f"find {play.lamp} then use {play.lamp}"
-    again = f" then find second {thing} then move {thing} to {parent}"
-    return f"move {thing} to {parent}" + (again if play.task_type == "pick_two_obj_and_place" else "")
-
-
-def workflow(play: Play) -> str:
-    """The order of work for this kind of task, with where such things are usually found."""
-    places = " or ".join(likely_places(play.thing)[:2])
-    return (
-        f"first find {play.thing} look in {places} open every closed place then take {play.thing} then "
-        f"{order_of_work(play)}"
-    )
-
-
-def avoidance(play: Play, flaw: str) -> str:
-    """What to avoid, and so what to do instead, for one flaw."""
-    thing, parent = play.thing, play.parent
-    if flaw == "shut":
-        return "never leave closed place without you open it"
-    if play.task_type in TOOLS:
-        verb, tool = TOOLS[play.task_type]
-        return f"never move {thing} to {parent} before you {verb} {thing} with {tool}"
-    if play.task_type == "look_at_obj_in_light":
-        return f"never move {thing} before you use {play.lamp}"
-    if play.task_type == "pick_two_obj_and_place":
-        return f"never stop after one {thing} find second {thing}"
-    return "never look in same place again"
-
-
-def flaw_of(play: Play) -> str:
-    """What went wrong in a failed episode, read off what was done where something else was called for."""
-    for _, command, advice in play.turns:
-        if advice.startswith("open ") and not command.startswith("open "):
-            return "shut"
-    return "forget"
-
-
-def hindsight(play: Play) -> Skills:
-    """The skills of a finished episode. A step skill says what could have been known at its step."""
-    missed = [t for t, (_, command, advice) in enumerate(play.turns) if play.critical[t] and command != advice]
-    met = [t for t, (_, command, advice) in enumerate(play.turns) if play.critical[t] and command == advice]
-    chosen = sorted((met if play.success else missed)[:STEP_SKILLS])
-    steps = {t: play.advice_in_words[t] for t in chosen}
-    if play.success:
-        return Skills("done", workflow(play), steps)
-    flaw = flaw_of(play)
-    return Skills("closed place" if flaw == "shut" else "not done", avoidance(play, flaw), steps)
+# ---- demonstrations as token sequences ------------------------------------------------------------------------------
 
 
 def skills_json(skills: Skills) -> str:
@@ -272,9 +108,6 @@ def skills_json(skills: Skills) -> str:
     steps = " ".join(f'"{t}": " {text} ",' for t, text in skills.steps.items()).removesuffix('",')
     end = f'{steps}"}}}}' if steps else "}}"
     return f"{JSON_OPEN} {skills.summary} {JSON_SKILL} {skills.episode} {JSON_STEPS} {end}"
-
-
-# ---- demonstrations as token sequences ------------------------------------------------------------------------------
 
 
 class Demonstrator:
@@ -298,8 +131,9 @@ class Demonstrator:
     def flaws(self) -> set[str]:
         return {flaw for flaw, chance in FLAWS.items() if self.rng.random() < chance}
 
-    def play(self, game, flaws: set[str], **options) -> Play:
-        return play(game, random.Random(self.rng.random()), flaws, **options)
+    def play(self, game, flaws: set[str], *, skill: str = "", **habits) -> Play:
+        rng = random.Random(self.rng.random())
+        return watch(game, rng, novice(rng, flaws, **habits), skill=skill)
 
     def acting(self, play: Play) -> Sequence:
         """The conversation of a play, skill and hints in their slots; every command is to be learnt."""
@@ -347,11 +181,33 @@ def fill_slots(prompt, texts: dict[str, str]) -> str:
 # ---- supervised training --------------------------------------------------------------------------------------------
 
 
+def optimizers(model) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, which needs about half of AdamW's steps here, AdamW for everything else."""
+    hidden = {name for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
+    rest = [p for name, p in model.named_parameters() if name not in hidden]
+    hidden = [p for name, p in model.named_parameters() if name in hidden]
+    return [
+        torch.optim.Muon(hidden, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+
+
+def demonstration_loss(model, sequences: list[Sequence]) -> torch.Tensor:
+    """Weighted mean of -log p a token, in nats: weight 1 on responses, OTHER_TOKENS on everything else."""
+    whole = [Sequence(sequence.ids, [(row, 1, len(sequence.ids) - 1)]) for row, sequence in enumerate(sequences)]
+    weights = torch.full((len(sequences), max(len(s.ids) for s in sequences)), OTHER_TOKENS)  # (S, L)
+    for row, sequence in enumerate(sequences):
+        for _, start, size in sequence.responses:
+            weights[row, start - 1 : start - 1 + size] = 1.0
+    with torch.autocast(model.device.type, torch.bfloat16):
+        logprobs, rows, columns = sequence_logprobs(model, whole, 1.0)  # (N,)
+    weights = weights.to(model.device)[rows, columns]  # (N,)
+    return -(logprobs * weights).sum() / weights.sum()
+
+
 def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) -> float:
-    """Next-token training on the response tokens -> the mean loss of the last 50 steps, in nats a token."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
-    rng, losses = random.Random(seed), []
-    batches = []
+    """Next-token training -> the mean loss of the last 50 steps, in nats a token."""
+    training, rng, losses, batches = optimizers(model), random.Random(seed), [], []
     for _ in range(epochs):
         # Neighbours in length share a batch, but which batch comes when is random.
         epoch = micro_batches(sequences, BATCH_TOKENS)
@@ -360,16 +216,14 @@ def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) 
     warmup = min(50, 1 + len(batches) // 10)
     bar = tqdm(batches, desc="warm start", mininterval=2)
     for step, batch in enumerate(bar):
-        progress = step / len(batches)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / warmup, 1.02 - progress)
-        with torch.autocast("cpu", torch.bfloat16):
-            logprobs, _, _ = sequence_logprobs(model, batch, 1.0)
-        loss = -logprobs.mean()
+        loss = demonstration_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in training:
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / warmup, 1.02 - step / len(batches))
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
     return sum(losses[-50:]) / len(losses[-50:])
@@ -383,10 +237,10 @@ def demonstrations(tokenizer, seed: int, games: int = GAMES, plays: int = PLAYS)
 
 
 def warm_started(seed: int = 0, cache: str | Path = "cache"):
-    """-> (model, tokenizer), trained on first use and kept in `cache` under a hash of this file and the seed."""
+    """-> (model, tokenizer), trained on first use and kept in `cache` under a hash of the code and seed."""
     tokenizer = tiny_tokenizer()
-    key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps(seed).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"tiny-{key}"
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    folder = Path(cache) / f"tiny-{hashlib.sha256(code + str(seed).encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         model = tiny_model(len(tokenizer), seed)
         warm_start(model, demonstrations(tokenizer, seed), seed)

@@ -1,0 +1,202 @@
+"""Scripted episodes for the warm start: a novice with typical flaws, an adviser who looks over its shoulder,
+and the hindsight skills that a script would write about what it saw.
+
+The skills are general: the order of work, what to check, what to avoid, where such things are usually found. They never
+say where the thing lay in this very game: a policy that is re-scored under facts which it cannot see is taught to act
+on them, and training collapses.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data import Skills
+from envs.alfworld import words
+from envs.alfworld_engine import FastEngine
+from envs.alfworld_expert import TOOLS, Explorer, kind_of
+from envs.alfworld_rooms import likely_places
+
+SLIP = 0.06  # chance of a random command, a step
+MAX_STEPS = 20
+STEP_SKILLS = 3  # at most, in a demonstration of hindsight
+
+
+@dataclass
+class Play:
+    """One scripted episode: what was seen and done, what a good player would have done, and which hints were shown."""
+
+    task: str
+    task_type: str
+    thing: str
+    parent: str
+    lamp: str
+    turns: list[tuple[str, str, str]] = field(default_factory=list)  # (observation, command, advice)
+    critical: list[bool] = field(default_factory=list)  # a step that decides something
+    advice_in_words: list[str] = field(default_factory=list)  # the step skill that each step could have had
+    hints: dict[int, str] = field(default_factory=dict)
+    skill: str = ""  # the episode skill that it was played under
+    success: bool = False
+
+
+class Adviser(Explorer):
+    """An Explorer that can look over a novice's shoulder: it copes with commands that it would not have given."""
+
+    def reset(self, observation: str) -> None:
+        super().reset(observation)
+        self.treated: set[str] = set()
+        self.origin = ""  # where what is held was taken from
+
+    def _remember(self, observation: str) -> None:
+        verb, names = self.command.split()[0], re.findall(r"[a-z]+ \d+", self.command)
+        happened = not observation.startswith("Nothing happens")
+        if happened and verb == "take":
+            self.origin = names[1]
+            self.seen.setdefault(names[0], names[1])
+        super()._remember(observation)
+        if happened and verb in ("clean", "heat", "cool"):
+            self.treated.add(names[0])
+        elif happened and verb == "take":
+            self.ready = self.task_type not in TOOLS or names[0] in self.treated
+        elif happened and verb == "close":
+            self.closed.add(names[0])
+
+    def _bring(self) -> str:
+        if kind_of(self.held) != self.thing:
+            return self._reach(self.origin) or f"move {self.held} to {self.origin}"
+        return super()._bring()
+
+    def critical(self) -> bool:
+        """Whether the step decides something: a chance to open, take, treat, place or use, or the way there."""
+        return not self.command.startswith("go ") or bool(self.held)
+
+    def careless(self, rng: random.Random) -> str | None:
+        """What somebody does who forgets half of the task, or None where there is nothing to forget."""
+        if self.task_type in TOOLS and self.held and not self.ready:
+            place = self._destination()
+            return self._reach(place) or f"move {self.held} to {place}"
+        if self.task_type == "look_at_obj_in_light" and self.held and self.at:
+            return f"move {self.held} to {self.at}"
+        if self.task_type == "pick_two_obj_and_place" and not self.held and self.target:
+            return f"go to {rng.choice(self.receptacles)}"
+        return None
+
+
+# What is done at a step: (adviser, engine, advice) -> a command, or None: be given the advice as a hint, and follow it.
+Decide = Callable[[Adviser, FastEngine, str], str | None]
+
+
+def watch(game, rng: random.Random, decide: Decide, *, skill: str = "", max_steps: int = MAX_STEPS) -> Play:
+    """Play one episode by `decide`, with an adviser who says at each step what a good player would do."""
+    engine, adviser = FastEngine(game), Adviser(rng, likely_places)
+    observation = engine.reset()
+    adviser.reset(observation)
+    record = Play(words(game.task), game.task_type, adviser.thing, adviser.parent, adviser.lamp, skill=skill)
+    observation = observation.partition("\n\n")[2].partition("\n\nYour task is to:")[0]
+    for t in range(max_steps):
+        advice = adviser.act(observation)
+        record.critical.append(adviser.critical())
+        record.advice_in_words.append(hint(advice, adviser.held))
+        command = decide(adviser, engine, advice)
+        if command is None:
+            command, record.hints[t] = advice, record.advice_in_words[t]
+        record.turns.append((words(observation), command, advice))
+        adviser.command = command
+        observation = engine.step(command)
+        if engine.won:
+            record.success = True
+            break
+    return record
+
+
+def novice(rng: random.Random, flaws: set[str], hinted: float = 0.0, slip: float = SLIP) -> Decide:
+    """Somebody who forgets half of the task, leaves closed things shut, dawdles; follows hints where there are any."""
+
+    def decide(adviser: Adviser, engine: FastEngine, advice: str) -> str | None:
+        if rng.random() < hinted:
+            return None
+        command = advice
+        if "forget" in flaws:
+            command = adviser.careless(rng) or command
+        if "shut" in flaws and command.startswith("open "):
+            command = f"go to {rng.choice(adviser.receptacles)}"
+        if rng.random() < slip:
+            command = rng.choice([c for c in engine.admissible_commands() if c not in ("help", "inventory")])
+        return command
+
+    return decide
+
+
+def reciter(commands: list[str]) -> Decide:
+    """Somebody who does what was done before: to have an adviser look at a finished episode."""
+    rest = iter(commands)
+    return lambda adviser, engine, advice: next(rest)
+
+
+# ---- skills, as a script would write them ---------------------------------------------------------------------------
+
+
+def hint(advice: str, held: str) -> str:
+    """A step skill: the advice in general words, without the numbers that only this game gives to things."""
+    verb, *kinds = [word for word in advice.split() if not word.isdigit()]
+    if verb == "go":
+        return f"go to {kinds[-1]}" if held else f"look in {kinds[-1]}"
+    return f"take {kinds[0]}" if verb == "take" else " ".join([verb, *kinds])
+
+
+def order_of_work(play: Play) -> str:
+    """What is done with the thing once it is found."""
+    thing, parent = play.thing, play.parent
+    if play.task_type in TOOLS:
+        verb, tool = TOOLS[play.task_type]
+        return f"{verb} {thing} with {tool} then move {thing} to {parent}"
+    if play.task_type == "look_at_obj_in_light":
+        return f"find {play.lamp} then use {play.lamp}"
+    again = f" then find second {thing} then move {thing} to {parent}"
+    return f"move {thing} to {parent}" + (again if play.task_type == "pick_two_obj_and_place" else "")
+
+
+def workflow(play: Play) -> str:
+    """The order of work for this kind of task, with where such things are usually found."""
+    places = " or ".join(likely_places(play.thing)[:2])
+    return (
+        f"first find {play.thing} look in {places} open every closed place then take {play.thing} then "
+        f"{order_of_work(play)}"
+    )
+
+
+def avoidance(play: Play, flaw: str) -> str:
+    """What to avoid, and so what to do instead, for one flaw."""
+    thing, parent = play.thing, play.parent
+    if flaw == "shut":
+        return "never leave closed place without you open it"
+    if play.task_type in TOOLS:
+        verb, tool = TOOLS[play.task_type]
+        return f"never move {thing} to {parent} before you {verb} {thing} with {tool}"
+    if play.task_type == "look_at_obj_in_light":
+        return f"never move {thing} before you use {play.lamp}"
+    if play.task_type == "pick_two_obj_and_place":
+        return f"never stop after one {thing} find second {thing}"
+    return "never look in same place again"
+
+
+def flaw_of(play: Play) -> str:
+    """What went wrong in a failed episode, read off what was done where something else was called for."""
+    for _, command, advice in play.turns:
+        if advice.startswith("open ") and not command.startswith("open "):
+            return "shut"
+    return "forget"
+
+
+def hindsight(play: Play) -> Skills:
+    """The skills of a finished episode. A step skill says what could have been known at its step."""
+    missed = [t for t, (_, command, advice) in enumerate(play.turns) if play.critical[t] and command != advice]
+    met = [t for t, (_, command, advice) in enumerate(play.turns) if play.critical[t] and command == advice]
+    chosen = sorted((met if play.success else missed)[:STEP_SKILLS])
+    steps = {t: play.advice_in_words[t] for t in chosen}
+    if play.success:
+        return Skills("done", workflow(play), steps)
+    flaw = flaw_of(play)
+    return Skills("closed place" if flaw == "shut" else "not done", avoidance(play, flaw), steps)
