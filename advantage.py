@@ -23,23 +23,27 @@ def outcome_advantage(
 
     `over="steps"` takes the group's mean and (sample) std over step rows, as the authors' release does
     (gigpo/core_gigpo.py, compute_mean_std_cross_steps=True), so that a long trajectory weighs more;
-    `over="trajectories"` counts each rollout once. A group of one sample has mean 0 and std 1 there, hence the raw
-    return here too. Raises ValueError for an unknown option.
+    `over="trajectories"` gives each rollout the same weight, split over its steps. A group of one sample has mean 0 and
+    std 1 there, hence the raw return here too. Raises ValueError for an unknown option.
     """
     if normalize not in ("mean_std", "mean"):
         raise ValueError(f"normalize must be 'mean_std' or 'mean', not {normalize!r}")
     if over not in ("steps", "trajectories"):
         raise ValueError(f"over must be 'steps' or 'trajectories', not {over!r}")
     advantages = torch.zeros_like(returns)  # (B,)
+    scores = returns.double()  # in float32 the rounding error of a mean of equal returns is as large as eps
     for group in group_ids.unique():
         rows = group_ids == group  # (B,)
-        sample = returns[rows]  # (steps of the group,)
-        if over == "trajectories":
-            seen = trajectory_ids[rows]  # (steps of the group,)
-            sample = torch.stack([sample[seen == trajectory][0] for trajectory in seen.unique()])  # (trajectories,)
-        mean, std = (sample.mean(), sample.std()) if len(sample) > 1 else (torch.zeros(()), torch.ones(()))
-        centred = returns[rows] - mean
-        advantages[rows] = centred / (std + eps) if normalize == "mean_std" else centred
+        samples = trajectory_ids[rows] if over == "trajectories" else torch.arange(int(rows.sum()))  # (steps of g,)
+        _, sample, sizes = samples.unique(return_inverse=True, return_counts=True)
+        mean, std = torch.zeros(()), torch.ones(())
+        if len(sizes) > 1:
+            weights = 1 / (sizes[sample] * len(sizes)).double()  # (steps of g,) sum to 1, and equally over samples
+            mean = (weights * scores[rows]).sum()
+            # Not the std of per-trajectory returns: where those are equal, a step's own penalty would be divided by 0.
+            std = ((weights * (scores[rows] - mean) ** 2).sum() * len(sizes) / (len(sizes) - 1)).sqrt()
+        centred = scores[rows] - mean
+        advantages[rows] = (centred / (std + eps) if normalize == "mean_std" else centred).to(returns.dtype)
     return advantages
 
 

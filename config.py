@@ -79,7 +79,7 @@ class Config:
     lora_rank: int = _(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
 
     # scale
-    iterations: int = _(60, "training iterations")
+    iterations: int = _(80, "training iterations")
     tasks: int = _(8, "tasks an iteration")
     rollouts: int = _(8, "rollouts a task (N)")
     temperature: float = _(1.0, "sampling temperature of training rollouts")
@@ -100,7 +100,7 @@ class Config:
     seed: int = _(0, "seed of everything random")
     out: str = _("runs/opid", "run folder")
     resume: bool = _(False, "go on from the newest checkpoint in --out")
-    eval_every: int = _(10, "iterations between evaluations; 0: only at the end")
+    eval_every: int = _(20, "iterations between evaluations; 0: only at the end")
     eval_temperature: float = _(0.4, "sampling temperature of evaluation")
     save_every: int = _(10, "iterations between checkpoints")
     keep_checkpoints: int = _(2, "newest checkpoints to keep")

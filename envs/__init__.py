@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from data import Prompt
+if TYPE_CHECKING:
+    from data import Prompt
 
 
 class TextEnv(Protocol):

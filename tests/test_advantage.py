@@ -27,6 +27,14 @@ def test_outcome_over_trajectories_counts_each_once():
     assert mean_only.tolist() == [5, -5, -5, -5]
 
 
+@pytest.mark.parametrize("over", ["steps", "trajectories"])
+def test_a_penalty_in_a_group_of_equal_outcomes_stays_bounded(over):
+    # two failures of two steps, one step fined 0.1: mean -0.025, far from 0 / 0
+    got = outcome_advantage(torch.tensor([0, 0, -0.1, 0]), torch.zeros(4), torch.tensor([0, 0, 1, 1]), over=over)
+    assert got[2] < -1
+    assert got.abs().max() < 2
+
+
 def test_outcome_groups_do_not_mix():
     returns, groups = torch.tensor([10.0, 0, 4, 2]), torch.tensor([7, 7, 3, 3])
     got = outcome_advantage(returns, groups, torch.arange(4), normalize="mean")
@@ -38,9 +46,11 @@ def test_outcome_of_a_group_of_one_is_the_raw_return():
     assert torch.allclose(got, torch.tensor([10.0, 3.0]), atol=1e-4)
 
 
-def test_outcome_of_a_group_without_signal_is_zero():
-    got = outcome_advantage(torch.full((3,), 10.0), torch.zeros(3), torch.arange(3))
-    assert got.tolist() == [0, 0, 0]
+@pytest.mark.parametrize("over", ["steps", "trajectories"])
+@pytest.mark.parametrize("value", [0.0, 10.0, 9.9, 1 / 3])
+def test_outcome_of_a_group_without_signal_is_zero(value, over):
+    got = outcome_advantage(torch.full((937,), value), torch.zeros(937), torch.arange(937) // 20, over=over)
+    assert got.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("option", [{"normalize": "max"}, {"over": "tokens"}])

@@ -19,7 +19,7 @@ from envs.alfworld_engine import FastEngine
 from envs.alfworld_expert import TOOLS, Explorer, kind_of
 from envs.alfworld_rooms import likely_places
 
-SLIP = 0.06  # chance of a random command, a step
+SLIP = 0.03  # chance of a random command, a step
 MAX_STEPS = 20
 STEP_SKILLS = 3  # at most, in a demonstration of hindsight
 

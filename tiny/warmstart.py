@@ -36,9 +36,10 @@ from runlog import replace
 from skills import analysis_prompt
 from tiny.demonstrations import STEP_SKILLS, Play, flaw_of, hindsight, novice, watch, workflow
 
-GAMES = 2000  # generated train games that demonstrations come from
+GAMES = 2200  # generated train games that demonstrations come from
 PLAYS = 2  # times that each is played in each way
 FLAWS = {"forget": 0.5, "shut": 0.45}  # chance that a novice has the flaw
+ALONE_TURNS = 14  # of a novice's episode that are learnt; lost ones go on and on
 HINTED = 0.25  # share of steps with a hint, in hinted play
 LEARNING_RATE, BATCH_TOKENS = 3e-3, 2048
 OTHER_TOKENS = 0.3  # weight of tokens that are not responses: they teach copying early, where responses alone do not
@@ -126,7 +127,8 @@ class Demonstrator:
         else:
             guided = self.play(game, self.flaws() - {flaw_of(alone)}, skill=skills.episode, slip=0.0)
         hinted = self.play(game, self.flaws(), hinted=HINTED)
-        return [*map(self.acting, (alone, guided, hinted)), self.writing(alone, skills)]
+        played = [self.acting(alone, ALONE_TURNS), self.acting(guided), self.acting(hinted)]
+        return [*played, self.writing(alone, skills)]
 
     def flaws(self) -> set[str]:
         return {flaw for flaw, chance in FLAWS.items() if self.rng.random() < chance}
@@ -135,10 +137,10 @@ class Demonstrator:
         rng = random.Random(self.rng.random())
         return watch(game, rng, novice(rng, flaws, **habits), skill=skill)
 
-    def acting(self, play: Play) -> Sequence:
-        """The conversation of a play, skill and hints in their slots; every command is to be learnt."""
+    def acting(self, play: Play, turns: int | None = None) -> Sequence:
+        """The conversation of a play, or its first `turns`, skill and hints in place; every command is to be learnt."""
         messages, responses, history = [], [], []
-        for t, (observation, command, _) in enumerate(play.turns):
+        for t, (observation, command, _) in enumerate(play.turns[:turns]):
             prompt = self.env.build_prompt("chat", play.task, history, observation, [])
             messages.append(
                 fill_slots(prompt, {"episode": play.skill if t == 0 else "", "step": play.hints.get(t, "")})
