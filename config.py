@@ -34,8 +34,8 @@ class Config:
     # method
     algo: str = _("opid", "training method", ("opid", "grpo"))
     routing: str = _("critical-first", "which skill guides a step", MODES)
-    episode_weight: float = _(0.3, "lambda_ep: weight of A_skill on episode-guided tokens (paper: 0.001)")
-    step_weight: float = _(0.3, "lambda_step: weight of A_skill on step-guided tokens (paper: 0.001)")
+    episode_weight: float = _(0.1, "lambda_ep: weight of A_skill on episode-guided tokens (paper: 0.001)")
+    step_weight: float = _(0.1, "lambda_step: weight of A_skill on step-guided tokens (paper: 0.001)")
     skill_clip: float | None = _(None, "bound of |A_skill| a token, in nats; none: unbounded (paper)")
     scorer: str = _(
         "reference", "weights that score the skill-augmented context (paper: old)", ("old", "reference", "ema")
@@ -65,7 +65,9 @@ class Config:
     max_steps: int = _(20, "most steps an episode")
     history: int = _(5, "last steps shown in a 'window' prompt")
     success_reward: float = _(10.0, "outcome reward of a solved task")
-    invalid_penalty: float = _(0.1, "taken off a step's return for an invalid action")
+    # 0, not the paper's 0.1: in a group whose outcomes are all equal the penalty alone is what gets normalised, to the
+    # same size as a real outcome, and for small models with many invalid actions that noise makes training collapse.
+    invalid_penalty: float = _(0.0, "taken off a step's return for an invalid action (paper: 0.1)")
 
     # model
     model: str = _("tiny", "'tiny', 'smollm2', a folder or a hub id")
@@ -79,8 +81,8 @@ class Config:
     lora_rank: int = _(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
 
     # scale
-    iterations: int = _(80, "training iterations")
-    tasks: int = _(8, "tasks an iteration")
+    iterations: int = _(60, "training iterations")
+    tasks: int = _(16, "tasks an iteration")
     rollouts: int = _(8, "rollouts a task (N)")
     temperature: float = _(1.0, "sampling temperature of training rollouts")
 
@@ -89,7 +91,7 @@ class Config:
     warmup: int = _(0, "iterations of linear warm-up")
     weight_decay: float = _(0.01, "AdamW's weight decay")
     epochs: int = _(1, "passes over an iteration's batch")
-    mini_batch: int = _(256, "step samples a gradient step; 0: all of the iteration")
+    mini_batch: int = _(512, "step samples a gradient step; 0: all of the iteration")
     clip: float = _(0.2, "PPO clip range of the token ratio")
     kl: float = _(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
     max_grad_norm: float = _(1.0, "gradient clipping, L2 norm")
@@ -100,7 +102,7 @@ class Config:
     seed: int = _(0, "seed of everything random")
     out: str = _("runs/opid", "run folder")
     resume: bool = _(False, "go on from the newest checkpoint in --out")
-    eval_every: int = _(20, "iterations between evaluations; 0: only at the end")
+    eval_every: int = _(10, "iterations between evaluations; 0: only at the end")
     eval_temperature: float = _(0.4, "sampling temperature of evaluation")
     save_every: int = _(10, "iterations between checkpoints")
     keep_checkpoints: int = _(2, "newest checkpoints to keep")

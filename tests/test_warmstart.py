@@ -25,7 +25,7 @@ def test_flawless_play_wins_and_flaws_cost(games):
     plays = [play(g, i, set(), slip=0.0) for i in range(5) for g in games]
     assert all(p.success for p in plays)
     novices = [play(g, i, {"forget", "shut"}) for i in range(5) for g in games]
-    assert 0 < sum(p.success for p in novices) < 0.5 * len(novices)
+    assert 0 < sum(p.success for p in novices) < 0.7 * len(novices)
 
 
 def test_recorded_plays_are_real(games):
