@@ -1,7 +1,7 @@
 """Success on held-out tasks, as the paper's table prints it. The policy acts from the plain context: no skills.
 
 python evaluate.py --model runs/laptop/policy
-python evaluate.py --model Jinyang23/OPID-ALFWorld-1.7B --context window --games $ALFWORLD_DATA
+python evaluate.py --model Jinyang23/OPID-ALFWorld-1.7B --recipe alfworld-qwen3-1.7b
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from models import save_policy
 
 # What may differ between a run and its resumption; everything else would make it another run.
 FREE = {"out", "resume", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"}
+FREE |= {"token_budget", "generate_budget", "learning_rate"}  # what one changes after running out of memory or a NaN
 
 
 class RunLog:
@@ -26,13 +27,15 @@ class RunLog:
         self.checkpoints = sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))
         self.first_iteration = int(self.checkpoints[-1].stem) + 1 if config.resume and self.checkpoints else 0
         written = self.folder / "config.json"
-        if written.exists():
+        if written.exists() and (self.checkpoints or (self.folder / "metrics.jsonl").exists()):
             self._check(json.loads(written.read_text()))
+        accelerator.wait_for_everyone()  # or a slower process would take the file written below for another run's
         if accelerator.is_main_process:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            written.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            settings = json.dumps(config.to_dict(), indent=2) + "\n"
+            replace(written, lambda temporary: temporary.write_text(settings))
             for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
-                self._drop_from(self.folder / name, self.first_iteration)
+                self._drop_from(self.folder / name, self.first_iteration or -1)
         accelerator.wait_for_everyone()
         accelerator.init_trackers("opid", config=config.to_dict())
 

@@ -54,7 +54,8 @@ class Run:
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         model, tokenizer = load_model(config.model, dtype=config.dtype, seed=config.seed)
         torch.manual_seed(config.seed)
-        model = add_lora(model, config.lora_rank) if config.lora_rank else drop_quantization(model)
+        model = drop_quantization(model)
+        model = add_lora(model, config.lora_rank) if config.lora_rank else model
         self.model = model.to(self.accelerator.device)
         # The model is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
@@ -68,6 +69,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, config.context)
         self.make_env, self.games = environment(config), games_of(config, "train")
+        if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
+            raise ValueError("--tasks (and the games there are) must be at least the number of processes")
         self.log.restore(self.model, self.optimizer, self.ema)
         self.metrics: dict[str, float] = {}
         if config.eval_every and self.log.first_iteration == 0:
@@ -211,6 +214,8 @@ class Run:
         config, device = self.config, self.accelerator.device
         tokens = self._sum(sum(size for sequence in sequences for _, _, size in sequence.responses))
         sums = torch.zeros(3, device=device)
+        if not tokens:  # more mini-batches than sequences, on every process alike
+            return {}
         self.model.train()
         for micro in micro_batches(sequences, config.token_budget):
             with self.accelerator.autocast():
@@ -224,7 +229,7 @@ class Run:
             if not loss.isfinite():
                 raise FloatingPointError(
                     f"the loss is {loss.item()}: the last checkpoint in {config.out}/checkpoints is from before. "
-                    "Try a lower --learning-rate or --dtype float32"
+                    "Try --resume with a lower --learning-rate"
                 )
             loss.backward()
             sums += torch.stack([policy.detach().sum(), kl.detach().sum(), clipped.sum()])

@@ -154,7 +154,7 @@ class AlfworldEnv:
             return (opening, EPISODE_SLOT, actions, STEP_SLOT, f"{YOUR_TURN}{REASON} {CHOOSE}")
         if style == "chat":
             return (f"{observation}\n{actions}", STEP_SLOT, YOUR_TURN)
-        recent = history[-self.history :]
+        recent = history[max(0, len(history) - self.history) :]
         first = len(history) - len(recent) + 1
         shown = "\n".join(
             f"[Observation {i}: '{seen}', Action {i}: '{action}']" for i, (seen, action) in enumerate(recent, first)
@@ -171,7 +171,7 @@ class AlfworldEnv:
         episode, step = Slot("episode", " skill {text}"), Slot("step", " hint {text}")
         if style == "chat" and history:
             return (observation, step)
-        recent = history[-self.history :] if history else []
+        recent = history[max(0, len(history) - self.history) :]
         past = "".join(f" before {seen} did {action}" for seen, action in recent)
         return (f"task {task}", episode, f"{past} now {observation}", step)
 
