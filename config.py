@@ -50,6 +50,7 @@ class Config:
 
     # skill writing
     skill_tokens: int = _(96, "most tokens of a skill answer")
+    skill_context_limit: int | None = _(None, "most tokens of transcript and answer; none: --context-limit")
     skill_temperature: float = _(1.0, "temperature of skill writing; 0: greedy")
     skill_prefill: str = _("", "text that starts every skill answer for the model, such as '{'")
     openai_base_url: str | None = _(None, "endpoint for --skill-writer openai; none: the library's default")

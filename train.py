@@ -89,7 +89,7 @@ class Run:
         config, share = self.config, self.accelerator
         games = self.rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
-        with self._phase("rollout"), self._bar("rollout") as bar:
+        with self._phase("rollout"), self._bar("rollout") as bar, self.accelerator.autocast():
             trajectories, metrics = rollout(
                 self.model,
                 self.encoder,
@@ -123,12 +123,12 @@ class Run:
                 self.tokenizer,
                 **sampling,
                 prefill=config.skill_prefill,
-                context_limit=config.context_limit,
+                context_limit=config.skill_context_limit or config.context_limit,
                 batch_tokens=config.generate_budget,
             )
         training = self.model.training
         self.model.eval()
-        with self._phase("skills"):
+        with self._phase("skills"), self.accelerator.autocast():
             skills, metrics = write_skills(
                 trajectories,
                 write,
@@ -263,7 +263,7 @@ class Run:
         """Held-out success without skills. Iteration -1 is the policy before training."""
         if not self.accelerator.is_main_process:
             return
-        with self._phase("evaluate"):
+        with self._phase("evaluate"), self.accelerator.autocast():
             results = evaluate(self.model, self.encoder, self.config)
         self.log.evaluation(iteration, results, format_table(results))
         for split, played in results.items():
