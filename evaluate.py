@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config import Config, parse_args
 from data import Trajectory
 from envs import TextEnv, make_env
-from envs.alfworld import SPLITS, TASK_TYPES, generate_games, list_games
+from envs.alfworld import SPLITS, TASK_TYPES, cached_games, list_games
 from rollout import Encoder, rollout
 
 EVAL_SPLITS = ("valid_seen", "valid_unseen")
@@ -38,8 +38,7 @@ def games_of(config: Config, split: str) -> list[str]:
         games = list_games(config.games, split)
         return games if split == "train" else games[: config.eval_games]
     count = config.train_games if split == "train" else config.eval_games
-    folder = f"cache/alfworld-{config.game_size}"
-    return generate_games(folder, split, count, 0, size=config.game_size)
+    return cached_games(config.game_size, split, count)
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def load_model(name: str, *, dtype: str = "float32", seed: int = 0):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
-    return model.to(getattr(torch, dtype)), tokenizer
+    return _drop_quantization(model.to(getattr(torch, dtype))), tokenizer
 
 
 def _smollm2() -> tuple[str, dict]:
@@ -45,7 +45,7 @@ def _smollm2() -> tuple[str, dict]:
     }
 
 
-def drop_quantization(model):
+def _drop_quantization(model):
     """A dequantised GGUF model still says that it is quantised; forget it, so that a saved copy loads plainly."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

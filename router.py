@@ -41,20 +41,20 @@ def route(skills: Skills | None, num_steps: int, mode: str) -> list[tuple[Guidan
     return routes
 
 
-def fill(prompt: Prompt, guidance: Guidance | None = None) -> str:
-    """The user message with `guidance` in the slot of its level; every other slot stays empty.
+def fill(prompt: Prompt, *guidances: Guidance) -> str:
+    """The user message with each of `guidances` in the slot of its level; every other slot stays empty.
 
     Raises ValueError where the prompt has no slot for it: a skill that is silently left out would turn OPID into GRPO.
     """
     slots = [piece.level for piece in prompt if isinstance(piece, Slot)]
-    if guidance is not None and guidance.level not in slots:
-        raise ValueError(f"this prompt has no {guidance.level} slot (it has: {slots or 'none'})")
+    texts = {guidance.level: guidance.text for guidance in guidances}
+    if missing := texts.keys() - slots:
+        raise ValueError(f"this prompt has no {missing.pop()} slot (it has: {slots or 'none'})")
 
     def text(piece: str | Slot) -> str:
         if isinstance(piece, str):
             return piece
-        shown = guidance is not None and piece.level == guidance.level
-        return piece.template.format(text=guidance.text) if shown else ""
+        return piece.template.format(text=texts[piece.level]) if piece.level in texts else ""
 
     return "".join(text(piece) for piece in prompt)
 
@@ -66,7 +66,8 @@ def guided_messages(prompts: list[Prompt], guidance: Guidance | None, style: str
     "chat": all of them; the episode skill sits in the opening message, right after the task, the step skill in the last
     message, right before the turn that it guides. Nothing else changes.
     """
+    shown = () if guidance is None else (guidance,)
     if style == "window":
-        return [fill(prompts[-1], guidance)]
+        return [fill(prompts[-1], *shown)]
     target = 0 if guidance is not None and guidance.level == "episode" else len(prompts) - 1
-    return [fill(prompt, guidance if t == target else None) for t, prompt in enumerate(prompts)]
+    return [fill(prompt, *(shown if t == target else ())) for t, prompt in enumerate(prompts)]

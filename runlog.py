@@ -93,10 +93,9 @@ class RunLog:
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
-    def evaluation(self, iteration: int, results: dict[str, list[Trajectory]], table: str) -> None:
+    def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
         """The held-out table, printed and kept with the success of each split."""
         self.accelerator.print(f"\nheld-out success (%), no skills, after iteration {iteration}\n{table}\n")
-        success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
         self._append("evaluations.jsonl", {"iteration": iteration, "success": success, "table": table})
 
     def samples(

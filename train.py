@@ -21,7 +21,7 @@ from advantage import combine, outcome_advantage, skill_advantage
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate, format_table, games_of
-from models import add_lora, drop_quantization, frozen_copy, load_model
+from models import add_lora, frozen_copy, load_model
 from rescore import Sequence, micro_batches, pack, response_logprobs, sequence_logprobs, skill_logprobs
 from rollout import Encoder, rollout
 from router import route
@@ -54,7 +54,6 @@ class Run:
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         model, tokenizer = load_model(config.model, dtype=config.dtype, seed=config.seed)
         torch.manual_seed(config.seed)
-        model = drop_quantization(model)
         model = add_lora(model, config.lora_rank) if config.lora_rank else model
         self.model = model.to(self.accelerator.device)
         # The model is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
@@ -126,8 +125,6 @@ class Run:
                 context_limit=config.skill_context_limit or config.context_limit,
                 batch_tokens=config.generate_budget,
             )
-        training = self.model.training
-        self.model.eval()
         with self._phase("skills"), self.accelerator.autocast():
             skills, metrics = write_skills(
                 trajectories,
@@ -135,7 +132,6 @@ class Run:
                 max_step_skills=config.max_step_skills,
                 template=self.make_env().analysis_prompt(),
             )
-        self.model.train(training)
         self.metrics |= metrics
         return skills
 
@@ -265,9 +261,9 @@ class Run:
             return
         with self._phase("evaluate"), self.accelerator.autocast():
             results = evaluate(self.model, self.encoder, self.config)
-        self.log.evaluation(iteration, results, format_table(results))
-        for split, played in results.items():
-            self.metrics[f"eval/{split}/success"] = sum(t.success for t in played) / len(played)
+        success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
+        self.log.evaluation(iteration, success, format_table(results))
+        self.metrics |= {f"eval/{split}/success": share for split, share in success.items()}
 
     def _sum(self, value: float) -> float:
         return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum").item()

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from envs.alfworld import AlfworldEnv, generate_games
-from models import drop_quantization, load_model
+from envs.alfworld import AlfworldEnv, cached_games
+from models import load_model
 from rescore import pack, response_logprobs
 from rollout import Encoder, rollout
 
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timings of which the median is taken")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
-    drop_quantization(model).eval()
-    game = generate_games("cache/alfworld-small", "valid_seen", 1, 0, size="small")
+    model.eval()
+    game = cached_games("small", "valid_seen", 1)
     style = "compact" if args.model == "tiny" else "official"
     torch.manual_seed(0)
     trajectories, _ = rollout(

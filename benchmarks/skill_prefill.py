@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from data import Step, Trajectory
-from envs.alfworld import AlfworldEnv, generate_games
-from models import drop_quantization, load_model
+from envs.alfworld import AlfworldEnv, cached_games
+from models import load_model
 from skills import model_writer, write_skills
 
 PREFILLS = ("", "{", '{"episode_summary": "')
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=5, help="steps an episode")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
-    drop_quantization(model).eval()
-    games = generate_games("cache/alfworld-small", "train", args.episodes, 0, size="small")
+    model.eval()
+    games = cached_games("small", "train", args.episodes)
     trajectories = [random_episode(game, i, args.max_steps) for i, game in enumerate(games)]
     for prefill in PREFILLS:
         torch.manual_seed(0)

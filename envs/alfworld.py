@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from data import Prompt, Slot
 from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game
 from envs.alfworld_games import generate_games
 
-__all__ = ["SPLITS", "TASK_TYPES", "AlfworldEnv", "generate_games", "list_games"]
+__all__ = ["SPLITS", "TASK_TYPES", "AlfworldEnv", "cached_games", "generate_games", "list_games"]
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
@@ -78,6 +79,17 @@ def list_games(folder: str | Path, split: str) -> list[str]:
     return games
 
 
+@lru_cache
+def cached_games(size: str, split: str, count: int) -> list[str]:
+    """Generated games under cache/, the same for every run: made (or found to be there) once a process."""
+    return generate_games(f"cache/alfworld-{size}", split, count, 0, size=size)
+
+
+def room_of(observation: str) -> str:
+    """An episode's first observation less the banner and the task, which a compact prompt shows in their own place."""
+    return observation.partition("\n\n")[2].partition("\n\nYour task is to:")[0]
+
+
 def words(text: str) -> str:
     """An official observation or task in the compact style: lower case, no filler, no punctuation."""
     text = re.sub(r"^you arrive at [^.]*\. |the [a-z]+ \d+ is open\. ", "", text.lower())
@@ -116,8 +128,8 @@ class AlfworldEnv:
             self.engine = ENGINES[self.engine_name](load_game(path))
         self.steps = 0
         observation = self.engine.reset()
-        if self.prompt == "compact":  # whose prompt has a place of its own for the task; the banner says nothing
-            observation = observation.partition("\n\n")[2].partition("\n\nYour task is to:")[0]
+        if self.prompt == "compact":
+            observation = room_of(observation)
         return self._text(observation), {
             "task": self._text(self.engine.game.task),
             "task_type": self.engine.game.task_type,

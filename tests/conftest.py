@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from envs.alfworld import AlfworldEnv, generate_games
-from models import drop_quantization, load_model
+from models import load_model
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
 
@@ -48,7 +48,7 @@ def sharpen(model):
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct, float32."""
     model, tokenizer = load_model("smollm2")
-    return drop_quantization(model).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from data import Skills
-from envs.alfworld import words
+from envs.alfworld import room_of, words
 from envs.alfworld_engine import FastEngine
 from envs.alfworld_expert import TOOLS, Explorer, kind_of
 from envs.alfworld_rooms import likely_places
@@ -94,7 +94,7 @@ def watch(game, rng: random.Random, decide: Decide, *, skill: str = "", max_step
     observation = engine.reset()
     adviser.reset(observation)
     record = Play(words(game.task), game.task_type, adviser.thing, adviser.parent, adviser.lamp, skill=skill)
-    observation = observation.partition("\n\n")[2].partition("\n\nYour task is to:")[0]
+    observation = room_of(observation)
     for t in range(max_steps):
         advice = adviser.act(observation)
         record.critical.append(adviser.critical())

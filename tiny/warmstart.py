@@ -8,10 +8,6 @@ demonstrations from the generator's train rooms:
     under a skill       the same novice, less the flaws that the episode skill speaks about
     under a hint        the same novice, doing at that one step what the step skill says
     hindsight           the JSON of skills for the transcript of a novice's episode
-
-The skills are general: the order of work, what to check, what to avoid, where such things are usually found. They never
-say where the thing lay in this very game: a policy that is re-scored under facts which it cannot see is taught to act
-on them, and training collapses.
 """
 
 from __future__ import annotations
@@ -26,12 +22,13 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import Skills, Step, Trajectory
-from envs.alfworld import COMPACT_ANALYSIS, AlfworldEnv, generate_games
+from data import Guidance, Skills, Step, Trajectory
+from envs.alfworld import COMPACT_ANALYSIS, AlfworldEnv, cached_games
 from envs.alfworld_engine import load_game
 from envs.alfworld_rooms import DATA, FACTS
 from rescore import Sequence, micro_batches, sequence_logprobs
 from rollout import Encoder
+from router import fill
 from runlog import replace
 from skills import analysis_prompt
 from tiny.demonstrations import STEP_SKILLS, Play, flaw_of, hindsight, novice, watch, workflow
@@ -142,9 +139,9 @@ class Demonstrator:
         messages, responses, history = [], [], []
         for t, (observation, command, _) in enumerate(play.turns[:turns]):
             prompt = self.env.build_prompt("chat", play.task, history, observation, [])
-            messages.append(
-                fill_slots(prompt, {"episode": play.skill if t == 0 else "", "step": play.hints.get(t, "")})
-            )
+            skill = [Guidance("episode", play.skill)] if t == 0 and play.skill else []
+            hint = [Guidance("step", play.hints[t])] if t in play.hints else []
+            messages.append(fill(prompt, *skill, *hint))
             responses.append(self._answer(command))
             history.append((observation, command))
         context = self.encoder.context(messages, responses[:-1])
@@ -169,25 +166,14 @@ class Demonstrator:
         return Sequence(ids, spans)
 
 
-def fill_slots(prompt, texts: dict[str, str]) -> str:
-    """Like router.fill, for several skills at once: hinted play shows more than one step skill in a conversation."""
-
-    def show(piece) -> str:
-        if isinstance(piece, str):
-            return piece
-        return piece.template.format(text=texts[piece.level]) if texts[piece.level] else ""
-
-    return "".join(map(show, prompt))
-
-
 # ---- supervised training --------------------------------------------------------------------------------------------
 
 
 def optimizers(model) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, which needs about half of AdamW's steps here, AdamW for everything else."""
-    hidden = {name for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
-    rest = [p for name, p in model.named_parameters() if name not in hidden]
-    hidden = [p for name, p in model.named_parameters() if name in hidden]
+    hidden, rest = [], []
+    for name, parameter in model.named_parameters():
+        (hidden if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
     return [
         torch.optim.Muon(hidden, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98)),
@@ -232,7 +218,7 @@ def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) 
 
 
 def demonstrations(tokenizer, seed: int, games: int = GAMES, plays: int = PLAYS) -> list[Sequence]:
-    paths = generate_games("cache/alfworld-small", "train", games, 0, size="small")
+    paths = cached_games("small", "train", games)
     demonstrator = Demonstrator(tokenizer, seed)
     rounds = tqdm([path for _ in range(plays) for path in paths], desc="demonstrations", disable=None)
     return [sequence for path in rounds for sequence in demonstrator.sequences(load_game(path))]

@@ -27,7 +27,7 @@ from evaluate import format_table, games_of, play
 from models import load_model
 from rollout import Encoder
 from skills import model_writer, write_skills
-from tiny.demonstrations import avoidance, order_of_work, reciter, watch
+from tiny.demonstrations import avoidance, flaw_of, order_of_work, reciter, watch
 
 
 def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:
@@ -37,8 +37,7 @@ def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:
     if trajectory.success:
         right = f"find {seen.thing} " in skills.episode and skills.episode.endswith(order_of_work(seen))
     else:
-        left_shut = any(a.startswith("open ") and not c.startswith("open ") for _, c, a in seen.turns)
-        right = skills.episode in [avoidance(seen, "forget")] + [avoidance(seen, "shut")] * left_shut
+        right = skills.episode in (avoidance(seen, "forget"), avoidance(seen, flaw_of(seen)))
     steps = sum(text == seen.advice_in_words[t] for t, text in skills.steps.items())
     return right, steps, len(skills.steps)
 
@@ -63,8 +62,9 @@ def main() -> None:
         temperature=args.temperature,
         context_limit=config.context_limit,
     )
-    template = COMPACT_ANALYSIS
-    skills, metrics = write_skills(trajectories, write, max_step_skills=config.max_step_skills, template=template)
+    skills, metrics = write_skills(
+        trajectories, write, max_step_skills=config.max_step_skills, template=COMPACT_ANALYSIS
+    )
     rows = [(t.success, *check(t, s)) for t, s in zip(trajectories, skills, strict=True) if s]
     print(f"parsed at first {100 * metrics['skills/first_parse_rate']:.0f}%, after a retry ", end="")
     print(f"{100 * metrics['skills/parse_rate']:.0f}%")
