@@ -6,6 +6,7 @@ what is scored, so a model's own generation_config may not leak in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,12 +26,17 @@ class Encoder:
     previous context + the response ids exactly as sampled + the ids of the new message. Where the template rewrites
     earlier turns (some drop old thoughts) the conversation is rendered anew for each step, as the template wants it;
     then contexts do not extend one another, nothing is cached or packed, and `extends` is False.
+
+    Messages hold text from outside (web pages, passages, skills) that may spell special tokens such as `<|im_end|>`.
+    Those get a space inside, so that they stay text and no observation can forge a turn.
     """
 
     def __init__(self, tokenizer, style: str):
         if style not in ("window", "chat"):
             raise ValueError(f"context style must be 'window' or 'chat', not {style!r}")
         self.tokenizer, self.style = tokenizer, style
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self.extends = self._template_extends()
         self._opening = lru_cache(maxsize=4096)(self._encode_opening)
         self._turn = lru_cache(maxsize=16384)(self._encode_turn)
@@ -50,9 +56,13 @@ class Encoder:
         return ids
 
     def _render(self, conversation: list[dict]) -> str:
+        conversation = [turn | {"content": self._as_text(turn["content"])} for turn in conversation]
         # Off as in the authors' Qwen3 script, since the prompt itself asks for <think> tags; other templates ignore it.
         switches = {"enable_thinking": False}
         return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False, **switches)
+
+    def _as_text(self, content: str) -> str:
+        return self._special.sub(lambda token: f"{token[0][0]} {token[0][1:]}", content)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -18,7 +18,7 @@ from contextlib import suppress
 import json_repair
 
 from data import Skills, Trajectory
-from rollout import generate
+from rollout import Encoder, generate
 
 Writer = Callable[[list[str]], list[str | None]]  # prompts -> answers in order; None: longer than the writer can read
 
@@ -202,16 +202,11 @@ def model_writer(
     batch_tokens: int = 65536,  # rows x length of one batch in `generate`
 ) -> Writer:
     """Skills from a local model: the policy itself, or its frozen starting weights."""
-    start = tokenizer.encode(prefill, add_special_tokens=False)
+    start, encoder = tokenizer.encode(prefill, add_special_tokens=False), Encoder(tokenizer, "window")
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "token_budget": batch_tokens}
 
-    def ids(prompt: str) -> list[int]:
-        # Thinking off: a thought would use up the answer's tokens. Templates that know no such switch ignore it.
-        chat, options = [{"role": "user", "content": prompt}], {"return_dict": False, "enable_thinking": False}
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options) + start
-
     def write(prompts: list[str]) -> list[str | None]:
-        contexts = [ids(prompt) for prompt in prompts]
+        contexts = [encoder.context([prompt], []) + start for prompt in prompts]
         fits = [len(context) + max_new_tokens <= context_limit for context in contexts]
         contexts = [context for context, fit in zip(contexts, fits, strict=True) if fit]
         training = model.training

@@ -90,11 +90,14 @@ def room_of(observation: str) -> str:
     return observation.partition("\n\n")[2].partition("\n\nYour task is to:")[0]
 
 
+@lru_cache(maxsize=65536)
 def words(text: str) -> str:
-    """An official observation or task in the compact style: lower case, no filler, no punctuation."""
+    """An official observation, task or command in the compact style: lower case, no filler, no punctuation, and no
+    number 1: "apple" is apple 1, since most things are the only ones of their kind."""
     text = re.sub(r"^you arrive at [^.]*\. |the [a-z]+ \d+ is open\. ", "", text.lower())
     text = text.removeprefix("you are in the middle of a room. looking quickly around ")
-    return " ".join(word for word in re.findall(r"[a-z]+|\d+", text) if word not in FILLER)
+    text = " ".join(word for word in re.findall(r"[a-z]+|\d+", text) if word not in FILLER)
+    return re.sub(r"(?<=[a-z]) 1\b", "", text)
 
 
 class AlfworldEnv:
@@ -134,7 +137,7 @@ class AlfworldEnv:
             "task": self._text(self.engine.game.task),
             "task_type": self.engine.game.task_type,
             "game": path,
-            "admissible_actions": self.engine.admissible_commands(),
+            "admissible_actions": self._admissible(),
             "won": False,
         }
 
@@ -142,10 +145,10 @@ class AlfworldEnv:
         """Reward 1 when the task becomes solved, else 0. Raises RuntimeError before reset."""
         if self.engine is None:
             raise RuntimeError("call reset() before step()")
-        observation = self.engine.step(action)
+        observation = self.engine.step(self.commands.get(action, action))
         self.steps += 1
         won = self.engine.won
-        info = {"admissible_actions": self.engine.admissible_commands(), "won": won}
+        info = {"admissible_actions": self._admissible(), "won": won}
         return self._text(observation), float(won), won, not won and self.steps >= self.max_steps, info
 
     def tasks(self, split: str) -> list[str]:
@@ -202,6 +205,11 @@ class AlfworldEnv:
 
     def analysis_prompt(self) -> str | None:
         return COMPACT_ANALYSIS if self.prompt == "compact" else None
+
+    def _admissible(self) -> list[str]:
+        """What can be done now, in the prompt's style; `commands` leads back to the engine's own words."""
+        self.commands = {self._text(command): command for command in self.engine.admissible_commands()}
+        return list(self.commands)
 
     def _text(self, text: str) -> str:
         return words(text) if self.prompt == "compact" else text

@@ -92,12 +92,12 @@ def test_compact_parser_takes_admissible_commands():
 @pytest.mark.parametrize(
     ("official", "compact"),
     [
-        ("You arrive at desk 1. On the desk 1, you see a pen 2, and a cd 1.", "on desk 1 see pen 2 cd 1"),
-        ("You arrive at safe 1. The safe 1 is closed.", "safe 1 is closed"),
-        ("You open the safe 1. The safe 1 is open. In it, you see nothing.", "open safe 1 see nothing"),
+        ("You arrive at desk 1. On the desk 1, you see a pen 2, and a cd 1.", "on desk see pen 2 cd"),
+        ("You arrive at safe 1. The safe 1 is closed.", "safe is closed"),
+        ("You open the safe 1. The safe 1 is open. In it, you see nothing.", "open safe see nothing"),
         (
             "You are in the middle of a room. Looking quickly around you, you see a bed 1, and a safe 1.",
-            "see bed 1 safe 1",
+            "see bed safe",
         ),
         ("Nothing happens.", "nothing happens"),
         ("find two pen and put them in drawer.", "find two pen put them drawer"),

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from envs.alfworld_engine import FastEngine, load_game
+from envs.alfworld import AlfworldEnv
+from envs.alfworld_engine import load_game
 from skills import parse_skills
 from tiny.demonstrations import hindsight, hint, novice, reciter, watch
 from tiny.warmstart import Demonstrator, skills_json, tiny_model, warm_start
@@ -22,7 +23,7 @@ def demonstrator(tokenizer):
 
 
 def test_flawless_play_wins_and_flaws_cost(games):
-    plays = [play(g, i, set(), slip=0.0) for i in range(5) for g in games]
+    plays = [play(g, i, set()) for i in range(5) for g in games]
     assert all(p.success for p in plays)
     novices = [play(g, i, {"forget"}) for i in range(5) for g in games]
     assert 0 < sum(p.success for p in novices) < 0.7 * len(novices)
@@ -31,11 +32,11 @@ def test_flawless_play_wins_and_flaws_cost(games):
 def test_recorded_plays_are_real(games):
     record = play(games[0], 3, {"forget"})
     commands = [command for _, command, _ in record.turns]
-    engine = FastEngine(load_game(games[0]))
-    engine.reset()
+    env = AlfworldEnv(prompt="compact")
+    env.reset(options={"game": games[0]})
     for command in commands:
-        engine.step(command)
-    assert engine.won == record.success
+        won = env.step(command)[-1]["won"]
+    assert won == record.success
     again = watch(load_game(games[0]), random.Random(3), reciter(commands), max_steps=len(commands))
     assert [(seen, done) for seen, done, _ in again.turns] == [(seen, done) for seen, done, _ in record.turns]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from data import Skills
@@ -19,7 +19,7 @@ from envs.alfworld_engine import FastEngine
 from envs.alfworld_expert import TOOLS, Explorer, kind_of
 from envs.alfworld_rooms import likely_places
 
-SLIP = 0.03  # chance of a random command, a step
+SLIP = 0.12  # chance, a step, of a command that nobody wanted: so that demonstrations show how to recover from one
 MAX_STEPS = 20
 STEP_SKILLS = 3  # at most, in a demonstration of hindsight
 
@@ -33,10 +33,11 @@ class Play:
     thing: str
     parent: str
     lamp: str
-    turns: list[tuple[str, str, str]] = field(default_factory=list)  # (observation, command, advice)
+    turns: list[tuple[str, str, str]] = field(default_factory=list)  # (observation, command, advice), in compact words
     critical: list[bool] = field(default_factory=list)  # a step that decides something
     advice_in_words: list[str] = field(default_factory=list)  # the step skill that each step could have had
     hints: dict[int, str] = field(default_factory=dict)
+    slips: set[int] = field(default_factory=set)  # turns whose command is not to be learnt
     skill: str = ""  # the episode skill that it was played under
     success: bool = False
 
@@ -48,6 +49,11 @@ class Adviser(Explorer):
         super().reset(observation)
         self.treated: set[str] = set()
         self.origin = ""  # where what is held was taken from
+
+    def act(self, observation: str, admissible: Sequence[str] = ()) -> str:
+        if self.command == f"go to {self.at}":
+            self.command = ""  # from where one is already: nothing happens, and nothing is to be made of it
+        return super().act(observation, admissible)
 
     def _remember(self, observation: str) -> None:
         verb, names = self.command.split()[0], re.findall(r"[a-z]+ \d+", self.command)
@@ -72,6 +78,12 @@ class Adviser(Explorer):
         """Whether the step decides something: a chance to open, take, treat, place or use, or the way there."""
         return not self.command.startswith("go ") or bool(self.held)
 
+    def slip(self, engine: FastEngine, rng: random.Random) -> str:
+        """What a clumsy player does: something possible, a way there or back, taking what is not here."""
+        possible = [command for command in engine.admissible_commands() if command not in ("help", "inventory")]
+        wrong = [f"go to {rng.choice(self.receptacles)}", f"take {self.thing} 1 from {self.at or self.receptacles[0]}"]
+        return rng.choice([rng.choice(possible), *wrong])
+
     def careless(self, rng: random.Random) -> str | None:
         """What somebody does who forgets half of the task, or None where there is nothing to forget."""
         if self.task_type in TOOLS and self.held and not self.ready:
@@ -88,8 +100,11 @@ class Adviser(Explorer):
 Decide = Callable[[Adviser, FastEngine, str], str | None]
 
 
-def watch(game, rng: random.Random, decide: Decide, *, skill: str = "", max_steps: int = MAX_STEPS) -> Play:
-    """Play one episode by `decide`, with an adviser who says at each step what a good player would do."""
+def watch(
+    game, rng: random.Random, decide: Decide, *, skill: str = "", slip: float = 0.0, max_steps: int = MAX_STEPS
+) -> Play:
+    """Play one episode by `decide`, with an adviser who says at each step what a good player would do.
+    `slip`: chance, a step, that something else is done instead."""
     engine, adviser = FastEngine(game), Adviser(rng, likely_places)
     observation = engine.reset()
     adviser.reset(observation)
@@ -99,10 +114,12 @@ def watch(game, rng: random.Random, decide: Decide, *, skill: str = "", max_step
         advice = adviser.act(observation)
         record.critical.append(adviser.critical())
         record.advice_in_words.append(hint(advice, adviser.held))
-        command = decide(adviser, engine, advice)
-        if command is None:
+        if rng.random() < slip:
+            command = adviser.slip(engine, rng)
+            record.slips.add(t)
+        elif (command := decide(adviser, engine, advice)) is None:
             command, record.hints[t] = advice, record.advice_in_words[t]
-        record.turns.append((words(observation), command, advice))
+        record.turns.append((words(observation), words(command), words(advice)))
         adviser.command = command
         observation = engine.step(command)
         if engine.won:
@@ -111,7 +128,7 @@ def watch(game, rng: random.Random, decide: Decide, *, skill: str = "", max_step
     return record
 
 
-def novice(rng: random.Random, flaws: set[str], hinted: float = 0.0, slip: float = SLIP) -> Decide:
+def novice(rng: random.Random, flaws: set[str], hinted: float = 0.0) -> Decide:
     """Somebody who forgets half of the task, leaves closed things shut, dawdles; follows hints where there are any."""
 
     def decide(adviser: Adviser, engine: FastEngine, advice: str) -> str | None:
@@ -122,17 +139,20 @@ def novice(rng: random.Random, flaws: set[str], hinted: float = 0.0, slip: float
             command = adviser.careless(rng) or command
         if "shut" in flaws and command.startswith("open "):
             command = f"go to {rng.choice(adviser.receptacles)}"
-        if rng.random() < slip:
-            command = rng.choice([c for c in engine.admissible_commands() if c not in ("help", "inventory")])
         return command
 
     return decide
 
 
 def reciter(commands: list[str]) -> Decide:
-    """Somebody who does what was done before: to have an adviser look at a finished episode."""
+    """Somebody who does what was done before (in compact words): to have an adviser look at a finished episode."""
     rest = iter(commands)
-    return lambda adviser, engine, advice: next(rest)
+
+    def decide(adviser: Adviser, engine: FastEngine, advice: str) -> str | None:
+        command = next(rest)
+        return next((c for c in engine.admissible_commands() if words(c) == command), command)
+
+    return decide
 
 
 # ---- skills, as a script would write them ---------------------------------------------------------------------------

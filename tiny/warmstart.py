@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -31,14 +32,14 @@ from rollout import Encoder
 from router import fill
 from runlog import replace
 from skills import analysis_prompt
-from tiny.demonstrations import STEP_SKILLS, Play, flaw_of, hindsight, novice, watch, workflow
+from tiny.demonstrations import SLIP, STEP_SKILLS, Play, flaw_of, hindsight, novice, watch, workflow
 
 GAMES = 2200  # generated train games that demonstrations come from
 PLAYS = 2  # times that each is played in each way
-FLAWS = {"forget": 0.5, "shut": 0.45}  # chance that a novice has the flaw
+FLAWS = {"forget": 0.6, "shut": 0.5}  # chance that a novice has the flaw
 ALONE_TURNS = 14  # of a novice's episode that are learnt; lost ones go on and on
 HINTED = 0.25  # share of steps with a hint, in hinted play
-LEARNING_RATE, BATCH_TOKENS = 3e-3, 2048
+LEARNING_RATE, BATCH_TOKENS = 3e-3, 1024
 OTHER_TOKENS = 0.3  # weight of tokens that are not responses: they teach copying early, where responses alone do not
 
 
@@ -120,9 +121,9 @@ class Demonstrator:
         alone = self.play(game, self.flaws())
         skills = hindsight(alone)
         if alone.success or self.rng.random() < 0.5:
-            guided = self.play(game, set(), skill=workflow(alone), slip=0.0)
+            guided = self.play(game, set(), skill=workflow(alone))
         else:
-            guided = self.play(game, self.flaws() - {flaw_of(alone)}, skill=skills.episode, slip=0.0)
+            guided = self.play(game, self.flaws() - {flaw_of(alone)}, skill=skills.episode)
         hinted = self.play(game, self.flaws(), hinted=HINTED)
         played = [self.acting(alone, ALONE_TURNS), self.acting(guided), self.acting(hinted)]
         return [*played, self.writing(alone, skills)]
@@ -130,12 +131,13 @@ class Demonstrator:
     def flaws(self) -> set[str]:
         return {flaw for flaw, chance in FLAWS.items() if self.rng.random() < chance}
 
-    def play(self, game, flaws: set[str], *, skill: str = "", **habits) -> Play:
+    def play(self, game, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> Play:
         rng = random.Random(self.rng.random())
-        return watch(game, rng, novice(rng, flaws, **habits), skill=skill)
+        return watch(game, rng, novice(rng, flaws, hinted), skill=skill, slip=SLIP)
 
     def acting(self, play: Play, turns: int | None = None) -> Sequence:
-        """The conversation of a play, or its first `turns`, skill and hints in place; every command is to be learnt."""
+        """The conversation of a play, or its first `turns`, skill and hints in place; every command but slips is to be
+        learnt."""
         messages, responses, history = [], [], []
         for t, (observation, command, _) in enumerate(play.turns[:turns]):
             prompt = self.env.build_prompt("chat", play.task, history, observation, [])
@@ -145,7 +147,7 @@ class Demonstrator:
             responses.append(self._answer(command))
             history.append((observation, command))
         context = self.encoder.context(messages, responses[:-1])
-        return self._sequence(context, responses)
+        return self._sequence(context, responses, play.slips)
 
     def writing(self, play: Play, skills: Skills) -> Sequence:
         """The hindsight prompt of a play, as training will build it, and the JSON to be learnt."""
@@ -157,12 +159,13 @@ class Demonstrator:
     def _answer(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
 
-    def _sequence(self, context: list[int], responses: list[list[int]]) -> Sequence:
+    def _sequence(self, context: list[int], responses: list[list[int]], left_out: Collection[int] = ()) -> Sequence:
         """`context` ends where the last response starts; the earlier responses are found in it, one a turn."""
         ids, spans, turn = context + responses[-1], [], self.tokenizer.convert_tokens_to_ids("<assistant>")
         starts = [i + 1 for i, token in enumerate(context) if token == turn]
-        for start, response in zip(starts, responses, strict=True):
-            spans.append((0, start, len(response)))
+        for t, (start, response) in enumerate(zip(starts, responses, strict=True)):
+            if t not in left_out:
+                spans.append((0, start, len(response)))
         return Sequence(ids, spans)
 
 
