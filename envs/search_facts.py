@@ -302,7 +302,8 @@ def _two_hop(rng: Random) -> Iterator[GeneratedQuestion]:
         if not HOPS[fact.hop].phrase:
             about[fact.given].append(fact)
     for first in facts():
-        naming = [text for text in told if f" {words(first.given)} " in text]
+        name = f" {words(first.given)} "
+        naming = [text for text in told if name in text]
         for second in about[first.found] if HOPS[first.hop].phrase else []:
             answer = f" {words(second.found)} "
             question = HOPS[second.hop].ask(rng.randrange(2), HOPS[first.hop].phrase.format(given=first.given))

@@ -77,7 +77,8 @@ def _question(row: Mapping, place: str, default_source: str) -> Question:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip() or not answers:
         raise ValueError(f"{place}: a row needs a 'question' and at least one golden answer")
-    return Question(question.strip(), answers, row.get("data_source") or default_source)
+    source = row.get("data_source") or default_source
+    return Question(question.strip(), answers, source.removeprefix("searchR1_"))  # as some processed files tag it
 
 
 def _alternating(questions: list[Question]) -> list[Question]:

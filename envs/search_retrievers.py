@@ -231,7 +231,7 @@ class CachedRetriever:
             self.known[query] = [passage.contents for passage in found]
         for query in dict.fromkeys(queries):
             self.known.move_to_end(query)
-        while len(self.known) > max(self.size, len(missing)):
+        while len(self.known) > self.size:
             self.known.popitem(last=False)
 
     def __call__(self, query: str) -> list[str]:
