@@ -66,7 +66,7 @@ def questions(tmp_path):
     rows = [
         {
             "question": "Who wrote Hamlet?",
-            "golden_answers": ["William Shakespeare", "Shakespeare"],
+            "golden_answers": ["W. Shakespeare", "Shakespeare"],
             "data_source": "nq",
         },
         {"question": "Capital of Peru?", "golden_answers": ["Lima"], "data_source": "popqa"},
@@ -234,7 +234,7 @@ def test_generated_tasks_come_with_their_kind():
 def test_the_vocabulary_is_small_and_holds_the_prompts_words():
     assert 500 < len(vocabulary()) < 1500
     prompt = SearchEnv(prompt="compact").build_prompt("window", "what", [("what", "search x")], "doc 1 lima", [])
-    shown = fill(prompt, Guidance("episode", "capital")) + fill(prompt, Guidance("step", "capital"))
+    shown = f"{fill(prompt, Guidance('episode', 'capital'))} {fill(prompt, Guidance('step', 'capital'))}"
     assert set(shown.split()) - {"x"} <= set(vocabulary())
 
 
@@ -280,7 +280,7 @@ def test_mistakes_are_named(questions):
         SearchEnv().tasks("test")
 
 
-# ---- text from outside ------------------------------------------------------------------------------------------------
+# ---- text from outside -----------------------------------------------------------------------------------------------
 
 
 def chatml_tokenizer():

@@ -77,5 +77,5 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "q.csv").write_text("question\n")
     with pytest.raises(ValueError, match="parquet, jsonl, json"):
         load_questions(str(tmp_path / "q.csv"), "train")
-    with pytest.raises(ValueError, match="unknown split 'test'.*train, valid_seen"):
+    with pytest.raises(ValueError, match=r"unknown split 'test'.*train, valid_seen"):
         load_questions("generate", "test")
