@@ -14,7 +14,6 @@ from envs.search_facts import SPLITS, generated_questions
 
 GENERATE = "generate"
 FORMATS = {"parquet": "parquet", "jsonl": "json", "json": "json"}  # file ending -> the loader's name
-COLUMNS = ("question", "golden_answers", "reward_model", "data_source")
 ONE_HOP, TWO_HOP = "one_hop", "two_hop"
 
 
@@ -31,9 +30,9 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
 
     `source` is "generate"; a folder with SPLIT.parquet, SPLIT.jsonl or SPLIT.json; one such file, for every split; or
     a hub id such as PeterJinGo/nq_hotpotqa_train. Columns: `question`, and `golden_answers` or
-    `reward_model.ground_truth.target`; `data_source` where there is one. Splits other than train alternate between
-    their data sources, so that the first N questions tell about all of them alike. Raises ValueError or
-    FileNotFoundError with what to do.
+    `reward_model.ground_truth.target`; `data_source`, or else the file or folder names it. Splits other than
+    train alternate between their data sources, so that the first N questions tell about all of them alike. Raises
+    ValueError or FileNotFoundError with what to do.
     """
     if source == GENERATE:
         if split not in SPLITS:
@@ -63,7 +62,9 @@ def _rows(source: str, split: str):
         raise FileNotFoundError(f"no questions at {' or '.join(map(str, files))}")
     else:
         rows = datasets.load_dataset(source, split=split)
-    return rows.select_columns([column for column in COLUMNS if column in rows.column_names])
+    answers = "golden_answers" if "golden_answers" in rows.column_names else "reward_model"
+    wanted = ("question", answers, "data_source")
+    return rows.select_columns([column for column in wanted if column in rows.column_names])
 
 
 def _question(row: Mapping, place: str, default_source: str) -> Question:

@@ -52,7 +52,7 @@ def test_search_questions_of_a_run(tmp_path):
     assert eval_splits(config) == ("test",)
     assert games_of(config, "train") == [f"search/train/{i}" for i in range(8)]  # of one's own, all
     assert games_of(config, "test") == [f"search/test/{i}" for i in range(5)]
-    assert environment(config)().reset(options={"game": "search/test/0"})[1]["task_type"] == "test"
+    assert environment(config)().reset(options={"game": "search/test/0"})[1]["task_type"] == tmp_path.name
 
 
 def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, tokenizer):
