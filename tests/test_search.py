@@ -243,10 +243,11 @@ def test_the_vocabulary_is_small_and_holds_the_prompts_words():
 def test_prefetch_searches_for_a_whole_turn_at_once(questions):
     retriever = Canned("p")
     env = SearchEnv(questions=questions, retriever=retriever)
-    env.prefetch(["<search>a</search>", "<answer>x</answer>", "junk", "<search> b </search>", "<search>a</search>"])
     env.reset(options={"game": "search/test/0"})
-    env.step("<search>b</search>")
-    env.step("<search>a</search>")
+    env.prefetch(["<search>a</search>", "<answer>x</answer>", "junk", "<search> b </search>", "<search>a</search>"])
+    for query in ("b", "a", "b"):
+        env.step(f"<search>{query}</search>")
+    env.prefetch(["<search>c</search>"])  # nobody would read it in the last turn
     assert retriever.calls == [["a", "b"]]
 
 

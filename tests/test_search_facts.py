@@ -41,7 +41,8 @@ def test_facts_that_everybody_knows():
         ("state", "Houston", "Texas"),
         ("code", "Texas", "TX"),
     } <= known
-    assert not {fact for fact in known if fact[:2] == ("currency_of", "Euro")}  # many countries have it
+    assert not {given for hop, given, _ in known if hop == "currency_of"} & {"Euro", "Ruble"}  # several have these
+    assert not {given for hop, given, _ in known if hop == "neighbour"} & {"Cuba", "Canada", "Denmark"}
 
 
 def test_what_is_asked_has_one_answer():

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from envs.search import main
 from envs.search_retrievers import (
     BM25Retriever,
     CachedRetriever,
@@ -253,9 +254,12 @@ def test_serve_from_the_command_line(tmp_path):
         server.terminate()
         server.wait(10)
         server.stdout.close()
-    wrong = [sys.executable, "-m", "envs.search", "serve", "--corpus", str(tmp_path / "none.jsonl")]
-    done = subprocess.run(wrong, capture_output=True, text=True)
-    assert done.returncode == 2 and "no corpus at" in done.stderr
+
+
+def test_serving_what_is_not_there_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "--corpus", str(tmp_path / "none.jsonl")])
+    assert "no corpus at" in capsys.readouterr().err
 
 
 # ---- cache ----------------------------------------------------------------------------------------------------------
