@@ -39,9 +39,20 @@ from envs.search_retrievers import (
 )
 from envs.search_text import compact_results, exact_match, normalize, official_results, words
 
-__all__ = ["DATA_SOURCES", "CorpusError", "RetrieverError", "SearchEnv", "exact_match", "normalize", "vocabulary"]
+__all__ = [
+    "DATA_SOURCES",
+    "GENERATED_SOURCES",
+    "CorpusError",
+    "RetrieverError",
+    "SearchEnv",
+    "exact_match",
+    "generated_corpus",
+    "normalize",
+    "read_action",
+    "vocabulary",
+]
 
-# The columns of the paper's table, in its order, then those of the generated questions.
+# The columns of the paper's table, in its order; the generated questions have a table of their own.
 DATA_SOURCES = {
     "nq": "NQ",
     "triviaqa": "TriviaQA",

@@ -23,6 +23,8 @@ def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:
 
     An empty list matches nothing.
     """
+    if hasattr(golden_answers, "tolist"):  # an array, perhaps of one string and no dimension
+        golden_answers = golden_answers.tolist()
     if isinstance(golden_answers, str):
         golden_answers = [golden_answers]
     predicted = normalize(prediction)

@@ -31,6 +31,7 @@ def test_facts_that_everybody_knows():
     known = {(fact.hop, fact.given, fact.found) for fact in facts()}
     assert {
         ("capital", "France", "Paris"),
+        ("capital", "Serbia", "Belgrade"),  # which the union with Montenegro, long gone, has as well
         ("capital_of", "Paris", "France"),
         ("currency", "Japan", "Yen"),
         ("currency_of", "Yen", "Japan"),
@@ -96,8 +97,8 @@ def test_no_passage_answers_a_two_hop_question():
 
 
 def test_one_search_does_not_answer_a_two_hop_question():
-    """Searching for the whole question hardly ever brings the passage that the second hop reads: where it does, the
-    names resemble each other (San Salvador, El Salvador)."""
+    """Searching for the whole question hardly ever brings the passage that the second hop reads: where it does, it
+    is by luck, as among the capitals that come up for a question about some capital."""
     retriever = BM25Retriever(generated_corpus())
     found = retriever.search([question.question for question in TWO_HOP], 3)
     places = {(fact.hop, fact.given): fact.found for fact in facts()}

@@ -26,6 +26,7 @@ from envs.search_text import compact_results, normalize, official_results, passa
         ("anything", [], False),
         ("Lima", np.array(["Cusco", "Lima"]), True),
         ("Lima", np.array(["Cusco"], dtype=object), False),
+        ("Lima", np.array("lima"), True),
     ],
 )
 def test_exact_match_by_hand(prediction, golden, same):
