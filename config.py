@@ -59,7 +59,10 @@ class Config:
     # environment
     env: str = _("alfworld", "environment", ENVIRONMENTS)
     engine: str = _("fast", "ALFWorld engine", ("fast", "textworld"))
-    games: str = _("generate", "folder of official ALFWorld games ($ALFWORLD_DATA), or 'generate'")
+    games: str = _(
+        "generate", "official ALFWorld games (a folder), Search QA questions (file, folder, hub id), 'generate'"
+    )
+    retriever: str = _("generate", "Search QA passages: a JSON-lines corpus, http:// of a server, 'generate'")
     game_size: str = _("small", "size of generated ALFWorld rooms", ("small", "full"))
     train_games: int = _(1000, "generated training games")
     eval_games: int = _(200, "games a split at evaluation, at most")

@@ -18,14 +18,20 @@ from config import Config, parse_args
 from data import Trajectory
 from envs import TextEnv, make_env
 from envs.alfworld import SPLITS, TASK_TYPES, cached_games, list_games
+from envs.search import DATA_SOURCES, GENERATED_SOURCES
 from rollout import Encoder, rollout
 
 EVAL_SPLITS = ("valid_seen", "valid_unseen")
+TABLES = (TASK_TYPES, DATA_SOURCES, GENERATED_SOURCES)  # task type -> column, for each kind of table
 
 
 def environment(config: Config) -> Callable[[], TextEnv]:
     """What makes one environment of the run."""
-    options = {"engine": config.engine, "prompt": config.prompt, "history": config.history}
+    options = {"prompt": config.prompt, "history": config.history}
+    if config.env == "search":
+        options |= {"questions": config.games, "retriever": config.retriever}
+    else:
+        options |= {"engine": config.engine}
     return lambda: make_env(config.env, max_steps=config.max_steps, **options)
 
 
@@ -34,11 +40,19 @@ def games_of(config: Config, split: str) -> list[str]:
 
     Held-out games do not depend on the run's seed, so that every run is evaluated on the same ones.
     """
-    if config.games != "generate":
-        games = list_games(config.games, split)
-        return games if split == "train" else games[: config.eval_games]
     count = config.train_games if split == "train" else config.eval_games
+    if config.games != "generate" and split == "train":
+        count = None  # all there are
+    if config.env == "search":
+        return environment(config)().tasks(split)[:count]
+    if config.games != "generate":
+        return list_games(config.games, split)[:count]
     return cached_games(config.game_size, split, count)
+
+
+def eval_splits(config: Config) -> tuple[str, ...]:
+    """The held-out splits: of questions from outside `test` alone, whose data sets are the table's columns."""
+    return ("test",) if config.env == "search" and config.games != "generate" else EVAL_SPLITS
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -72,10 +86,16 @@ def play(
     return trajectories
 
 
+def columns(trajectories: list[Trajectory]) -> dict[str, str]:
+    """Task type -> its column: those of the paper's table that knows every type here, else the types' own names."""
+    types = {t.task_type for t in trajectories}
+    return next((table for table in TABLES if types <= table.keys()), {name: name for name in sorted(types)})
+
+
 def success_by_type(trajectories: list[Trajectory]) -> dict[str, tuple[int, int]]:
-    """Column -> (solved, played), for the paper's columns that occur and All."""
+    """Column -> (solved, played), for the columns that occur and All."""
     table = {}
-    for task_type, column in TASK_TYPES.items():
+    for task_type, column in columns(trajectories).items():
         played = [t.success for t in trajectories if t.task_type == task_type]
         if played:
             table[column] = (sum(played), len(played))
@@ -85,23 +105,26 @@ def success_by_type(trajectories: list[Trajectory]) -> dict[str, tuple[int, int]
 
 def format_table(results: dict[str, list[Trajectory]]) -> str:
     """A line a split: success in % by task type, then over all games, its 95% interval, the number of games."""
-    columns = [*TASK_TYPES.values(), "All"]
-    lines = [f"{'split':<13}" + "".join(f"{column:>8}" for column in columns) + f"{'95% interval':>17}{'games':>7}"]
+    names = [*columns([t for trajectories in results.values() for t in trajectories]).values(), "All"]
+    widths = [max(8, len(name) + 2) for name in names]
+    head = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    lines = [f"{'split':<13}{head}{'95% interval':>17}{'games':>7}"]
     for split, trajectories in results.items():
         table = success_by_type(trajectories)
-        cells = [f"{100 * table[c][0] / table[c][1]:8.1f}" if c in table else f"{'-':>8}" for c in columns]
+        shares = [f"{100 * table[name][0] / table[name][1]:.1f}" if name in table else "-" for name in names]
+        cells = [f"{share:>{width}}" for share, width in zip(shares, widths, strict=True)]
         low, high = wilson(*table["All"])
         interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
         lines.append(f"{split:<13}" + "".join(cells) + f"{interval:>17}{len(trajectories):>7}")
     return "\n".join(lines)
 
 
-def evaluate(model, encoder: Encoder, config: Config, splits=EVAL_SPLITS) -> dict[str, list[Trajectory]]:
-    """Trajectories of one pass over each split's games. Seeded apart from training, and the training's random state
-    is left as it was."""
+def evaluate(model, encoder: Encoder, config: Config, splits=None) -> dict[str, list[Trajectory]]:
+    """Trajectories of one pass over the games of each of `splits` (None: the held-out ones). Seeded apart from
+    training, and the training's random state is left as it was."""
     results = {}
     with torch.random.fork_rng():
-        for split in splits:
+        for split in splits or eval_splits(config):
             torch.manual_seed(config.seed)
             games = games_of(config, split)
             results[split] = play(model, encoder, config, games, temperature=config.eval_temperature, note=split)

@@ -44,6 +44,7 @@ class TextEnv(Protocol):
 
 _REGISTRY = {
     "alfworld": ("envs.alfworld", "AlfworldEnv"),
+    "search": ("envs.search", "SearchEnv"),
 }
 
 

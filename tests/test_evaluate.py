@@ -5,7 +5,7 @@ import torch
 
 from config import Config
 from data import Trajectory
-from evaluate import evaluate, format_table, games_of, success_by_type, wilson
+from evaluate import environment, eval_splits, evaluate, format_table, games_of, success_by_type, wilson
 from rollout import Encoder
 
 
@@ -28,6 +28,31 @@ def test_table():
     assert header.split()[:8] == ["split", "Pick", "Look", "Clean", "Heat", "Cool", "Pick2", "All"]
     assert line.split()[:8] == ["valid_seen", "50.0", "-", "-", "-", "-", "66.7", "60.0"]
     assert line.split()[-1] == "5"
+
+
+def test_table_of_questions_by_data_set():
+    games = played("nq", True, False) + played("2wikimultihopqa", True)
+    header, line = format_table({"test": games}).splitlines()
+    sets = ["NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle"]
+    assert header.split()[1:9] == [*sets, "All"]
+    assert line.split()[1:9] == ["50.0", "-", "-", "-", "100.0", "-", "-", "66.7"]
+    assert header.index("All") + 3 == line.index("66.7") + 4  # columns line up under wide names
+    assert success_by_type(played("one_hop", True)) == {"1-hop": (1, 1), "All": (1, 1)}
+    mine = played("my_set", False) + played("nq", True)  # a data set that no paper's table knows
+    assert success_by_type(mine) == {"my_set": (0, 1), "nq": (1, 1), "All": (1, 2)}
+
+
+def test_search_questions_of_a_run(tmp_path):
+    config = Config(env="search", train_games=30, eval_games=5)
+    assert [len(games_of(config, split)) for split in ("train", *eval_splits(config))] == [30, 5, 5]
+    for split in ("train", "test"):
+        rows = "".join(f'{{"question": "q{i}", "golden_answers": ["a"]}}\n' for i in range(8))
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    config = Config(env="search", games=str(tmp_path), train_games=3, eval_games=5, max_steps=4)
+    assert eval_splits(config) == ("test",)
+    assert games_of(config, "train") == [f"search/train/{i}" for i in range(8)]  # of one's own, all
+    assert games_of(config, "test") == [f"search/test/{i}" for i in range(5)]
+    assert environment(config)().reset(options={"game": "search/test/0"})[1]["task_type"] == tmp_path.name
 
 
 def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, tokenizer):
