@@ -44,6 +44,7 @@ class TextEnv(Protocol):
 
 _REGISTRY = {
     "alfworld": ("envs.alfworld", "AlfworldEnv"),
+    "webshop": ("envs.webshop", "WebshopEnv"),
 }
 
 

@@ -51,20 +51,19 @@ class Session:
         return [self.shop.products[asin] for asin in self.found[first : first + self.page_size]]
 
     def clickables(self) -> dict[str, str]:
-        """What can be clicked, lower case as in click[...], in the official order -> "button", "product", or the name
-        of the option whose value it is. Texts that occur twice are one, the later one."""
+        """What can be clicked, lower case as in click[...], in the official order -> the name of the option whose value
+        it is, or "" for a button or a product. A text that occurs twice is one, the later one."""
         if self.page == "search":
-            return {"search": "button"}
+            return {"search": ""}
         if self.page == "done":
             return {}
         if self.page == "results":
             turns = [PREVIOUS, NEXT] if self.number > 1 else [NEXT]
-            buttons = dict.fromkeys((text.lower() for text in (BACK, *turns)), "button")
-            return buttons | {product["asin"].lower(): "product" for product in self.shown}
+            return dict.fromkeys((text.lower() for text in (BACK, *turns, *(p["asin"] for p in self.shown))), "")
         if self.page == "item":
-            buttons = dict.fromkeys((text.lower() for text in (BACK, PREVIOUS, *SUB_PAGES, BUY)), "button")
+            buttons = dict.fromkeys((text.lower() for text in (BACK, PREVIOUS, *SUB_PAGES, BUY)), "")
             return buttons | {value: name for name, values in self.product["options"].items() for value in values}
-        return dict.fromkeys((BACK.lower(), PREVIOUS.lower()), "button")
+        return dict.fromkeys((BACK.lower(), PREVIOUS.lower()), "")
 
     def act(self, action: str) -> bool:
         """Do `search[words]` (on any page) or `click[text]`. False where that is no action here: nothing changes."""
@@ -89,7 +88,7 @@ class Session:
         """Leaving a product for the results drops the options chosen for it."""
         self.page, self.number, self.asin, self.options = "results", number, "", {}
 
-    def click(self, text: str, kind: str) -> None:
+    def click(self, text: str, option: str) -> None:
         sub_pages = {name.lower(): name for name in SUB_PAGES}
         if text == BUY.lower():
             self.page = "done"
@@ -103,11 +102,11 @@ class Session:
             self.page = "item"
         elif text in sub_pages:
             self.page = sub_pages[text]
-        elif kind == "product":
+        elif self.page == "results":
             self.page = "item"
             self.asin = next(product["asin"] for product in self.shown if product["asin"].lower() == text)
         else:
-            self.options[kind] = text
+            self.options[option] = text
 
     def observation(self, score: float | None = None) -> str:
         """The open page. `score` is shown on the last one, after buying."""
