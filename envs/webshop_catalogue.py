@@ -1,9 +1,8 @@
 """Makes a WebShop catalogue without a download: `generate_catalogue(folder)` writes files in the official format.
 
 Every word is from the lists below, so that a word-level model can speak it. A title shows one of a product's three
-attributes and the first feature (which is searched) another; the third is on the product's own pages only. Products of
-a kind differ in attributes, price and options, so a goal's words, its price limit and its options rule out most of what
-a search finds.
+attributes, and search reads no other; the rest is on the product's own pages only. Products of a kind differ in
+attributes, price and options, so what a goal asks for rules out most of what a search finds.
 """
 
 from __future__ import annotations
@@ -41,19 +40,25 @@ def listed(text: str) -> tuple[str, ...]:
 DEPARTMENTS = {
     "fashion": Department(
         "clothing › outfits",
-        listed("hiking jacket, rain coat, wool sweater, denim skirt, leather belt, cotton shirt, winter scarf, sun hat"),
+        listed(
+            "hiking jacket, rain coat, wool sweater, denim skirt, leather belt, cotton shirt, winter scarf, sun hat"
+        ),
         listed("waterproof, lightweight, breathable, stretchy, padded, striped"),
         {"color": COLORS, "size": SIZES},
     ),
     "electronics": Department(
         "electronics › devices",
-        listed("desk lamp, phone case, travel charger, gaming mouse, kitchen radio, smart watch, camera bag, wall clock"),
+        listed(
+            "desk lamp, phone case, travel charger, gaming mouse, kitchen radio, smart watch, camera bag, wall clock"
+        ),
         listed("wireless, rechargeable, portable, dimmable, foldable, shockproof"),
         {"color": COLORS, "pack": PACKS},
     ),
     "garden": Department(
         "home › furnishings",
-        listed("coffee table, office chair, book shelf, floor rug, window curtain, bath towel, patio bench, storage box"),
+        listed(
+            "coffee table, office chair, book shelf, floor rug, window curtain, bath towel, patio bench, storage box"
+        ),
         listed("handmade, stackable, recycled, sturdy, woven, adjustable"),
         {"color": COLORS, "style": ("modern", "rustic", "vintage")},
     ),
@@ -77,6 +82,7 @@ WORDINGS = (
     "i am looking for a {kind}, {first} and {second}, with {options}",
 )
 ONE_OPTION = 0.3  # share of goals that name the first option only
+RIVALS = 5  # an episode of 15 steps has time to open 5 products and buy the last
 RANGES, NO_PRICE = 0.06, 0.03  # shares of products with a price range, and without a price (which officially costs 100)
 
 
@@ -114,7 +120,7 @@ def sample_product(index: int, seed: int) -> tuple[dict, list[str]]:
         "query": kind,
         "product_category": f"{department.path} › {kind}",
         "pricing": pricing,
-        "small_description": attributes[1:],
+        "small_description": attributes,
         "full_description": f"{kind} by {brand}",
         "customization_options": options,
         "images": [None],
@@ -129,21 +135,23 @@ def held_out(kind: str, pair: frozenset[str], attributes: tuple[str, ...]) -> bo
     return (pairs.index(pair) + turn) % 5 == 0
 
 
-def sample_wishes(record: dict, attributes: list[str], seed: int, taken: set) -> Iterator[dict]:
-    """Instructions that this product fulfils, one for each pair of its attributes, as in items_human_ins.json.
+def sample_wishes(record: dict, attributes: list[str], shelf: list[dict], seed: int, taken: set) -> Iterator[dict]:
+    """Instructions that this product fulfils, as in items_human_ins.json: the attribute that its title shows and another.
 
     `split` says where each belongs: valid_unseen has pairs of its own; valid_seen and train never share what is asked
-    for, whichever products fulfil it (`taken` remembers).
+    for, whichever products fulfil it (`taken` remembers). `shelf` holds all products of the kind: nobody asks for what
+    more than RIVALS of them look like.
     """
     rng = Random(f"wishes {seed} {record['asin']}")
     kind, known = record["query"], DEPARTMENTS[record["category"]].attributes
-    for pair in combinations(attributes, 2):
+    for other in attributes[1:]:
+        pair = (attributes[0], other)
         first, second = rng.sample(pair, 2)
         names = list(record["customization_options"])[: 1 if rng.random() < ONE_OPTION else 2]
         chosen = {name: rng.choice(record["customization_options"][name])["value"] for name in names}
         wording, seen_split = rng.choice(WORDINGS), "valid_seen" if rng.random() < 0.2 else "train"
         asked = (kind, frozenset(pair), tuple(chosen.values()))
-        if asked in taken:
+        if asked in taken or rivals(shelf, pair, names[0], chosen[names[0]]) > RIVALS:
             continue
         taken.add(asked)
         options = " and ".join(f"{name} {value}" for name, value in chosen.items())
@@ -156,19 +164,29 @@ def sample_wishes(record: dict, attributes: list[str], seed: int, taken: set) ->
         }
 
 
+def rivals(shelf: list[dict], pair: tuple[str, str], option: str, value: str) -> int:
+    """How many products a search brings up that look right from outside: a wanted attribute in the title, the option."""
+    return sum(
+        not set(pair).isdisjoint(record["name"].split())
+        and any(each["value"] == value for each in record["customization_options"][option])
+        for record in shelf
+    )
+
+
 def generate_catalogue(folder: str | Path, count: int = 1000, seed: int = 0) -> Path:
     """Write `count` products, their attributes and instructions under `folder`, in the official format -> `folder`.
 
     Product i depends on (seed, i) alone, and a file that is there with the same content is left alone. Nobody asks for a
     product with a price range: its page doesn't say what it costs.
     """
-    records, own, wishes, taken = [], {}, {}, set()
-    for index in range(count):
-        record, attributes = sample_product(index, seed)
-        records.append(record)
-        own[record["asin"]] = {"attributes": attributes}
+    products = [sample_product(index, seed) for index in range(count)]
+    records = [record for record, _ in products]
+    own = {record["asin"]: {"attributes": attributes} for record, attributes in products}
+    wishes, taken = {}, set()
+    for index, (record, attributes) in enumerate(products):
         if record["pricing"].count("$") == 1:
-            wishes[record["asin"]] = list(sample_wishes(record, attributes, seed, taken))
+            shelf = records[index % len(KINDS) :: len(KINDS)]
+            wishes[record["asin"]] = list(sample_wishes(record, attributes, shelf, seed, taken))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {"items_shuffle.json": records, "items_ins_v2.json": own, "items_human_ins.json": wishes}

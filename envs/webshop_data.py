@@ -91,7 +91,9 @@ def read_json(path: Path, kind: str) -> list | dict:
         raise ValueError(f"{path} is not JSON ({error}); download it again: {WHERE}") from error
     expected = list if kind == "products" else dict
     if not isinstance(content, expected):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not WebShop's {expected.__name__} of {kind}: {WHERE}")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not WebShop's {expected.__name__} of {kind}: {WHERE}"
+        )
     return content
 
 
@@ -186,9 +188,7 @@ def is_wish(wish: object) -> bool:
         return False
     attributes, options = wish.get("instruction_attributes"), wish.get("instruction_options")
     values = list(options.values()) if isinstance(options, dict) else options
-    return all(
-        isinstance(part, list) and all(isinstance(text, str) for text in part) for part in (attributes, values)
-    )
+    return all(isinstance(part, list) and all(isinstance(text, str) for text in part) for part in (attributes, values))
 
 
 def draw_limit(price: float, rng: Random) -> tuple[float, str]:

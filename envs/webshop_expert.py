@@ -65,6 +65,7 @@ class Shopper:
 
     def reset(self, task: str) -> None:
         self.goal = read_goal(task)
+        self.goal_words = set(self.goal.attributes)
         self.rejected: set[str] = set()  # titles and prices that were opened in vain
         self.opened = ""  # the entry of the results page that is open
         self.left: list[str] = []  # options still to choose
@@ -88,6 +89,7 @@ class Shopper:
             (-sum(word in title.split() for word in self.goal.attributes), int(number), f"{title} {price}")
             for number, title, price, highest in entries
             if title.endswith(self.goal.kind)
+            and not self.goal_words.isdisjoint(title.split())
             and f"{title} {price}" not in self.rejected
             and ("ignores price" in self.flaws or self.goal.fits(price, highest))
         ]

@@ -40,7 +40,9 @@ NOT_NOUNS = frozenset(
 )
 
 
-def reward(product: dict, goal: dict, price: float, options: dict[str, str], nouns: Callable[[str], list[str]]) -> float:
+def reward(
+    product: dict, goal: dict, price: float, options: dict[str, str], nouns: Callable[[str], list[str]]
+) -> float:
     """The official score of buying `product` (a processed record) at `price` dollars with the chosen `options`.
 
     (matched attributes + matched options + price within the limit) / (attributes + options + 1), times the type score.
