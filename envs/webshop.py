@@ -4,7 +4,7 @@ Pages, actions, search and reward are the official text environment's (webshop_p
 webshop_reward.py), the products official files or a generated catalogue in the same format (webshop_data.py,
 webshop_catalogue.py). Neither Java nor a web server is needed.
 
-Prompts. "official": the words of the authors' release (agent_system/environments/prompts/webshop.py and env_manager.py),
+Prompts. "official": the words of the authors' release (agent_system/environments, prompts/webshop.py and env_manager.py),
 responses `<think>...</think><action>...</action>`. "compact": webshop_compact.py, responses are bare commands.
 """
 
@@ -165,8 +165,8 @@ class WebshopEnv:
         return (f"task {task}", episode, f"{past} now {observation}", step)
 
     def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
-        """ "official": as the authors parse (projection.py): the text between the first <action> tags, lower case; valid
-        if a <think> block is there and no Chinese characters are; else the last 20 characters, invalid.
+        """ "official": as the authors parse (projection.py): the text between the first <action> tags, lower case;
+        valid if a <think> block is there and no Chinese characters are; else the last 20 characters, invalid.
         "compact": the whole response, valid if it is admissible or a search, which every page takes."""
         if self.prompt == "compact":
             action = response.strip()

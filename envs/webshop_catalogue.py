@@ -14,10 +14,11 @@ from itertools import combinations
 from pathlib import Path
 from random import Random
 
-BRANDS = """
+BRAND_WORDS = """
 acorn bluff cedar delta ember fable grove harbor isle juniper kestrel lotus maple nimbus onyx pebble quartz ridge sable
 tundra umber vista willow zephyr
-""".split()
+"""
+BRANDS = BRAND_WORDS.split()
 PACKS, SIZES = ("single", "double", "triple"), ("small", "medium", "large")
 COLORS = ("black", "white", "red", "blue", "green", "yellow", "pink", "purple")
 PRICES = range(10, 100, 5)  # whole dollars
@@ -40,25 +41,19 @@ def listed(text: str) -> tuple[str, ...]:
 DEPARTMENTS = {
     "fashion": Department(
         "clothing › outfits",
-        listed(
-            "hiking jacket, rain coat, wool sweater, denim skirt, leather belt, cotton shirt, winter scarf, sun hat"
-        ),
+        listed("hiking jacket, rain coat, wool sweater, denim skirt, leather belt, cotton shirt, knit scarf, sun hat"),
         listed("waterproof, lightweight, breathable, stretchy, padded, striped"),
         {"color": COLORS, "size": SIZES},
     ),
     "electronics": Department(
         "electronics › devices",
-        listed(
-            "desk lamp, phone case, travel charger, gaming mouse, kitchen radio, smart watch, camera bag, wall clock"
-        ),
+        listed("desk lamp, phone case, car charger, gaming mouse, kitchen radio, smart watch, camera bag, wall clock"),
         listed("wireless, rechargeable, portable, dimmable, foldable, shockproof"),
         {"color": COLORS, "pack": PACKS},
     ),
     "garden": Department(
         "home › furnishings",
-        listed(
-            "coffee table, office chair, book shelf, floor rug, window curtain, bath towel, patio bench, storage box"
-        ),
+        listed("coffee table, office chair, book shelf, floor rug, window curtain, bath towel, patio bench, toy box"),
         listed("handmade, stackable, recycled, sturdy, woven, adjustable"),
         {"color": COLORS, "style": ("modern", "rustic", "vintage")},
     ),
@@ -136,7 +131,7 @@ def held_out(kind: str, pair: frozenset[str], attributes: tuple[str, ...]) -> bo
 
 
 def sample_wishes(record: dict, attributes: list[str], shelf: list[dict], seed: int, taken: set) -> Iterator[dict]:
-    """Instructions that this product fulfils, as in items_human_ins.json: the attribute that its title shows and another.
+    """Instructions that this product fulfils, as in items_human_ins.json: its title's attribute and one of the others.
 
     `split` says where each belongs: valid_unseen has pairs of its own; valid_seen and train never share what is asked
     for, whichever products fulfil it (`taken` remembers). `shelf` holds all products of the kind: nobody asks for what
@@ -165,7 +160,7 @@ def sample_wishes(record: dict, attributes: list[str], shelf: list[dict], seed: 
 
 
 def rivals(shelf: list[dict], pair: tuple[str, str], option: str, value: str) -> int:
-    """How many products a search brings up that look right from outside: a wanted attribute in the title, the option."""
+    """How many products look right to a search: a wanted attribute in the title, and the option."""
     return sum(
         not set(pair).isdisjoint(record["name"].split())
         and any(each["value"] == value for each in record["customization_options"][option])
@@ -176,8 +171,8 @@ def rivals(shelf: list[dict], pair: tuple[str, str], option: str, value: str) ->
 def generate_catalogue(folder: str | Path, count: int = 1000, seed: int = 0) -> Path:
     """Write `count` products, their attributes and instructions under `folder`, in the official format -> `folder`.
 
-    Product i depends on (seed, i) alone, and a file that is there with the same content is left alone. Nobody asks for a
-    product with a price range: its page doesn't say what it costs.
+    Product i depends on (seed, i) alone, and a file that is there with the same content is left alone. Nobody asks for
+    a product with a price range: its page doesn't say what it costs.
     """
     products = [sample_product(index, seed) for index in range(count)]
     records = [record for record, _ in products]

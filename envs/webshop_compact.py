@@ -18,15 +18,16 @@ from envs.webshop_catalogue import PRICES, catalogue_words
 from envs.webshop_pages import BACK, BUY, NEXT, PREVIOUS, Session
 
 PAGE_SIZE = 5  # products a results page
+FILLER_WORDS = "a an the i me my am is are that and with for of to in need needs want find looking im"
 SEARCH = "search <words>"  # how the list of admissible actions shows that any words can be searched for
-FILLER = set("a an the i me my am is are that and with for of to in need needs want find looking im".split())
-PAGE_WORDS = "search page results price features chosen bought nothing happens under to".split()
-COMMAND_WORDS = "search open next previous back choose buy".split()
+FILLER = frozenset(FILLER_WORDS.split())
+PAGE_WORDS = "page results price features chosen bought nothing happens under to"
+COMMAND_WORDS = "search open next previous back choose buy"
 LIMIT = re.compile(r",? and price lower than ([\d.]+) dollars")
 NUMBERS = {*range(1, 12), *range(PRICES.start, 145, 5)}  # places, pages, prices, limits
 
 # Every word of generated tasks, pages and commands.
-VOCABULARY = sorted({*catalogue_words() - FILLER, *PAGE_WORDS, *COMMAND_WORDS, *map(str, NUMBERS)})
+VOCABULARY = sorted({*catalogue_words() - FILLER, *PAGE_WORDS.split(), *COMMAND_WORDS.split(), *map(str, NUMBERS)})
 
 
 def words(text: str) -> str:
