@@ -98,7 +98,7 @@ def read_json(path: Path, kind: str) -> list | dict:
 
 
 def unusable(record: object, products: dict[str, dict]) -> str:
-    """Why a raw product is left out: as the official loader does, or since that one would fail on it. "" if it is not."""
+    """Why a raw product is left out, as the official loader does or since it would fail on it; "" where it isn't."""
     if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in TEXTS):
         return "malformed product"
     if record["asin"] == "nan" or len(record["asin"]) > 10:

@@ -159,6 +159,6 @@ def done_texts(asin: str, options: dict[str, str], score: float | None) -> list[
     chosen = json.dumps(options, sort_keys=True).translate(JSON_ESCAPES)
     thanks = ["Thank you for shopping with us!", "Your code:", "None", "(Paste it in your MTurk interface.)"]
     bought = ["Purchased", "asin", asin, "options", chosen, "attrs", "None", "category", "None", "query", "None"]
-    target = "asin|options|attrs|price upper|instuction text|category|product category|query|Goal|None".split("|")
+    target = ["asin", "options", "attrs", "price upper", "instuction text", "category", "product category", "query"]
     verdict = ["Reward", "Your score (min 0.0, max 1.0)", str(score), "Reward Details", "None"]
-    return [*thanks, *bought, "product category", "None", "Target", *target, *verdict]
+    return [*thanks, *bought, "product category", "None", "Target", *target, "Goal", "None", *verdict]

@@ -14,35 +14,35 @@ from functools import lru_cache
 from rapidfuzz import fuzz, utils
 
 # The order matters: the first of these that occurs in an option is what the option counts as ("light blue" is blue).
-COLORS = """
+COLOR_WORDS = """
 alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel
 champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim
 eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki
 lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom mustard
 natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell silver
 skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine yellow
-""".split()
+"""
+COLORS = COLOR_WORDS.split()
 
 LATIN_1 = dict.fromkeys(range(128, 256))  # the characters that thefuzz drops before it compares
 
 NOUN_TAGS = ("NOUN", "PROPN")
 # Without spaCy: what is left of a product title when these are gone is names of things, brands and materials.
-NOT_NOUNS = frozenset(
-    """
-    a an the and or nor but for of in on at to from with without by as into over under up out off per via plus this that
-    these those it its your our his her their my you we they is are be was were has have can will not no all any each
-    every more most very so than then new best great good big small large medium long short high low wide slim thin
-    thick soft hard light heavy dark deep fresh clean easy quick fast slow hot cold warm cool dry wet free full half
-    multiple premium perfect ideal natural organic portable adjustable durable waterproof breathable comfortable
-    stretchy reusable washable removable wireless rechargeable lightweight casual classic modern vintage elegant cute
-    black white red blue green yellow pink purple gray grey brown
-    """.split()
-)
+OTHER_WORDS = """
+a an the and or nor but for of in on at to from with without by as into over under up out off per via plus this that
+these those it its your our his her their my you we they is are be was were has have can will not no all any each
+every more most very so than then new best great good big small large medium long short high low wide slim thin
+thick soft hard light heavy dark deep fresh clean easy quick fast slow hot cold warm cool dry wet free full half
+multiple premium perfect ideal natural organic portable adjustable durable waterproof breathable comfortable
+stretchy reusable washable removable wireless rechargeable lightweight casual classic modern vintage elegant cute
+black white red blue green yellow pink purple gray grey brown
+"""
+NOT_NOUNS = frozenset(OTHER_WORDS.split())
+
+Nouns = Callable[[str], list[str]]  # a text -> its nouns, lower case
 
 
-def reward(
-    product: dict, goal: dict, price: float, options: dict[str, str], nouns: Callable[[str], list[str]]
-) -> float:
+def reward(product: dict, goal: dict, price: float, options: dict[str, str], nouns: Nouns) -> float:
     """The official score of buying `product` (a processed record) at `price` dollars with the chosen `options`.
 
     (matched attributes + matched options + price within the limit) / (attributes + options + 1), times the type score.
@@ -59,8 +59,8 @@ def reward(
     return matched / (len(attributes) + len(wanted) + 1) * type_score(product, goal, nouns)
 
 
-def type_score(product: dict, goal: dict, nouns: Callable[[str], list[str]]) -> float:
-    """1.0 for a product of the goal's kind, 0.5 for another kind, 0.1 or 0.0 where the titles share (almost) no noun."""
+def type_score(product: dict, goal: dict, nouns: Nouns) -> float:
+    """1.0 for a product of the goal's kind, 0.5 for another, 0.1 or 0.0 where the titles share (almost) no noun."""
     categories = [{part.strip() for part in record["product_category"].split("›")} for record in (product, goal)]
     desired = nouns(goal["name"])
     shared = len(set(nouns(product["name"])) & set(desired))
