@@ -4,7 +4,7 @@ Pages, actions, search and reward are the official text environment's (webshop_p
 webshop_reward.py), the products official files or a generated catalogue in the same format (webshop_data.py,
 webshop_catalogue.py). Neither Java nor a web server is needed.
 
-Prompts. "official": the words of the authors' release (agent_system/environments: prompts/webshop.py, env_manager.py), with
+Prompts. "official": the words of the authors' release (agent_system/environments: prompts/webshop.py, env_manager.py),
 responses `<think>...</think><action>...</action>`. "compact": webshop_compact.py, responses are bare commands.
 """
 
