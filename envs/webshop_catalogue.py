@@ -14,6 +14,8 @@ from itertools import combinations
 from pathlib import Path
 from random import Random
 
+from envs.webshop_data import read_pricing
+
 BRAND_WORDS = """
 acorn bluff cedar delta ember fable grove harbor isle juniper kestrel lotus maple nimbus onyx pebble quartz ridge sable
 tundra umber vista willow zephyr
@@ -77,7 +79,10 @@ WORDINGS = (
     "i am looking for a {kind}, {first} and {second}, with {options}",
 )
 ONE_OPTION = 0.3  # share of goals that name the first option only
-RIVALS = 5  # an episode of 15 steps has time to open 5 products and buy the last
+MOST_ABOVE = 20  # dollars: a price limit is mostly at least so far above the price of the product that is asked for
+TRIES = 6  # wishes for each of a product's two pairs of attributes, at most
+PLAIN_LEFT_OUT = 0.9  # share of wishes left out since the first product that looks right is right
+RIVALS = 4  # an episode of 15 steps (and a context of 400 words) has room for opening so many and buying the last
 RANGES, NO_PRICE = 0.06, 0.03  # shares of products with a price range, and without a price (which officially costs 100)
 
 
@@ -135,18 +140,21 @@ def sample_wishes(record: dict, attributes: list[str], shelf: list[dict], seed: 
 
     `split` says where each belongs: valid_unseen has pairs of its own; valid_seen and train never share what is asked
     for, whichever products fulfil it (`taken` remembers). `shelf` holds all products of the kind: nobody asks for what
-    more than RIVALS of them look like.
+    more than RIVALS of them look like, and few for what only right ones look like.
     """
     rng = Random(f"wishes {seed} {record['asin']}")
     kind, known = record["query"], DEPARTMENTS[record["category"]].attributes
-    for other in attributes[1:]:
+    for other in attributes[1:] * TRIES:
         pair = (attributes[0], other)
         first, second = rng.sample(pair, 2)
         names = list(record["customization_options"])[: 1 if rng.random() < ONE_OPTION else 2]
         chosen = {name: rng.choice(record["customization_options"][name])["value"] for name in names}
         wording, seen_split = rng.choice(WORDINGS), "valid_seen" if rng.random() < 0.2 else "train"
         asked = (kind, frozenset(pair), tuple(chosen.values()))
-        if asked in taken or rivals(shelf, pair, names[0], chosen[names[0]]) > RIVALS:
+        rivals = lookalikes(shelf, pair, {names[0]: chosen[names[0]]})
+        impostors = [r for r in lookalikes(shelf, pair, chosen) if not fulfils(r, pair, dollars(record) + MOST_ABOVE)]
+        plain = not impostors or impostors[0]["asin"] > record["asin"]  # equals are found in the catalogue's order
+        if asked in taken or len(rivals) > RIVALS or (plain and rng.random() < PLAIN_LEFT_OUT):
             continue
         taken.add(asked)
         options = " and ".join(f"{name} {value}" for name, value in chosen.items())
@@ -159,13 +167,23 @@ def sample_wishes(record: dict, attributes: list[str], shelf: list[dict], seed: 
         }
 
 
-def rivals(shelf: list[dict], pair: tuple[str, str], option: str, value: str) -> int:
-    """How many products look right to a search: a wanted attribute in the title, and the option."""
-    return sum(
-        not set(pair).isdisjoint(record["name"].split())
-        and any(each["value"] == value for each in record["customization_options"][option])
+def fulfils(record: dict, pair: tuple[str, str], most: float) -> bool:
+    return set(pair) <= set(record["small_description"]) and dollars(record) <= most
+
+
+def dollars(record: dict) -> float:
+    """What a product costs at least."""
+    return read_pricing(record["pricing"])[0][0]
+
+
+def lookalikes(shelf: list[dict], pair: tuple[str, str], chosen: dict[str, str]) -> list[dict]:
+    """The products that look right to a search: a wanted attribute in the title, and the options."""
+    return [
+        record
         for record in shelf
-    )
+        if not set(pair).isdisjoint(record["name"].split())
+        and all({"value": chosen[name], "image": None} in record["customization_options"][name] for name in chosen)
+    ]
 
 
 def generate_catalogue(folder: str | Path, count: int = 1000, seed: int = 0) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from importlib.util import find_spec
 
 from rapidfuzz import fuzz, utils
 
@@ -105,13 +106,12 @@ def alike(first: str | tuple[str, str], second: str | tuple[str, str]) -> bool:
 
 @lru_cache(maxsize=1)
 def tagger():
-    """spaCy's small English model, or None where it is not installed."""
-    try:
-        import spacy
-
-        return spacy.load("en_core_web_sm")
-    except (ImportError, OSError):  # OSError: spaCy is there, its model is not
+    """spaCy's small English model, or None where it is not installed (spaCy alone, slow to import, does not help)."""
+    if find_spec("en_core_web_sm") is None:
         return None
+    import spacy
+
+    return spacy.load("en_core_web_sm")
 
 
 @lru_cache(maxsize=16384)

@@ -371,8 +371,8 @@ def test_a_product_title_cannot_forge_a_turn(write, tokenizer, style, which):
         second = fill(env.build_prompt(style, task, history, session.observation(), []))
         assert name in second
         ids = Encoder(tokenizer, style).context([first, second], [[5, tokenizer.eos_token_id]])
-        special = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-        counts.append(sum(token in special - {tokenizer.unk_token_id} for token in ids))
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        counts.append(sum(number in special - {tokenizer.unk_token_id} for number in ids))
     assert counts[0] == counts[1]
 
 

@@ -43,7 +43,7 @@ def test_the_shopper_fulfils_every_goal_and_all_words_are_known(env):
     seen = set()
     played = [play(env, game, seen=seen) for game in games]
     assert {score for score, _, _ in played} == {1.0}
-    assert 5 < statistics.mean(steps for _, steps, _ in played) < 8
+    assert 5.5 < statistics.mean(steps for _, steps, _ in played) < 8
     assert max(steps for _, steps, _ in played) > 10  # some goals take comparing
     assert seen - {"<words>"} <= set(VOCABULARY)
 
@@ -51,7 +51,7 @@ def test_the_shopper_fulfils_every_goal_and_all_words_are_known(env):
 @pytest.mark.parametrize(
     ("flaws", "most"),
     [({"first hit", "no compare", "no options"}, 0.0), ({"forgets option"}, 0.0), ({"no options"}, 0.0)]
-    + [({"first hit", "no compare"}, 0.4), ({"first hit"}, 0.7), ({"no compare"}, 0.75), ({"ignores price"}, 0.97)],
+    + [({"first hit", "no compare"}, 0.5), ({"first hit"}, 0.5), ({"no compare"}, 0.6), ({"ignores price"}, 0.95)],
 )
 def test_novices_fail(env, flaws, most):
     scores = [play(env, game, flaws)[0] for game in env.tasks("valid_seen")]

@@ -18,7 +18,10 @@ def record(asin="B1", **changes):
         "pricing": "$10.99",
         "small_description": ["warm", "light"],
         "full_description": "A jacket.",
-        "customization_options": {"Color": [{"value": " Red/Blue ", "image": "x.jpg"}, {"value": "GREEN"}], "Size": None},
+        "customization_options": {
+            "Color": [{"value": " Red/Blue ", "image": "x.jpg"}, {"value": "GREEN"}],
+            "Size": None,
+        },
         "images": ["x.jpg"],
     } | changes
 
