@@ -41,17 +41,18 @@ CHOOSE = (
 
 
 @lru_cache(maxsize=2)
-def open_shop(data: str) -> tuple[Shop, Index, list[str]]:
+def open_shop(data: str, goals: str) -> tuple[Shop, Index, list[str]]:
     """The catalogue of one folder (or the generated one), its search index, its asins in order: once a process."""
-    shop = load_shop(generate_catalogue(GENERATED) if data == "generate" else data)
+    shop = load_shop(generate_catalogue(GENERATED) if data == "generate" else data, goals)
     return shop, cached_index(shop.products.values()), list(shop.products)
 
 
 class WebshopEnv:
     """The environment of envs/__init__.py. `games`: task ids that reset(seed=...) draws from; none: those of train.
 
-    A task id is "webshop/SPLIT/NUMBER". `data` is "generate" or a folder with the official files; `page_size` the
-    products a results page, None for 10 (official) or fewer (compact). `history` steps are shown in a "window" prompt.
+    A task id is "webshop/SPLIT/NUMBER". `data` is "generate" or a folder with the official files, `goals`
+    "human" or "synthetic" (as in the authors' runs), `page_size` the products a results page, None for 10 (official) or
+    fewer (compact). `history` steps are shown in a "window" prompt.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class WebshopEnv:
         prompt: str = "official",
         history: int = 2,
         data: str = "generate",
+        goals: str = "human",
         page_size: int | None = None,
     ):
         if prompt not in ("official", "compact"):
@@ -69,7 +71,7 @@ class WebshopEnv:
             raise ValueError(f"max_steps {max_steps}, history {history} or page_size {page_size} is out of range")
         self.games, self.max_steps, self.prompt, self.history = games, max_steps, prompt, history
         self.page_size = page_size or (compact.PAGE_SIZE if prompt == "compact" else 10)
-        self.shop, self.index, self.asins = open_shop(str(data))
+        self.shop, self.index, self.asins = open_shop(str(data), goals)
         self.session: Session | None = None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:

@@ -1,12 +1,13 @@
 """WebShop's files as they are -> products and goals, as the official engine processes them.
 
 Source: princeton-nlp/WebShop, web_agent_site/engine/engine.py (load_products, generate_product_prices) and goal.py
-(get_human_goals). Three files: items_shuffle*.json (products), items_ins_v2*.json (their attributes) and
-items_human_ins.json (what people asked for).
+(get_human_goals, get_synthetic_goals). Three files: items_shuffle*.json (products), items_ins_v2*.json (their
+attributes and synthetic instructions) and items_human_ins.json (what people asked for).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ WHERE = (
     "data at 'generate' for a generated catalogue"
 )
 TEXTS = ("asin", "name", "category", "query", "product_category", "full_description")
+GOAL_FIELDS = ("asin", "category", "query", "name", "product_category")  # of the product that a goal is about
 SHUFFLE_SEED = 233  # the official one: it decides which goal is in which split
 LIMITS = [10.0 * i for i in range(1, 100)]  # price limits that a goal can name, dollars
 NO_LIMIT = 1_000_000
@@ -47,15 +49,18 @@ class Shop:
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> records left out
 
 
-def load_shop(folder: str | Path) -> Shop:
+def load_shop(folder: str | Path, goals: str = "human") -> Shop:
     """Products and goals from a folder that holds the three files, official or generated.
 
-    Prices of ranges and price limits are drawn with the seed of the official shuffle, where the official engine draws
+    `goals`: "human", what people asked for, or "synthetic", an instruction for every choice of options. Prices of ranges and price limits are drawn with the seed of the official shuffle, where the official engine draws
     them unseeded. Records that cannot be used are left out, counted in `skipped` and logged. Raises FileNotFoundError
     or ValueError, naming the file and what to do.
     """
     folder = Path(os.path.expandvars(folder)).expanduser()
-    records, attributes, instructions = (read_json(find(folder, kind), kind) for kind in FILES)
+    if goals not in GOALS:
+        raise ValueError(f"unknown WebShop goals {goals!r}; known: {', '.join(GOALS)}")
+    records, attributes = (read_json(find(folder, kind), kind) for kind in ("products", "attributes"))
+    wishes = attributes if goals == "synthetic" else read_json(find(folder, "instructions"), "instructions")
     skipped: Counter[str] = Counter()
     products: dict[str, dict] = {}
     for record in records:
@@ -68,13 +73,13 @@ def load_shop(folder: str | Path) -> Shop:
             skipped["malformed product"] += 1
     rng = Random(SHUFFLE_SEED)
     prices = {asin: draw_price(product, rng) for asin, product in products.items()}
-    goals = human_goals(products, prices, instructions, rng, skipped)
-    if not products or not goals:
-        raise ValueError(f"{folder}: {len(products)} usable products and {len(goals)} goals (left out: {skipped})")
+    found = GOALS[goals](products, prices, wishes, rng, skipped)
+    if not products or not found:
+        raise ValueError(f"{folder}: {len(products)} usable products, {len(found)} {goals} goals (left out: {skipped})")
     if skipped:
         log.warning("%s: left out %s", folder, dict(skipped))
-    Random(SHUFFLE_SEED).shuffle(goals)
-    return Shop(products, prices, split(goals), skipped)
+    Random(SHUFFLE_SEED).shuffle(found)
+    return Shop(products, prices, split(found), skipped)
 
 
 def find(folder: Path, kind: str) -> Path:
@@ -169,16 +174,40 @@ def human_goals(products: dict, prices: dict, instructions: dict, rng: Random, s
                 skipped["instruction without attributes"] += 1
                 continue
             limit, text = draw_limit(prices[asin], rng)
-            goals.append(
-                {key: product[key] for key in ("asin", "category", "query", "name", "product_category")}
-                | {
-                    "instruction_text": wish["instruction"].strip(".") + text,
-                    "attributes": wish["instruction_attributes"],
-                    "goal_options": wish["instruction_options"],
-                    "price_upper": limit,
-                    "split": wish.get("split"),  # only generated instructions name one
-                }
-            )
+            about = {
+                "instruction_text": wish["instruction"].strip(".") + text,
+                "attributes": wish["instruction_attributes"],
+                "goal_options": wish["instruction_options"],
+                "price_upper": limit,
+                "split": wish.get("split"),  # only generated instructions name one
+            }
+            goals.append({key: product[key] for key in GOAL_FIELDS} | about)
+    return goals
+
+
+def synthetic_goals(products: dict, prices: dict, attributes: dict, rng: Random, skipped: Counter[str]) -> list[dict]:
+    """For each product with an instruction, one goal for every choice of its options; they share a price limit."""
+    goals = []
+    for asin, product in products.items():
+        wish = attributes.get(asin, {})
+        if wish.get("instruction") is None:
+            continue
+        if not is_wish(wish | {"instruction_options": []}) or not wish["instruction_attributes"]:
+            skipped["malformed instruction"] += 1
+            continue
+        limit, text = draw_limit(prices[asin], rng)
+        names = sorted(product["options"])
+        for values in itertools.product(*(product["options"][name] for name in names)):
+            chosen = dict(zip(names, values))
+            options = ", and ".join(f"{name}: {value}" for name, value in chosen.items())
+            about = {
+                "instruction_text": wish["instruction"] + (f" with {options}" if options else "") + text,
+                "attributes": wish["instruction_attributes"],
+                "goal_options": chosen,
+                "price_upper": limit,
+                "split": None,
+            }
+            goals.append({key: product[key] for key in GOAL_FIELDS} | about)
     return goals
 
 
@@ -205,3 +234,6 @@ def split(goals: list[dict]) -> dict[str, list[dict]]:
     if any(goal["split"] for goal in goals):
         return {name: [goal for goal in goals if goal["split"] == name] for name in SPLITS}
     return {name: goals[OFFICIAL_SPLITS[name]] for name in SPLITS}
+
+
+GOALS = {"human": human_goals, "synthetic": synthetic_goals}
