@@ -59,8 +59,9 @@ class Config:
     # environment
     env: str = _("alfworld", "environment", ENVIRONMENTS)
     engine: str = _("fast", "ALFWorld engine", ("fast", "textworld"))
-    games: str = _("generate", "folder of official ALFWorld games ($ALFWORLD_DATA), or 'generate'")
+    games: str = _("generate", "folder of the official games or data ($ALFWORLD_DATA, WebShop's data), or 'generate'")
     game_size: str = _("small", "size of generated ALFWorld rooms", ("small", "full"))
+    webshop_goals: str = _("human", "WebShop: what people asked for, or synthetic instructions", ("human", "synthetic"))
     train_games: int = _(1000, "generated training games")
     eval_games: int = _(200, "games a split at evaluation, at most")
     max_steps: int = _(20, "most steps an episode")

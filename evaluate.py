@@ -25,7 +25,11 @@ EVAL_SPLITS = ("valid_seen", "valid_unseen")
 
 def environment(config: Config) -> Callable[[], TextEnv]:
     """What makes one environment of the run."""
-    options = {"engine": config.engine, "prompt": config.prompt, "history": config.history}
+    options = {"prompt": config.prompt, "history": config.history}
+    if config.env == "alfworld":
+        options |= {"engine": config.engine}
+    elif config.env == "webshop":
+        options |= {"data": config.games, "goals": config.webshop_goals}
     return lambda: make_env(config.env, max_steps=config.max_steps, **options)
 
 
@@ -34,6 +38,9 @@ def games_of(config: Config, split: str) -> list[str]:
 
     Held-out games do not depend on the run's seed, so that every run is evaluated on the same ones.
     """
+    if config.env == "webshop":
+        tasks = environment(config)().tasks(split)
+        return tasks if split == "train" else tasks[: config.eval_games]
     if config.games != "generate":
         games = list_games(config.games, split)
         return games if split == "train" else games[: config.eval_games]
@@ -72,10 +79,16 @@ def play(
     return trajectories
 
 
+def columns_of(trajectories: list[Trajectory]) -> dict[str, str]:
+    """Kind of task -> its column: ALFWorld's as in the paper, those of another environment by their own names."""
+    kinds = {t.task_type for t in trajectories}
+    return TASK_TYPES if kinds <= TASK_TYPES.keys() else {kind: kind for kind in sorted(kinds)}
+
+
 def success_by_type(trajectories: list[Trajectory]) -> dict[str, tuple[int, int]]:
-    """Column -> (solved, played), for the paper's columns that occur and All."""
+    """Column -> (solved, played), for the columns that occur and All."""
     table = {}
-    for task_type, column in TASK_TYPES.items():
+    for task_type, column in columns_of(trajectories).items():
         played = [t.success for t in trajectories if t.task_type == task_type]
         if played:
             table[column] = (sum(played), len(played))
@@ -85,11 +98,14 @@ def success_by_type(trajectories: list[Trajectory]) -> dict[str, tuple[int, int]
 
 def format_table(results: dict[str, list[Trajectory]]) -> str:
     """A line a split: success in % by task type, then over all games, its 95% interval, the number of games."""
-    columns = [*TASK_TYPES.values(), "All"]
-    lines = [f"{'split':<13}" + "".join(f"{column:>8}" for column in columns) + f"{'95% interval':>17}{'games':>7}"]
+    columns = [*columns_of([t for played in results.values() for t in played]).values(), "All"]
+    width = max(8, *(len(column) + 2 for column in columns))
+    lines = [
+        f"{'split':<13}" + "".join(f"{column:>{width}}" for column in columns) + f"{'95% interval':>17}{'games':>7}"
+    ]
     for split, trajectories in results.items():
         table = success_by_type(trajectories)
-        cells = [f"{100 * table[c][0] / table[c][1]:8.1f}" if c in table else f"{'-':>8}" for c in columns]
+        cells = [f"{100 * table[c][0] / table[c][1]:{width}.1f}" if c in table else f"{'-':>{width}}" for c in columns]
         low, high = wilson(*table["All"])
         interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
         lines.append(f"{split:<13}" + "".join(cells) + f"{interval:>17}{len(trajectories):>7}")

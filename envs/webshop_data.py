@@ -52,9 +52,10 @@ class Shop:
 def load_shop(folder: str | Path, goals: str = "human") -> Shop:
     """Products and goals from a folder that holds the three files, official or generated.
 
-    `goals`: "human", what people asked for, or "synthetic", an instruction for every choice of options. Prices of ranges and price limits are drawn with the seed of the official shuffle, where the official engine draws
-    them unseeded. Records that cannot be used are left out, counted in `skipped` and logged. Raises FileNotFoundError
-    or ValueError, naming the file and what to do.
+    `goals`: "human", what people asked for, or "synthetic", an instruction for every choice of options. Prices of
+    ranges and price limits are drawn with the seed of the official shuffle (unseeded officially). Records that cannot
+    be used are left out, counted in `skipped` and logged. Raises FileNotFoundError or ValueError, naming the file and
+    what to do.
     """
     folder = Path(os.path.expandvars(folder)).expanduser()
     if goals not in GOALS:

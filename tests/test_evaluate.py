@@ -5,7 +5,7 @@ import torch
 
 from config import Config
 from data import Trajectory
-from evaluate import evaluate, format_table, games_of, success_by_type, wilson
+from evaluate import environment, evaluate, format_table, games_of, success_by_type, wilson
 from rollout import Encoder
 
 
@@ -28,6 +28,20 @@ def test_table():
     assert header.split()[:8] == ["split", "Pick", "Look", "Clean", "Heat", "Cool", "Pick2", "All"]
     assert line.split()[:8] == ["valid_seen", "50.0", "-", "-", "-", "-", "66.7", "60.0"]
     assert line.split()[-1] == "5"
+
+
+def test_table_of_another_environment():
+    games = played("grocery", True, False) + played("electronics", True)
+    header, line = format_table({"valid_seen": games}).splitlines()
+    assert header.split()[:4] == ["split", "electronics", "grocery", "All"]
+    assert line.split()[:4] == ["valid_seen", "100.0", "50.0", "66.7"]
+
+
+def test_webshop_games():
+    config = Config(env="webshop", eval_games=3)
+    assert games_of(config, "valid_seen") == [f"webshop/valid_seen/{i}" for i in range(3)]
+    assert len(games_of(config, "train")) > 1000
+    assert environment(config)().prompt == "compact"
 
 
 def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, tokenizer):

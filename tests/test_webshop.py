@@ -34,7 +34,7 @@ Your admissible actions of the current situation are:
 Now it's your turn to take one action for the current step.
 You should first reason step-by-step about the current situation, then think carefully which admissible action best advances the shopping goal. This reasoning process MUST be enclosed within <think> </think> tags. 
 Once you've finished your reasoning, you should choose an admissible action for current step and present it within <action> </action> tags.
-"""  # noqa: E501, W291
+"""  # noqa: E501
 LATER = """
 You are an expert autonomous agent operating in the WebShop e‑commerce environment.
 Your task is to: a red hat.
@@ -377,5 +377,5 @@ def test_a_product_title_cannot_forge_a_turn(write, tokenizer, style, which):
 
 
 def test_vocabulary_is_words_and_numbers():
-    assert all(word.isalpha() and word.islower() or word.isdigit() for word in VOCABULARY)
+    assert all((word.isalpha() and word.islower()) or word.isdigit() for word in VOCABULARY)
     assert len(VOCABULARY) < 300

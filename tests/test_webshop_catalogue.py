@@ -50,8 +50,15 @@ def test_the_shopper_fulfils_every_goal_and_all_words_are_known(env):
 
 @pytest.mark.parametrize(
     ("flaws", "most"),
-    [({"first hit", "no compare", "no options"}, 0.0), ({"forgets option"}, 0.0), ({"no options"}, 0.0)]
-    + [({"first hit", "no compare"}, 0.5), ({"first hit"}, 0.5), ({"no compare"}, 0.6), ({"ignores price"}, 0.95)],
+    [
+        ({"first hit", "no compare", "no options"}, 0.0),
+        ({"forgets option"}, 0.0),
+        ({"no options"}, 0.0),
+        ({"first hit", "no compare"}, 0.5),
+        ({"first hit"}, 0.5),
+        ({"no compare"}, 0.6),
+        ({"ignores price"}, 0.95),
+    ],
 )
 def test_novices_fail(env, flaws, most):
     scores = [play(env, game, flaws)[0] for game in env.tasks("valid_seen")]

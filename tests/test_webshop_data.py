@@ -106,6 +106,25 @@ def test_a_goal(write):
     assert (goal["query"], goal["name"], goal["category"]) == ("men jackets", "Acorn Jacket", "fashion")
 
 
+def test_synthetic_goals_are_all_choices_of_options(write):
+    options = {"Size": [{"value": "S"}], "Color": [{"value": "Red"}, {"value": "Blue"}]}
+    products = [record("B1", customization_options=options), record("B2", customization_options=""), record("B3")]
+    wishes = {"attributes": ["warm"], "instruction": "Find me a jacket", "instruction_attributes": ["warm"]}
+    attributes = {"B1": wishes, "B2": wishes, "B3": {"attributes": ["warm"], "instruction": None}}
+    goals = load_shop(write(products, attributes), "synthetic").goals["valid_unseen"]
+    texts = sorted(goal["instruction_text"].partition(", and price")[0] for goal in goals)
+    red, blue = ("Find me a jacket with color: red, and size: s", "Find me a jacket with color: blue, and size: s")
+    assert texts == sorted(["Find me a jacket", red, blue])
+    assert [goal["goal_options"] for goal in goals if goal["instruction_text"].startswith(red)] == [
+        {"color": "red", "size": "s"}
+    ]
+    assert len({goal["price_upper"] for goal in goals if goal["asin"] == "B1"}) == 1
+    with pytest.raises(ValueError, match="human, synthetic"):
+        load_shop(write(products), "made up")
+    with pytest.raises(ValueError, match="0 synthetic goals"):
+        load_shop(write(products), "synthetic")
+
+
 def test_price_limits():
     limits = {draw_limit(10.0, Random(seed))[0] for seed in range(50)}
     assert limits == {30.0, 40.0, 50.0}  # 10 is not above 10
@@ -143,7 +162,7 @@ def test_errors_name_the_file_and_the_way_out(tmp_path, write):
     with pytest.raises(FileNotFoundError, match="items_human_ins"):
         load_shop(folder)
     (write([record()]) / "items_ins_v2_1000.json").write_text("{")
-    with pytest.raises(ValueError, match="items_ins_v2_1000.json is not JSON"):
+    with pytest.raises(ValueError, match=r"items_ins_v2_1000\.json is not JSON"):
         load_shop(folder)
     with pytest.raises(ValueError, match=r"items_shuffle_1000\.json holds a dict"):
         load_shop(write({}))

@@ -30,7 +30,7 @@ def test_words_are_stemmed_and_stop_words_dropped():
 def test_scores_by_hand():
     engine = build(["red hat", "red red scarf scarf", "green hat hat hat"])
 
-    # Lucene: idf = ln(1 + (N - n + 0.5) / (n + 0.5)), tf / (tf + k1 (1 - b + b length / mean length)); mean length 10 / 3
+    # Lucene: idf = ln(1 + (N - n + 0.5) / (n + 0.5)), tf / (tf + k1 (1 - b + b length / mean)); the mean is 10 / 3
     def score(found_in, tf, length):
         idf = math.log(1 + (3 - found_in + 0.5) / (found_in + 0.5))
         return idf * tf / (tf + 0.9 * (1 - 0.4 + 0.4 * length / (10 / 3)))
