@@ -85,7 +85,7 @@ def test_options_match_by_plain_color():
 
 
 def test_options_as_a_mapping_are_compared_as_pairs():
-    # ("size", "xl") counts as the words "size xl", of which "xl" is a subset; "grey" is an element of ("color", "grey").
+    # ("size", "xl") counts as the words "size xl", of which "xl" is a subset; "grey" is itself in ("color", "grey").
     assert option_matches(["grey", "xl"], {"color": "grey", "size": "xl"}) == 2
     assert option_matches(["light grey"], {"color": "light grey"}) == 1  # "light grey" in "('color', 'light grey')"
     assert option_matches(["red"], {"color": "grey"}) == 0
