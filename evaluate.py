@@ -100,9 +100,8 @@ def format_table(results: dict[str, list[Trajectory]]) -> str:
     """A line a split: success in % by task type, then over all games, its 95% interval, the number of games."""
     columns = [*columns_of([t for played in results.values() for t in played]).values(), "All"]
     width = max(8, *(len(column) + 2 for column in columns))
-    lines = [
-        f"{'split':<13}" + "".join(f"{column:>{width}}" for column in columns) + f"{'95% interval':>17}{'games':>7}"
-    ]
+    header = "".join(f"{column:>{width}}" for column in columns)
+    lines = [f"{'split':<13}{header}{'95% interval':>17}{'games':>7}"]
     for split, trajectories in results.items():
         table = success_by_type(trajectories)
         cells = [f"{100 * table[c][0] / table[c][1]:{width}.1f}" if c in table else f"{'-':>{width}}" for c in columns]

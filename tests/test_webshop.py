@@ -12,7 +12,7 @@ from data import Guidance, Slot
 from envs import make_env
 from envs.webshop import VOCABULARY, WebshopEnv, load_shop
 from envs.webshop_pages import Session
-from rollout import Encoder
+from rollout import Encoder, rollout
 from router import fill
 
 CHATML = (
@@ -342,6 +342,21 @@ def test_mistakes_are_named(tmp_path):
             GENERATED().reset(options={"game": game})
     with pytest.raises(ValueError, match="no task to play"):
         GENERATED(games=[]).reset()
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_a_model_plays_it(llama, tokenizer, style):
+    trajectories, metrics = rollout(
+        *(llama, Encoder(tokenizer, style), lambda: GENERATED(prompt="compact", max_steps=3)),
+        *(["webshop/train/0", "webshop/train/1"], 2),
+        max_new_tokens=6,
+        context_limit=512,
+    )
+    assert [trajectory.group for trajectory in trajectories] == [0, 0, 1, 1]
+    assert metrics["rollout/steps"] == 3
+    assert trajectories[2].game == "webshop/train/1"
+    assert trajectories[0].task == trajectories[1].task != trajectories[2].task
+    assert trajectories[0].steps[0].observation == "search page"
 
 
 def chatml_tokenizer():
