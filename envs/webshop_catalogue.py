@@ -8,6 +8,7 @@ attributes, price and options, so what a goal asks for rules out most of what a 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -204,8 +205,13 @@ def generate_catalogue(folder: str | Path, count: int = 1000, seed: int = 0) -> 
     folder.mkdir(parents=True, exist_ok=True)
     files = {"items_shuffle.json": records, "items_ins_v2.json": own, "items_human_ins.json": wishes}
     for name, content in files.items():
-        text = json.dumps(content, ensure_ascii=False)
-        path = folder / name
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+        write_if_new(folder / name, json.dumps(content, ensure_ascii=False))
     return folder
+
+
+def write_if_new(path: Path, text: str) -> None:
+    """In one go, so that another process which starts at the same time never reads half a file."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)

@@ -190,7 +190,7 @@ def synthetic_goals(products: dict, prices: dict, attributes: dict, rng: Random,
     """For each product with an instruction, one goal for every choice of its options; they share a price limit."""
     goals = []
     for asin, product in products.items():
-        wish = attributes.get(asin, {})
+        wish = attributes.get(asin) or {}
         if wish.get("instruction") is None:
             continue
         if not is_wish(wish | {"instruction_options": []}) or not wish["instruction_attributes"]:

@@ -1,8 +1,8 @@
 """Search over a catalogue: BM25 as the official engine's Lucene computes it, through the library bm25s.
 
 Source: princeton-nlp/WebShop, search_engine/ (what is indexed: convert_product_file_format.py; pyserini's defaults are
-k1 0.9, b 0.4, the English stop words and Porter's stemmer). Lucene stores a document's length in one byte, so scores of
-very long documents differ from its own in the third digit.
+k1 0.9, b 0.4, the English stop words and Porter's stemmer). Lucene keeps about four significant bits of a document's
+length, here it is exact: scores of long documents differ by a few percent.
 """
 
 from __future__ import annotations

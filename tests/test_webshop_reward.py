@@ -1,5 +1,7 @@
 """The official reward: every branch by hand, and what holds for any purchase."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,6 +118,13 @@ def test_nouns_without_spacy(monkeypatch):
         *("acorn", "hiking", "jacket", "men", "pack", "xl")
     ]
     assert nouns.__wrapped__("") == []
+
+
+def test_nouns_with_spacy(monkeypatch):
+    tags = {"Acorn": "PROPN", "Hiking": "VERB", "Jackets": "NOUN", "for": "ADP", "men": "NOUN"}
+    parse = lambda text: [SimpleNamespace(text=word, pos_=tags[word]) for word in text.split()]
+    monkeypatch.setattr(webshop_reward, "tagger", lambda: parse)
+    assert nouns.__wrapped__("Acorn Hiking Jackets for men") == ["acorn", "jackets", "men"]
 
 
 TEXT = st.text("ab redlightblue", max_size=12)
