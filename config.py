@@ -60,10 +60,11 @@ class Config:
     env: str = _("alfworld", "environment", ENVIRONMENTS)
     engine: str = _("fast", "ALFWorld engine", ("fast", "textworld"))
     games: str = _(
-        "generate", "official ALFWorld games (a folder), Search QA questions (file, folder, hub id), 'generate'"
+        "generate", "official games or data: a folder (Search QA: also a file or hub id of questions), or 'generate'"
     )
     retriever: str = _("generate", "Search QA passages: a JSON-lines corpus, http:// of a server, 'generate'")
     game_size: str = _("small", "size of generated ALFWorld rooms", ("small", "full"))
+    webshop_goals: str = _("human", "WebShop: what people asked for, or synthetic instructions", ("human", "synthetic"))
     train_games: int = _(1000, "generated training games")
     eval_games: int = _(200, "games a split at evaluation, at most")
     max_steps: int = _(20, "most steps an episode")

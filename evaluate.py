@@ -28,10 +28,12 @@ TABLES = (TASK_TYPES, DATA_SOURCES, GENERATED_SOURCES)  # task type -> column, f
 def environment(config: Config) -> Callable[[], TextEnv]:
     """What makes one environment of the run."""
     options = {"prompt": config.prompt, "history": config.history}
-    if config.env == "search":
-        options |= {"questions": config.games, "retriever": config.retriever}
-    else:
+    if config.env == "alfworld":
         options |= {"engine": config.engine}
+    elif config.env == "webshop":
+        options |= {"data": config.games, "goals": config.webshop_goals}
+    elif config.env == "search":
+        options |= {"questions": config.games, "retriever": config.retriever}
     return lambda: make_env(config.env, max_steps=config.max_steps, **options)
 
 
@@ -43,7 +45,7 @@ def games_of(config: Config, split: str) -> list[str]:
     count = config.train_games if split == "train" else config.eval_games
     if config.games != "generate" and split == "train":
         count = None  # all there are
-    if config.env == "search":
+    if config.env != "alfworld":
         return environment(config)().tasks(split)[:count]
     if config.games != "generate":
         return list_games(config.games, split)[:count]

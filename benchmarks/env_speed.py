@@ -1,10 +1,11 @@
-"""How fast the two ALFWorld engines are, on the same games and the same actions, in one run on one core.
+"""How fast the two ALFWorld engines are, on the same games and the same actions, in one run on one core; and WebShop.
 
     python benchmarks/env_speed.py
 
 A step is a command, its observation, the list of admissible commands and whether the goal holds. A cold reset of the
 fast engine reads and parses the game file, a cached one finds it parsed; the official engine translates the problem at
-every reset. Ratios are of totals over all games.
+every reset. Ratios are of totals over all games. WebShop's numbers are absolute: its official engine needs Java and
+Flask.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from envs import alfworld_files
+from envs import alfworld_files, make_env
 from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game
 from envs.alfworld_games import generate_games
 
@@ -109,6 +110,32 @@ def memory_growth(paths: list[str]) -> list[int]:
     return sizes
 
 
+def webshop_rates(steps: int) -> dict[str, float]:
+    """Steps a second on the generated catalogue: searches, and random admissible actions (resets included)."""
+    rng, env = Random(0), make_env("webshop")
+    tasks = env.tasks("train")
+    searches = [env.goal(rng.choice(tasks))["instruction_text"] for _ in range(steps // 10)]
+
+    def search() -> None:
+        for number, text in enumerate(searches):
+            if number % (env.max_steps - 1) == 0:
+                env.reset(options={"game": tasks[0]})
+            env.step(f"search[{text}]")
+
+    def click() -> None:
+        ended = True
+        for number in range(steps):
+            if ended:
+                env.reset(options={"game": tasks[number % len(tasks)]})
+                *_, info = env.step("search[hat]")
+            _, _, terminated, truncated, info = env.step(rng.choice(info["admissible_actions"]))
+            ended = terminated or truncated
+
+    search()  # the first search and purchase load what stays loaded
+    click()
+    return {"searches": len(searches) / seconds(search), "random actions": steps / seconds(click)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", type=int, default=6, help="how many games, one kind of task after the other")
@@ -132,6 +159,8 @@ def main() -> None:
         print(f"{label:22}{rates[theirs]:12.2f}{rates[ours]:12.0f}{rates[ours] / rates[theirs]:8.0f}x")
     print(f"memory growth of the fast engine over {EPISODES} episodes of 10 steps: {sizes[-1] - sizes[0]} bytes")
     print(f"  at each tenth: {', '.join(str(size - sizes[0]) for size in sizes[1:])}")
+    for name, rate in webshop_rates(20_000).items():
+        print(f"WebShop, 1000 products: {rate:.0f} {name}/s")
 
 
 if __name__ == "__main__":

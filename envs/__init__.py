@@ -45,6 +45,7 @@ class TextEnv(Protocol):
 _REGISTRY = {
     "alfworld": ("envs.alfworld", "AlfworldEnv"),
     "search": ("envs.search", "SearchEnv"),
+    "webshop": ("envs.webshop", "WebshopEnv"),
 }
 
 

@@ -55,6 +55,20 @@ def test_search_questions_of_a_run(tmp_path):
     assert environment(config)().reset(options={"game": "search/test/0"})[1]["task_type"] == tmp_path.name
 
 
+def test_table_of_another_environment():
+    games = played("grocery", True, False) + played("electronics", True)
+    header, line = format_table({"valid_seen": games}).splitlines()
+    assert header.split()[:4] == ["split", "electronics", "grocery", "All"]
+    assert line.split()[:4] == ["valid_seen", "100.0", "50.0", "66.7"]
+
+
+def test_webshop_games():
+    config = Config(env="webshop", eval_games=3)
+    assert games_of(config, "valid_seen") == [f"webshop/valid_seen/{i}" for i in range(3)]
+    assert len(games_of(config, "train")) == 1000
+    assert environment(config)().prompt == "compact"
+
+
 def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, tokenizer):
     config = Config(eval_games=3, max_steps=3, max_new_tokens=6)
     torch.manual_seed(5)

@@ -1,0 +1,94 @@
+"""WebShop in few words, for a word-level model of a million parameters: pages, tasks and commands.
+
+    search WORDS    search[words], on any page
+    open N          click on the N-th product of the results page
+    next, previous  turn the results page
+    back            from the results to a new search, from a product to the results
+    choose VALUE    click on an option
+    buy             click[buy now]
+
+A product's page shows its features at once, so the sub-pages have no command.
+"""
+
+from __future__ import annotations
+
+import re
+
+from envs.webshop_catalogue import PRICES, catalogue_words
+from envs.webshop_pages import BACK, BUY, NEXT, PREVIOUS, Session
+
+PAGE_SIZE = 5  # products a results page
+FILLER_WORDS = "a an the i me my am is are that and with for of to in need needs want find looking im"
+SEARCH = "search <words>"  # how the list of admissible actions shows that any words can be searched for
+FILLER = frozenset(FILLER_WORDS.split())
+PAGE_WORDS = "page results price features chosen bought nothing happens under to"
+COMMAND_WORDS = "search open next previous back choose buy"
+LIMIT = re.compile(r",? and price lower than ([\d.]+) dollars")
+NUMBERS = {*range(1, 12), *range(PRICES.start, 145, 5)}  # places, pages, prices, limits
+
+# Every word of generated tasks, pages and commands.
+VOCABULARY = sorted({*catalogue_words() - FILLER, *PAGE_WORDS.split(), *COMMAND_WORDS.split(), *map(str, NUMBERS)})
+
+
+def words(text: str) -> str:
+    """Any text in the compact style: lower case, no filler, no punctuation."""
+    found = re.findall(r"[^\W_]+(?:\.\d+)?", text.lower())
+    return " ".join(word for word in found if word not in FILLER)
+
+
+def task_words(instruction: str) -> str:
+    """'i need a red hat, and price lower than 40.00 dollars' -> 'red hat under 40'."""
+    limit = LIMIT.search(instruction)
+    return words(LIMIT.sub("", instruction)) + (f" under {float(limit[1]):g}" if limit else "")
+
+
+def page_words(session: Session) -> str:
+    """The open page: results with title and price, a product with price, options and features. After a choice, just
+    what is chosen: the product's page is in the history."""
+    if session.page == "results":
+        products = [
+            f"{i} {words(p['Title'])} price {price_words(p['pricing'])}" for i, p in enumerate(session.shown, 1)
+        ]
+        return " ".join([f"results page {session.number}", *(products or ["nothing"])])
+    if session.page == "item" and session.options:
+        return "chosen " + " ".join(f"{words(name)} {words(value)}" for name, value in session.options.items())
+    if session.page == "item":
+        product = session.product
+        options = [words(text) for name, values in product["options"].items() for text in (name, *values)]
+        features = [words(feature) for feature in product["BulletPoints"]]
+        facts = [words(product["Title"]), f"price {price_words(product['pricing'])}"]
+        return " ".join([*facts, *options, "features", *features])
+    return "bought" if session.page == "done" else "search page"
+
+
+def price_words(pricing: list[float]) -> str:
+    return " to ".join(f"{price:g}" for price in pricing)
+
+
+def commands(session: Session) -> dict[str, str]:
+    """Compact command -> the official action, for all that can be done on the open page but searching."""
+    if session.page == "results":
+        turns = {"previous": PREVIOUS} if session.number > 1 else {}
+        clicks = {"back": BACK, "next": NEXT, **turns}
+        clicks |= {f"open {i}": product["asin"] for i, product in enumerate(session.shown, 1)}
+    elif session.page == "item":
+        values = [value for values in session.product["options"].values() for value in values]
+        clicks = {"back": PREVIOUS, "buy": BUY} | {f"choose {words(value)}": value for value in values}
+    else:
+        clicks = {}
+    return {command: f"click[{text.lower()}]" for command, text in clicks.items()}
+
+
+def admissible(session: Session) -> list[str]:
+    return [SEARCH, *commands(session)] if session.page == "search" else list(commands(session))
+
+
+def is_search(command: str) -> bool:
+    return command.startswith("search ") and "<" not in command
+
+
+def official(command: str, session: Session) -> str:
+    """The official action of a compact command; "" where it is none on the open page."""
+    if is_search(command):
+        return f"search[{command.removeprefix('search ')}]"
+    return commands(session).get(command, "")
