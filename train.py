@@ -22,7 +22,16 @@ from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate, format_table, games_of
 from models import add_lora, frozen_copy, load_model
-from rescore import Sequence, micro_batches, pack, response_logprobs, sequence_logprobs, skill_logprobs
+from rescore import (
+    Sequence,
+    guided_contexts,
+    guided_logprobs,
+    layout_noise,
+    micro_batches,
+    pack,
+    sequence_logprobs,
+    tree_logprobs,
+)
 from rollout import Encoder, rollout
 from router import route
 from runlog import RunLog
