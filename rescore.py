@@ -309,3 +309,13 @@ def guided_logprobs(model, contexts: list[list[int] | None], responses: list[lis
         guided = response_logprobs(model, [contexts[row] for row in rows], [responses[row] for row in rows], **scoring)
         scores[rows, : guided.shape[1]] = guided
     return scores
+
+
+def layout_noise(model, contexts: list[list[int]], responses: list[list[int]], **scoring) -> float:
+    """Mean |difference| a token, in nats, of two scorings of the same rows: packed and batched, and each row alone.
+
+    In exact arithmetic it is 0. What it is here is the noise floor of A_skill, itself a difference of two scorings.
+    """
+    scores = response_logprobs(model, contexts, responses, **scoring)
+    alone = response_logprobs(model, contexts, responses, **scoring | {"packed": False, "token_budget": 1})
+    return (scores - alone).abs().nanmean().item()
