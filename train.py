@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from advantage import combine, outcome_advantage, skill_advantage
+from advantage import advantage_metrics, combine, outcome_advantage, skill_advantage
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate, format_table, games_of
@@ -339,17 +339,6 @@ def k3(new: Tensor, reference: Tensor) -> Tensor:
     Never negative. (N,) -> (N,)"""
     d = reference - new
     return d.exp() - 1 - d
-
-
-def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -> dict[str, float]:
-    """Mean |A_ep| over response tokens, and mean |A_skill| and A_skill over those that a skill was scored on."""
-    guided = skill_advantages[~skill_advantages.isnan()]  # (guided tokens,)
-    count = max(len(guided), 1)
-    return {
-        "advantage/outcome_abs": ((outcome.abs()[:, None] * mask).sum() / mask.sum()).item(),
-        "advantage/skill_abs": guided.abs().sum().item() / count,
-        "advantage/skill_mean": guided.sum().item() / count,
-    }
 
 
 def main() -> None:

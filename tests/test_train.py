@@ -70,7 +70,9 @@ def weights(out) -> dict:
 def lines(out, name="metrics.jsonl"):
     """The records of a run, without what a clock says (and without evaluations, which a run's last iteration has)."""
     records = [json.loads(line) for line in Path(out, name).read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith(("seconds/", "eval/", "memory/"))} for record in records]
+    return [
+        {k: v for k, v in record.items() if not k.startswith(("seconds/", "eval/", "memory/"))} for record in records
+    ]
 
 
 def same(a: dict, b: dict) -> bool:
