@@ -2,8 +2,8 @@
 
 Trains a small random Llama for one forward and backward pass on T tokens, every one of them scored, with a vocabulary
 of V words, each case in a process of its own. The number is the peak above what the model, its gradients and a first
-pass on a few tokens had taken: torch.cuda.max_memory_allocated on a GPU, else the process's largest resident memory
-(getrusage). Prints a table and draws it over T for each V.
+pass on a few tokens had taken: torch.cuda.max_memory_allocated on a GPU, else the most that the process had resident.
+Prints a table and draws it over T for each V.
 """
 
 from __future__ import annotations
