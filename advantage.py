@@ -80,3 +80,14 @@ def combine(
             shift = shift.clamp(-skill_clip, skill_clip)
         advantages = advantages + weight * shift
     return advantages
+
+
+def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -> dict[str, float]:
+    """Mean |A_ep| over response tokens, and mean |A_skill| and A_skill over those that a skill was scored on."""
+    guided = skill_advantages[~skill_advantages.isnan()]  # (guided tokens,)
+    count = max(len(guided), 1)
+    return {
+        "advantage/outcome_abs": ((outcome.abs()[:, None] * mask).sum() / mask.sum()).item(),
+        "advantage/skill_abs": guided.abs().sum().item() / count,
+        "advantage/skill_mean": guided.sum().item() / count,
+    }

@@ -106,6 +106,7 @@ class Config:
     # run
     seed: int = _(0, "seed of everything random")
     out: str = _("runs/opid", "run folder")
+    plan: bool = _(False, "print the estimated peak memory of this run, without loading weights, and exit")
     resume: bool = _(False, "go on from the newest checkpoint in --out")
     eval_every: int = _(10, "iterations between evaluations; 0: only at the end")
     eval_temperature: float = _(0.4, "sampling temperature of evaluation")

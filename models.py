@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -30,6 +30,16 @@ def load_model(name: str, *, dtype: str = "float32", seed: int = 0):
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
     return _drop_quantization(model.to(getattr(torch, dtype))), tokenizer
+
+
+def load_config(name: str):
+    """The architecture of what `load_model` would load, without its weights."""
+    if name == "tiny":
+        from tiny.warmstart import tiny_model, tiny_tokenizer
+
+        return tiny_model(len(tiny_tokenizer()), seed=0).config
+    source, options = _smollm2() if name == "smollm2" else (name, {})
+    return AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
 
 
 def _smollm2() -> tuple[str, dict]:

@@ -3,28 +3,41 @@
 The same functions serve the old, skill-augmented, reference and training passes.
 
 Shapes: B rows (steps), R longest response; a micro-batch holds S packed sequences of padded length L and N response
-tokens in all; V is the vocabulary.
+tokens in all.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from data import Guidance, Trajectory
+from head import token_logprobs
 from rollout import Encoder
 from router import guided_messages
 
 
 @dataclass
 class Sequence:
-    """One row of model input. `responses` lists what is scored in it: (row of the batch, first position, length)."""
+    """One row of model input: a conversation (the trunk), then the branches that leave it.
+
+    `responses` lists what is scored in it, in order of position: (row of the batch, first position, length). `branches`
+    lists (branching point, first position, length): a branch sees the trunk up to its branching point, and itself.
+    """
 
     ids: list[int]
     responses: list[tuple[int, int, int]]
+    branches: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def trunk(self) -> list[int]:
+        return self.ids[: self.branches[0][1]] if self.branches else self.ids
 
 
 def pack(contexts: list[list[int]], responses: list[list[int]], *, packed: bool = True) -> list[Sequence]:
@@ -58,12 +71,91 @@ def micro_batches(sequences: list[Sequence], token_budget: int) -> list[list[Seq
     return batches
 
 
+def graft(
+    sequences: list[Sequence], contexts: list[list[int] | None], responses: list[list[int]], token_budget: int
+) -> list[Sequence]:
+    """Hang a second context of each row (None: it has none) on the packed sequence that holds the row.
+
+    The new sequences hold what the old ones did, and the second contexts' responses as rows B + row:
+
+        ids        [h_0 .. y_0 h_1 .. y_1 h_2 .. y_2 | rest of h^_1 from where it differs from h_1, y_1 | ... ]
+        position    0 ..       p ..                  | p ..                                             |
+
+    A second context is a sequence of its own where nothing is shared (it differs from the first token on, or its row
+    was packed with no other: "window" style), or where the branch would push a sequence over `token_budget`.
+    """
+    trees = [Sequence(list(s.ids), list(s.responses), list(s.branches)) for s in sequences]
+    home = {row: tree for tree in trees if len(tree.responses) > 1 for row, _, _ in tree.responses}
+    alone: list[tuple[int, list[int]]] = []  # (row, second context)
+    for row, (context, response) in enumerate(zip(contexts, responses, strict=True)):
+        if context is None:
+            continue
+        tree = home.get(row)
+        # the last token of a context predicts the response, so it always belongs to the branch
+        shared = _common(tree.trunk, context[:-1]) if tree else 0
+        branch = context[shared:] + response
+        if not shared or len(tree.ids) + len(branch) > token_budget:
+            alone.append((row, context))
+            continue
+        start = len(tree.ids)
+        tree.branches.append((shared, start, len(branch)))
+        tree.responses.append((len(contexts) + row, start + len(branch) - len(response), len(response)))
+        tree.ids += branch
+    for sequence in pack([context for _, context in alone], [responses[row] for row, _ in alone]):
+        placed = [(len(contexts) + alone[i][0], start, size) for i, start, size in sequence.responses]
+        trees.append(Sequence(sequence.ids, placed))
+    return trees
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists share at their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def tree_inputs(sequences: list[Sequence], length: int, device) -> dict[str, Tensor]:
+    """What tells a model of branches: attention_mask (S, 1, L, L), True where a query sees a key; position_ids (S, L).
+
+    The mask takes S x L x L bytes, at most token_budget ^ 2 of them: 256 MiB for 16384.
+    """
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril().repeat(len(sequences), 1, 1, 1)
+    positions = torch.zeros(len(sequences), length, dtype=torch.long)  # padding comes last, so that nothing sees it
+    for s, sequence in enumerate(sequences):
+        positions[s, : len(sequence.trunk)] = torch.arange(len(sequence.trunk))
+        for point, start, size in sequence.branches:
+            positions[s, start : start + size] = torch.arange(point, point + size)
+            mask[s, 0, start : start + size, point:start] = False  # the rest of the trunk, and earlier branches
+    return {"attention_mask": mask, "position_ids": positions.to(device)}
+
+
+@cache
+def _notice(text: str) -> None:
+    """Log it once."""
+    logging.getLogger(__name__).warning(text)
+
+
+def tree_obstacle(model) -> str | None:
+    """Why this model cannot score branches in one pass with their trunk; None where it can."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return "its attention is not 'sdpa', which takes a mask of any form"
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    layers = set(getattr(config, "layer_types", None) or ["sliding" if any(windows) else "full_attention"])
+    if layers != {"full_attention"}:
+        return f"it has layers that are not full attention ({', '.join(sorted(layers - {'full_attention'}))})"
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(core, "_is_stateful", False) or "position_ids" not in inspect.signature(core.forward).parameters:
+        return "it is recurrent, or takes no position ids"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        return f"its {rope['rope_type']} position embedding depends on the length of the whole input"
+    return None
+
+
 def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """One forward pass -> log-probs (N,), their batch rows (N,) and response columns (N,). Gradient flows if enabled.
 
     The causal shift lives here and nowhere else: the logits at position p - 1 predict the token at position p, so
-    logits are asked for at p - 1 only. Log-softmax is taken in float32 of logits / temperature, which is the
-    distribution that was sampled from.
+    logits are asked for at p - 1 only.
     """
     device = model.device
     length = max(len(sequence.ids) for sequence in sequences)
@@ -79,18 +171,28 @@ def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> t
             rows += [row] * size
             columns += range(size)
             targets += sequence.ids[start : start + size]
-    logits = model(
-        input_ids=ids.to(device),
-        attention_mask=attention_mask.to(device),
-        logits_to_keep=keep.to(device),
-        use_cache=False,
-    ).logits  # (N, V): a boolean mask keeps its True positions in row-major order, which is the order of `targets`
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)  # (N, V)
-    chosen = logprobs.gather(-1, torch.tensor(targets, device=device)[:, None])[:, 0]  # (N,)
-    return chosen, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+    inputs = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
+    if any(sequence.branches for sequence in sequences):
+        inputs |= tree_inputs(sequences, length, device)
+    logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)  # (N,)
+    return logprobs, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
 
 @torch.no_grad()
+def _scores(
+    model, sequences: list[Sequence], shape: tuple[int, int], temperature: float, token_budget: int, progress
+) -> Tensor:
+    """Log-probs of everything in `sequences`, NaN elsewhere, as a tensor of `shape` on the CPU."""
+    scores = torch.full(shape, float("nan"))
+    training = model.training
+    model.eval()
+    for batch in progress(micro_batches(sequences, token_budget)):
+        logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
+        scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
+    model.train(training)
+    return scores
+
+
 def response_logprobs(
     model,
     contexts: list[list[int]],
@@ -105,14 +207,37 @@ def response_logprobs(
 
     `packed=False` scores each row as a sequence of its own: the plain version, with the same numbers.
     """
-    scores = torch.full((len(responses), max(map(len, responses), default=0)), float("nan"))  # (B, R)
-    training = model.training
-    model.eval()
-    for batch in progress(micro_batches(pack(contexts, responses, packed=packed), token_budget)):
-        logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
-        scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
-    model.train(training)
-    return scores
+    shape = len(responses), max(map(len, responses), default=0)
+    return _scores(model, pack(contexts, responses, packed=packed), shape, temperature, token_budget, progress)
+
+
+def tree_logprobs(
+    model,
+    contexts: list[list[int]],
+    responses: list[list[int]],
+    branches: list[list[int] | None],
+    *,
+    branches_only: bool = False,
+    temperature: float = 1.0,
+    token_budget: int = 16384,
+    progress=lambda batches: batches,
+) -> tuple[Tensor, Tensor]:
+    """log pi(y | h) and, where a row has a second context h^ in `branches`, log pi(y | h^), in one pass over both.
+
+    -> ((B, R), (B, R)), NaN where a row has no branch. K step skills cost K short branches rather than K long contexts;
+    the numbers are those of `response_logprobs`. A model that cannot do this (see `tree_obstacle`) scores every second
+    context by itself, and a notice is logged. `branches_only` leaves the first tensor NaN, and out what it needs.
+    """
+    if (obstacle := tree_obstacle(model)) and any(branches):
+        _notice(f"{type(model).__name__} scores each step skill in a pass of its own: {obstacle}")
+    trees = graft(pack(contexts, responses), branches, responses, 0 if obstacle else token_budget)
+    count = len(responses)
+    if branches_only:
+        trees = [Sequence(t.ids, [r for r in t.responses if r[0] >= count], t.branches) for t in trees]
+        trees = [tree for tree in trees if tree.responses]
+    shape = 2 * count, max(map(len, responses), default=0)
+    plain, branch = _scores(model, trees, shape, temperature, token_budget, progress).split(count)
+    return plain, branch
 
 
 def guided_steps(
@@ -134,6 +259,28 @@ def guided_context(encoder: Encoder, trajectory: Trajectory, t: int, guidance: G
     return encoder.context(messages, [step.response for step in trajectory.steps[:t]])
 
 
+def guided_contexts(
+    encoder: Encoder,
+    trajectories: list[Trajectory],
+    routes: list[list[tuple[Guidance, ...]]],
+    level: str,
+    *,
+    context_limit: int,
+) -> tuple[list[list[int] | None], int]:
+    """The context h^ of every step that a skill of one level guides, None for the others; how many were left unguided
+    because h^ and the response would not fit in `context_limit` tokens: they are never truncated."""
+    steps = [step for trajectory in trajectories for step in trajectory.steps]
+    contexts: list[list[int] | None] = [None] * len(steps)
+    too_long = 0
+    for row, trajectory, t, guidance in guided_steps(trajectories, routes, level):
+        context = guided_context(encoder, trajectory, t, guidance)
+        if len(context) + len(steps[row].response) > context_limit:
+            too_long += 1
+        else:
+            contexts[row] = context
+    return contexts, too_long
+
+
 def skill_logprobs(
     model,
     encoder: Encoder,
@@ -146,21 +293,29 @@ def skill_logprobs(
 ) -> tuple[Tensor, int]:
     """log pi(y | h^) of the very same response tokens under the contexts that one level of skills augments.
 
-    -> ((B, R), NaN where a step has no guidance of this level; how many steps were left unguided because their
-    augmented context and response would not fit in `context_limit` tokens: they are never truncated).
-    `scoring` goes to `response_logprobs`.
+    -> ((B, R), NaN where a step has no guidance of this level; how many steps did not fit, see `guided_contexts`).
+    `scoring` goes to `response_logprobs`. For step skills this is the plain version of `tree_logprobs`.
     """
-    steps = [step for trajectory in trajectories for step in trajectory.steps]
-    scores = torch.full((len(steps), max(len(step.response) for step in steps)), float("nan"))  # (B, R)
-    rows, contexts, too_long = [], [], 0
-    for row, trajectory, t, guidance in guided_steps(trajectories, routes, level):
-        context = guided_context(encoder, trajectory, t, guidance)
-        if len(context) + len(steps[row].response) > context_limit:
-            too_long += 1
-            continue
-        rows.append(row)
-        contexts.append(context)
+    contexts, too_long = guided_contexts(encoder, trajectories, routes, level, context_limit=context_limit)
+    responses = [step.response for trajectory in trajectories for step in trajectory.steps]
+    return guided_logprobs(model, contexts, responses, **scoring), too_long
+
+
+def guided_logprobs(model, contexts: list[list[int] | None], responses: list[list[int]], **scoring) -> Tensor:
+    """`response_logprobs` of the rows that have a context; NaN for the others. -> (B, R)"""
+    scores = torch.full((len(responses), max(map(len, responses), default=0)), float("nan"))  # (B, R)
+    rows = [row for row, context in enumerate(contexts) if context is not None]
     if rows:
-        guided = response_logprobs(model, contexts, [steps[row].response for row in rows], **scoring)
+        guided = response_logprobs(model, [contexts[row] for row in rows], [responses[row] for row in rows], **scoring)
         scores[rows, : guided.shape[1]] = guided
-    return scores, too_long
+    return scores
+
+
+def layout_noise(model, contexts: list[list[int]], responses: list[list[int]], **scoring) -> float:
+    """Mean |difference| a token, in nats, of two scorings of the same rows: packed and batched, and each row alone.
+
+    In exact arithmetic it is 0. What it is here is the noise floor of A_skill, itself a difference of two scorings.
+    """
+    scores = response_logprobs(model, contexts, responses, **scoring)
+    alone = response_logprobs(model, contexts, responses, **scoring | {"packed": False, "token_budget": 1})
+    return (scores - alone).abs().nanmean().item()

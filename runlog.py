@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +17,17 @@ from data import Batch, Guidance, Skills, Trajectory
 from models import save_policy
 
 # What may differ between a run and its resumption; everything else would make it another run.
-FREE = {"out", "resume", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"}
+FREE = {
+    "out",
+    "resume",
+    "iterations",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "sample_every",
+    "tracker",
+    "plan",
+}
 FREE |= {"token_budget", "generate_budget", "learning_rate"}  # what one changes after running out of memory or a NaN
 
 
@@ -88,6 +100,7 @@ class RunLog:
             "parsed": f"{100 * metrics['skills/parse_rate']:.0f}%" if "skills/parse_rate" in metrics else "-",
             "|A_ep|": f"{metrics['advantage/outcome_abs']:.2f}",
             "|A_skill|": f"{metrics['advantage/skill_abs']:.3f}",
+            **({"noise": f"{metrics['advantage/noise_floor']:.0e}"} if "advantage/noise_floor" in metrics else {}),
             "kl": f"{metrics['loss/kl']:.4f}",
             "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
         }
@@ -184,6 +197,16 @@ class RunLog:
             replace(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary))
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
         self.accelerator.end_training()
+
+
+def peak_mib(device: torch.device) -> float:
+    """Most memory held so far, MiB: what PyTorch allocated on a GPU; on a CPU, all that this process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # the kernel's own count; getrusage counts in what the parent process held at the start
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _known(values: torch.Tensor) -> list[float | None]:

@@ -17,16 +17,27 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from advantage import combine, outcome_advantage, skill_advantage
+from advantage import advantage_metrics, combine, outcome_advantage, skill_advantage
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate, format_table, games_of
 from models import add_lora, frozen_copy, load_model
-from rescore import Sequence, micro_batches, pack, response_logprobs, sequence_logprobs, skill_logprobs
+from rescore import (
+    Sequence,
+    guided_contexts,
+    guided_logprobs,
+    layout_noise,
+    micro_batches,
+    pack,
+    sequence_logprobs,
+    tree_logprobs,
+)
 from rollout import Encoder, rollout
 from router import route
-from runlog import RunLog
+from runlog import RunLog, peak_mib
 from skills import model_writer, openai_writer, write_skills
+
+NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
 
 def train(config: Config) -> RunLog:
@@ -79,7 +90,7 @@ class Run:
         rank = self.accelerator.process_index
         torch.manual_seed((config_seed := self.config.seed) * 1_000_003 + iteration * 1009 + rank)
         self.rng = random.Random(f"{config_seed} {iteration}")
-        self.metrics = {}
+        self.metrics, self.iteration = {}, iteration
 
     # ---- 1. rollout ----------------------------------------------------------------------------------------------
 
@@ -142,30 +153,19 @@ class Run:
         config = self.config
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
-        scoring = {"temperature": config.temperature, "token_budget": config.token_budget}
         with self._phase("rescore"), self.accelerator.autocast():
-            old = response_logprobs(self.model, contexts, responses, **scoring, progress=self._bar_of("old"))  # (B, R)
-            mask = ~old.isnan()  # (B, R)
-            reference = response_logprobs(self.reference, contexts, responses, **scoring) if config.kl else None
-            shifts, skill_advantages = {}, torch.full_like(old, float("nan"))  # (B, R)
-            for level, weight in (("episode", config.episode_weight), ("step", config.step_weight)):
-                if not config.uses_skills or weight == 0:
-                    continue
-                scored, too_long = skill_logprobs(
-                    {"old": self.model, "reference": self.reference, "ema": self.ema}[config.scorer],
-                    self.encoder,
-                    trajectories,
-                    routes,
-                    level,
-                    context_limit=config.context_limit,
-                    **scoring,
-                    progress=self._bar_of(level),
-                )
-                shifts[level] = skill_advantage(scored, old, mask)  # (B, R)
-                guided = ~scored.isnan()  # (B, R)
-                skill_advantages[guided] = skill_advantages[guided].nan_to_num() + shifts[level][guided]
-                self.metrics[f"guided/{level}"] = guided.any(1).float().mean().item()
-                self.metrics[f"guided/{level}_too_long"] = too_long
+            old, reference, scored = self._logprobs(contexts, responses, self._guided(trajectories, routes))
+            if config.uses_skills and self.iteration == 0:
+                few = sum(len(trajectory.steps) for trajectory in trajectories[:NOISE_TRAJECTORIES])
+                noise = layout_noise(self.model, contexts[:few], responses[:few], temperature=config.temperature)
+                self.metrics["advantage/noise_floor"] = noise
+        mask = ~old.isnan()  # (B, R)
+        shifts, skill_advantages = {}, torch.full_like(old, float("nan"))  # (B, R)
+        for level, logprobs in scored.items():
+            shifts[level] = skill_advantage(logprobs, old, mask)  # (B, R)
+            guided = ~logprobs.isnan()  # (B, R)
+            skill_advantages[guided] = skill_advantages[guided].nan_to_num() + shifts[level][guided]
+            self.metrics[f"guided/{level}"] = guided.any(1).float().mean().item()
         counts = [len(trajectory.steps) for trajectory in trajectories]
         owner = torch.arange(len(trajectories)).repeat_interleave(torch.tensor(counts))  # (B,)
         outcome = outcome_advantage(
@@ -181,6 +181,46 @@ class Run:
         )  # (B, R)
         self.metrics |= advantage_metrics(outcome, skill_advantages, mask)
         return Batch(contexts, responses, mask, old, reference, skill_advantages, advantages)
+
+    def _guided(self, trajectories, routes) -> dict[str, list[list[int] | None]]:
+        """The skill-augmented context of each step, None where it has none, for each level that is in use."""
+        guided, config = {}, self.config
+        for level, weight in (("episode", config.episode_weight), ("step", config.step_weight)):
+            if config.uses_skills and weight != 0:
+                guided[level], self.metrics[f"guided/{level}_too_long"] = guided_contexts(
+                    self.encoder, trajectories, routes, level, context_limit=config.context_limit
+                )
+        return guided
+
+    def _logprobs(self, contexts, responses, guided) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Log-probs (B, R): old, reference (None without a KL term), and of each level's guided contexts.
+
+        A step skill changes the end of a context, so it is scored as a branch of the plain contexts, in the same pass
+        where the scorer makes one anyway. An episode skill changes all that follows the task: a pass of its own.
+        """
+        config = self.config
+        weights = {"old": self.model, "reference": self.reference, "ema": self.ema}
+        scoring = {"temperature": config.temperature, "token_budget": config.token_budget}
+        plain = ["old", "reference"] if config.kl else ["old"]
+        logprobs, scored = {}, {}
+        for name in dict.fromkeys([*plain, *([config.scorer] if "step" in guided else [])]):
+            rides = "step" in guided and name == config.scorer
+            logprobs[name], branch = tree_logprobs(
+                weights[name],
+                contexts,
+                responses,
+                guided["step"] if rides else [None] * len(contexts),
+                branches_only=name not in plain,
+                **scoring,
+                progress=self._bar_of(name),
+            )
+            if rides:
+                scored["step"] = branch
+        if "episode" in guided:
+            scored["episode"] = guided_logprobs(
+                weights[config.scorer], guided["episode"], responses, **scoring, progress=self._bar_of("episode")
+            )
+        return logprobs["old"], logprobs["reference"] if config.kl else None, scored
 
     # ---- 6. update -----------------------------------------------------------------------------------------------
 
@@ -246,6 +286,9 @@ class Run:
         config, last = self.config, iteration == self.config.iterations - 1
         if last or (config.eval_every and (iteration + 1) % config.eval_every == 0):
             self._evaluate(iteration)
+        if iteration == 0:
+            peak = torch.tensor(peak_mib(self.accelerator.device), device=self.accelerator.device)
+            self.metrics["memory/peak_mib"] = self.accelerator.gather(peak[None]).max().item()
         if iteration % config.sample_every == 0:
             self.log.samples(iteration, self.tokenizer, trajectories, skills, routes, batch)
         self.log.metrics(iteration, self.metrics)
@@ -298,16 +341,15 @@ def k3(new: Tensor, reference: Tensor) -> Tensor:
     return d.exp() - 1 - d
 
 
-def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -> dict[str, float]:
-    """Mean |A_ep| over response tokens, and mean |A_skill| and A_skill over those that a skill was scored on."""
-    guided = skill_advantages[~skill_advantages.isnan()]  # (guided tokens,)
-    count = max(len(guided), 1)
-    return {
-        "advantage/outcome_abs": ((outcome.abs()[:, None] * mask).sum() / mask.sum()).item(),
-        "advantage/skill_abs": guided.abs().sum().item() / count,
-        "advantage/skill_mean": guided.sum().item() / count,
-    }
+def main() -> None:
+    config = parse_args()
+    if config.plan:
+        from tools.plan import format_plan, plan
+
+        print(format_plan(plan(config)))
+    else:
+        train(config)
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    main()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from envs.alfworld import AlfworldEnv, generate_games
 from models import load_model
@@ -35,6 +35,23 @@ def qwen(tokenizer):
         eos_token_id=4,
     )
     return sharpen(Qwen2ForCausalLM(config))
+
+
+@pytest.fixture
+def qwen3(tokenizer):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+        eos_token_id=4,
+    )
+    return sharpen(Qwen3ForCausalLM(config))
 
 
 def sharpen(model):

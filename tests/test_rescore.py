@@ -4,10 +4,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
+import rescore
 from data import Skills
 from envs.alfworld import AlfworldEnv
-from rescore import guided_steps, micro_batches, pack, response_logprobs, sequence_logprobs, skill_logprobs
+from models import add_lora, frozen_copy
+from rescore import (
+    graft,
+    guided_contexts,
+    guided_steps,
+    layout_noise,
+    micro_batches,
+    pack,
+    response_logprobs,
+    sequence_logprobs,
+    skill_logprobs,
+    tree_inputs,
+    tree_logprobs,
+    tree_obstacle,
+)
 from rollout import Encoder, rollout
 from router import route
 
@@ -166,6 +189,165 @@ def test_an_augmented_prompt_over_the_limit_is_left_unguided_and_counted(llama, 
     scored, too_long = skill_logprobs(llama, encoder, trajectories, routes, "episode", context_limit=longest + 20)
     assert too_long == sum(len(t.steps) for t in trajectories) == len(scored)
     assert scored.isnan().all()
+
+
+# ---- branches of one pass -------------------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 16}
+
+
+def test_graft_hangs_a_branch_where_the_contexts_part():
+    #  row 0: [1 2] -> [3]   row 1: [1 2 3 7] -> [4 5], and with a skill [1 2 3 8 9 7] -> [4 5]
+    (tree,) = graft(pack([[1, 2], [1, 2, 3, 7]], [[3], [4, 5]]), [None, [1, 2, 3, 8, 9, 7]], [[3], [4, 5]], 100)
+    assert tree.ids == [1, 2, 3, 7, 4, 5, 8, 9, 7, 4, 5]
+    assert tree.trunk == [1, 2, 3, 7, 4, 5]
+    assert tree.branches == [(3, 6, 5)]
+    assert tree.responses == [(0, 2, 1), (1, 4, 2), (3, 9, 2)]
+    inputs = tree_inputs([tree], 12, "cpu")
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 0]]
+    seen = inputs["attention_mask"][0, 0].int().tolist()
+    assert seen[5] == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]  # the trunk never sees a branch
+    assert seen[7] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0]  # a branch: the trunk up to its point, itself up to here
+
+
+@pytest.mark.parametrize(
+    ("contexts", "branches", "budget"),
+    [
+        ([[1, 2], [1, 2, 3, 7]], [None, [9, 2, 3, 7]], 100),  # nothing shared
+        ([[1, 2], [1, 2, 3, 7]], [None, [1, 2, 3, 8, 7]], 9),  # too long for the budget
+        ([[1, 2], [4, 2, 3, 7]], [None, [4, 2, 3, 8, 7]], 100),  # a row packed with no other
+    ],
+)
+def test_a_context_that_cannot_be_a_branch_is_a_sequence_of_its_own(contexts, branches, budget):
+    trees = graft(pack(contexts, [[3], [4, 5]]), branches, [[3], [4, 5]], budget)
+    assert not any(tree.branches for tree in trees)
+    assert trees[-1].ids == branches[1] + [4, 5]
+    assert trees[-1].responses == [(3, len(branches[1]), 2)]
+
+
+def test_branches_leave_the_packed_sequences_as_they_were():
+    sequences = pack([[1, 2], [1, 2, 3, 7]], [[3], [4]])
+    graft(sequences, [[1, 5, 2], None], [[3], [4]], 100)
+    assert sequences == pack([[1, 2], [1, 2, 3, 7]], [[3], [4]])
+
+
+def guided_rollouts(model, played, mode, style="chat"):
+    """(contexts, responses, step-guided contexts, what skill_logprobs needs); three step skills a rollout."""
+    encoder, trajectories = played(model, style)
+    skills = [Skills("s", "open every closed place", {0: "look", 1: "take apple", 3: "go to bed"})] * len(trajectories)
+    routes = [route(s, len(t.steps), mode) for s, t in zip(skills, trajectories, strict=True)]
+    branches, _ = guided_contexts(encoder, trajectories, routes, "step", context_limit=512)
+    return *rows_of(trajectories), branches, (encoder, trajectories, routes)
+
+
+def assert_same(a, b, tolerance=1e-4):
+    assert torch.equal(a.isnan(), b.isnan())
+    assert (a - b).abs().nan_to_num().max() < tolerance
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+@pytest.mark.parametrize("mode", ["critical-first", "additive"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen", "qwen3"])
+def test_tree_equals_plain(architecture, mode, style, played, request):
+    model = request.getfixturevalue(architecture)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    contexts, responses, branches, routed = guided_rollouts(model, played, mode, style)
+    old = response_logprobs(model, contexts, responses, packed=False)
+    step, _ = skill_logprobs(model, *routed, "step", context_limit=512, packed=False)
+    trees = graft(pack(contexts, responses), branches, responses, 2048)
+    assert sum(len(tree.branches) for tree in trees) == (3 * 6 if style == "chat" else 0)
+    plain, branch = tree_logprobs(model, contexts, responses, branches, token_budget=2048)
+    assert_same(plain, old)
+    assert_same(branch, step)
+    assert (branch - plain).abs().nan_to_num().max() > 0.01  # and a skill shifts something
+    without, only = tree_logprobs(model, contexts, responses, branches, token_budget=2048, branches_only=True)
+    assert without.isnan().all()
+    assert_same(only, step)
+
+
+def test_a_branch_cannot_be_seen_by_the_trunk_or_by_another(llama, played):
+    contexts, responses, branches, _ = guided_rollouts(llama, played, "step")
+    plain, branch = tree_logprobs(llama, contexts, responses, branches, token_budget=2048)
+    changed = [c and [*c[:-3], (c[-3] + 1) % 50, *c[-2:]] if row % 5 == 1 else c for row, c in enumerate(branches)]
+    plain_2, branch_2 = tree_logprobs(llama, contexts, responses, changed, token_budget=2048)
+    assert_same(plain, plain_2, 1e-6)
+    moved = (branch - branch_2).abs().nan_to_num().amax(1) > 1e-6
+    assert [row % 5 for row in moved.nonzero().flatten().tolist()] == [1] * 6
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.lists(st.tuples(tokens, tokens), min_size=1, max_size=4), st.integers(1, 60))
+def test_any_tree_scores_what_its_rows_score_alone(data, turns, budget):
+    contexts, responses, branches, history = [], [], [], []
+    for chunk, response in turns:
+        contexts.append(history + chunk)
+        responses.append(response)
+        kept, skill = data.draw(st.integers(0, len(history))), data.draw(st.none() | tokens)
+        branches.append(skill and history[:kept] + skill + chunk)
+        history = history + chunk + response
+    trees = graft(pack(contexts, responses), branches, responses, budget)
+    scored = sorted((row, tuple(t.ids[a : a + n])) for t in trees for row, a, n in t.responses)
+    rows = [*range(len(turns)), *(len(turns) + row for row, context in enumerate(branches) if context)]
+    assert scored == [(row, tuple(responses[row % len(turns)])) for row in rows]
+    for tree in trees:  # what a branch sees of the trunk, and itself, is its context and response
+        for (point, start, size), (row, first, length) in zip(tree.branches, tree.responses[-len(tree.branches) :]):
+            context = branches[row - len(turns)]
+            assert tree.ids[:point] + tree.ids[start : start + size] == context + responses[row - len(turns)]
+            assert (first, length) == (start + size - length, len(responses[row - len(turns)]))
+
+
+def test_lora_reference_scores_branches_with_the_adapters_off(llama, played):
+    contexts, responses, branches, _ = guided_rollouts(llama, played, "step")
+    expected = tree_logprobs(llama, contexts, responses, branches)
+    model = add_lora(llama, rank=4)
+    reference = frozen_copy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    assert tree_obstacle(reference) is None
+    for got, want in zip(tree_logprobs(reference, contexts, responses, branches), expected, strict=True):
+        assert_same(got, want)
+    assert (tree_logprobs(model, contexts, responses, branches)[1] - expected[1]).abs().nan_to_num().max() > 1e-2
+
+
+def other_models(vocabulary):
+    return {
+        "sliding": MistralForCausalLM(MistralConfig(vocab_size=vocabulary, sliding_window=8, **SIZES)),
+        "recurrent": MambaForCausalLM(MambaConfig(vocab_size=vocabulary, hidden_size=48, num_hidden_layers=1)),
+        "eager": GemmaForCausalLM(GemmaConfig(vocab_size=vocabulary, **SIZES, attn_implementation="eager")),
+    }
+
+
+@pytest.mark.parametrize("kind", ["sliding", "recurrent", "eager"])
+def test_a_model_that_takes_no_tree_scores_plainly_and_says_so(kind, llama, played, tokenizer, caplog):
+    contexts, responses, branches, routed = guided_rollouts(llama, played, "step")
+    torch.manual_seed(0)
+    model = other_models(len(tokenizer))[kind].eval()
+    rescore._notice.cache_clear()
+    plain, branch = tree_logprobs(model, contexts, responses, branches)
+    assert "a pass of its own" in caplog.text
+    assert_same(plain, response_logprobs(model, contexts, responses, packed=False))
+    assert_same(branch, skill_logprobs(model, *routed, "step", context_limit=512, packed=False)[0])
+
+
+def test_without_branches_the_pass_is_the_packed_one_bit_for_bit(llama, played):
+    _, trajectories = played(llama)
+    contexts, responses = rows_of(trajectories)
+    plain, branch = tree_logprobs(llama, contexts, responses, [None] * len(contexts))
+    assert torch.equal(plain.nan_to_num(), response_logprobs(llama, contexts, responses).nan_to_num())
+    assert branch.isnan().all()
+
+
+def test_the_noise_floor_is_tiny_in_float32_and_larger_in_bfloat16(llama, played):
+    contexts, responses = rows_of(played(llama)[1])
+    fine = layout_noise(llama, contexts, responses)
+    coarse = layout_noise(llama.bfloat16(), contexts, responses)
+    assert 0 < fine < 1e-4 < coarse < 1
 
 
 def test_smollm2_packed_equals_plain_over_ten_turns(smollm2, games):

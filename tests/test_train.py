@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rescore
 import train as train_module
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
@@ -70,7 +71,9 @@ def weights(out) -> dict:
 def lines(out, name="metrics.jsonl"):
     """The records of a run, without what a clock says (and without evaluations, which a run's last iteration has)."""
     records = [json.loads(line) for line in Path(out, name).read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith(("seconds/", "eval/"))} for record in records]
+    return [
+        {k: v for k, v in record.items() if not k.startswith(("seconds/", "eval/", "memory/"))} for record in records
+    ]
 
 
 def same(a: dict, b: dict) -> bool:
@@ -101,6 +104,10 @@ def test_a_run_leaves_what_it_promises(random_tiny, tmp_path, llama):
     assert record["guided/episode"] == pytest.approx(0.75)
     assert record["guided/step"] == pytest.approx(0.25)
     assert record["advantage/skill_abs"] > 0
+    assert "advantage/noise_floor" not in record  # once a run, in its first iteration
+    first = json.loads(Path(c.out, "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < first["advantage/noise_floor"] < 1e-4 < first["advantage/skill_abs"]
+    assert first["memory/peak_mib"] > 50  # a process that has loaded PyTorch
     with_clock = json.loads(Path(c.out, "metrics.jsonl").read_text().splitlines()[-1])
     assert with_clock["eval/valid_seen/success"] == with_clock["eval/valid_unseen/success"] == 0
     assert {"seconds/rollout", "seconds/skills", "seconds/rescore", "seconds/update"} <= with_clock.keys()
@@ -126,6 +133,25 @@ def test_every_variant_trains(changes, random_tiny, tmp_path, llama):
     train(c)
     assert not same(dict(llama.named_parameters()), weights(c.out))
     assert all(v == v for v in lines(c.out)[0].values())  # no NaN
+
+
+@pytest.mark.parametrize("changes", [{"scorer": "old"}, {"scorer": "reference"}, {"scorer": "ema", "kl": 0.0}])
+@pytest.mark.parametrize("routing", ["critical-first", "additive"])
+def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, random_tiny, tmp_path, monkeypatch):
+    """Whichever weights score the skills, and whichever pass their branches ride on."""
+    passes = []
+    original = train_module.tree_logprobs
+    monkeypatch.setattr(train_module, "tree_logprobs", lambda *a, **k: (passes.append(any(a[3])), original(*a, **k))[1])
+    # a learning rate at which the frozen copies and the policy differ in the second iteration
+    settings = {"iterations": 2, "routing": routing, "learning_rate": 0.05, **changes}
+    train(tree := config(tmp_path, "tree", **settings))
+    assert passes == {"old": [True, False], "reference": [False, True], "ema": [False, True]}[changes["scorer"]] * 2
+    monkeypatch.setattr(rescore, "tree_obstacle", lambda model: "told so")
+    train(plain := config(tmp_path, "plain", **settings))
+    for ours, theirs in zip(lines(tree.out), lines(plain.out), strict=True):
+        for name in ("advantage/skill_abs", "advantage/skill_mean", "guided/step", "loss/policy"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4, rel=1e-3)
+        assert abs(ours["advantage/skill_mean"]) > 1e-3
 
 
 def test_resume_goes_on_exactly(random_tiny, tmp_path):

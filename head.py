@@ -1,0 +1,106 @@
+"""Log-probs of given tokens, computed from a model's hidden states a chunk at a time. Used by rescore.py alone.
+
+Logits are the largest tensor of training a small model: 8192 tokens x 151,936 words are 4.6 GiB in float32, and a
+backward pass holds three of that size. Here no more than CHUNK logits are alive at any time: each chunk of hidden
+states goes through the output layer by itself, and the backward pass computes it again rather than keep it.
+
+Shapes: S sequences of padded length L, N tokens asked for, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2**25  # tokens x vocabulary: 128 MiB of float32, and still 220 tokens a matrix product at 152k words
+
+_plain_heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether its logits are head(hidden states)
+
+
+def token_logprobs(model, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probs (N,) of `targets` (N,), each predicted at a True position of `keep` (S, L) in row-major order.
+
+    `inputs` goes to the model as it is. Where all logits fit in one chunk, or are not simply the output layer's (see
+    `has_plain_head`), the model computes them itself.
+    """
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
+    if len(targets) * vocabulary <= CHUNK or not has_plain_head(model):
+        return whole_logprobs(model, inputs, keep, targets, temperature)
+    return chunked_logprobs(model, inputs, keep, targets, temperature, CHUNK)
+
+
+def whole_logprobs(model, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """The plain version: all logits (N, V) at once."""
+    # A boolean mask keeps its True positions in row-major order, which is the order of `targets`.
+    return _chosen(model(**inputs, logits_to_keep=keep, use_cache=False).logits, targets, temperature)
+
+
+def chunked_logprobs(
+    model, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, temperature: float, chunk: int
+) -> Tensor:
+    """The same numbers and gradients with at most `chunk` logits alive (one token's, where that is more)."""
+    head = model.get_output_embeddings()
+    states = hidden_states(model, inputs)[keep]  # (N, H)
+    size = max(1, chunk // head.weight.shape[0])
+
+    def score(states: Tensor, targets: Tensor) -> Tensor:
+        return _chosen(head(states), targets, temperature)
+
+    parts = zip(states.split(size), targets.split(size), strict=True)
+    if torch.is_grad_enabled():
+        options = {"use_reentrant": False, "preserve_rng_state": False}  # an output layer draws no random numbers
+        return torch.cat([checkpoint(score, *part, **options) for part in parts])
+    return torch.cat([score(*part) for part in parts])
+
+
+def hidden_states(model, inputs: dict[str, Tensor]) -> Tensor:
+    """What the output layer reads, (S, L, H).
+
+    Taken on its way out of the decoder while the model runs as a whole, so that whatever wraps the model (LoRA
+    adapters, or adapters that are switched off) has its say.
+    """
+    held: list[Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda module, args, output: held.append(output[0]))
+    try:
+        model(**inputs, logits_to_keep=1, use_cache=False)
+    finally:
+        hook.remove()
+    return held[0]
+
+
+@torch.no_grad()
+def has_plain_head(model) -> bool:
+    """Whether the model's logits are one linear layer of its hidden states, bit for bit on a few tokens.
+
+    False where something comes after that layer: soft-capping (Gemma 2), a scale (Cohere, Granite). Tried once a model,
+    and logged where it is False. A model that has no such parts at all counts as False, too.
+    """
+    if model not in _plain_heads:
+        training = model.training
+        model.eval()
+        _plain_heads[model] = plain = _logits_are_plain(model)
+        model.train(training)
+        if not plain:
+            logging.getLogger(__name__).warning(
+                "%s changes the logits of its output layer: they are held as a whole, which takes more memory",
+                type(model).__name__,
+            )
+    return _plain_heads[model]
+
+
+def _logits_are_plain(model) -> bool:
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    if type(head) is not torch.nn.Linear or decoder is model:
+        return False
+    inputs = {"input_ids": torch.arange(4, device=model.device)[None]}
+    logits, states = model(**inputs, use_cache=False).logits, hidden_states(model, inputs)
+    return states.shape[-1] == head.in_features and torch.equal(head(states), logits)
+
+
+def _chosen(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-softmax in float32 of logits / temperature, the distribution that was sampled from. (n, V) -> (n,)"""
+    return torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, targets[:, None])[:, 0]
