@@ -17,7 +17,7 @@ POSITIVE = (
     *("token_budget", "generate_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
     *("temperature", "learning_rate", "max_grad_norm"),
 )
-NOT_NEGATIVE = ("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
+NOT_NEGATIVE = ("warmup", "lr_halving", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
 NOT_NEGATIVE += ("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -94,6 +94,7 @@ class Config:
     # update
     learning_rate: float = _(2e-4, "AdamW's peak learning rate")
     warmup: int = _(0, "iterations of linear warm-up")
+    lr_halving: int = _(0, "iterations in which the learning rate halves; 0: constant (paper)")
     weight_decay: float = _(0.01, "AdamW's weight decay")
     epochs: int = _(1, "passes over an iteration's batch")
     mini_batch: int = _(256, "step samples a gradient step; 0: all of the iteration")

@@ -231,7 +231,7 @@ class Run:
         steps = self._sum(len(batch.responses))
         parts = max(1, round(steps / config.mini_batch)) if config.mini_batch else 1
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup))
+            group["lr"] = learning_rate(config, iteration)
         totals: dict[str, float] = {}
         with self._phase("update"), self._bar("update", total=config.epochs * parts) as bar:
             for _ in range(config.epochs):
@@ -324,6 +324,13 @@ class Run:
         yield
         key = f"seconds/{name}"
         self.metrics[key] = self.metrics.get(key, 0.0) + time.perf_counter() - started
+
+
+def learning_rate(config: Config, iteration: int) -> float:
+    """Linear warm-up, then halved every `lr_halving` iterations. It doesn't depend on --iterations, so a run can be
+    prolonged and still is the same run."""
+    decay = 0.5 ** (iteration / config.lr_halving) if config.lr_halving else 1.0
+    return config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup)) * decay
 
 
 def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
