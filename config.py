@@ -17,8 +17,8 @@ POSITIVE = (
     *("token_budget", "generate_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
     *("temperature", "learning_rate", "max_grad_norm"),
 )
-NOT_NEGATIVE = ("warmup", "lr_halving", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
-NOT_NEGATIVE += ("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
+NOT_NEGATIVE = ("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
+NOT_NEGATIVE += ("lr_halving", "eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
 
 RECIPES = Path(__file__).parent / "recipes"
 
