@@ -86,18 +86,18 @@ class Config:
     lora_rank: int = _(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
 
     # scale
-    iterations: int = _(70, "training iterations")
-    tasks: int = _(8, "tasks an iteration")
+    iterations: int = _(60, "training iterations")
+    tasks: int = _(16, "tasks an iteration")
     rollouts: int = _(8, "rollouts a task (N)")
     temperature: float = _(1.0, "sampling temperature of training rollouts")
 
     # update
-    learning_rate: float = _(2e-4, "AdamW's peak learning rate")
+    learning_rate: float = _(3e-4, "AdamW's peak learning rate")
     warmup: int = _(0, "iterations of linear warm-up")
-    lr_halving: int = _(0, "iterations in which the learning rate halves; 0: constant (paper)")
+    lr_halving: int = _(20, "iterations in which the learning rate halves; 0: constant (paper)")
     weight_decay: float = _(0.01, "AdamW's weight decay")
     epochs: int = _(1, "passes over an iteration's batch")
-    mini_batch: int = _(256, "step samples a gradient step; 0: all of the iteration")
+    mini_batch: int = _(512, "step samples a gradient step; 0: all of the iteration")
     clip: float = _(0.2, "PPO clip range of the token ratio")
     kl: float = _(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
     max_grad_norm: float = _(1.0, "gradient clipping, L2 norm")

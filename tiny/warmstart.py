@@ -34,9 +34,9 @@ from runlog import replace
 from skills import analysis_prompt
 from tiny.demonstrations import SLIP, STEP_SKILLS, Play, flaw_of, hindsight, novice, watch, workflow
 
-GAMES = 2200  # generated train games that demonstrations come from
+GAMES = 1900  # generated train games that demonstrations come from
 PLAYS = 2  # times that each is played in each way
-FLAWS = {"forget": 0.6, "shut": 0.5}  # chance that a novice has the flaw
+FLAWS = {"forget": 0.5, "shut": 0.5}  # chance that a novice has the flaw
 ALONE_TURNS = 14  # of a novice's episode that are learnt; lost ones go on and on
 HINTED = 0.25  # share of steps with a hint, in hinted play
 LEARNING_RATE, BATCH_TOKENS = 3e-3, 1024
