@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ from rollout import Encoder, rollout
 from router import route, shuffle_skills
 from runlog import RunLog, peak_mib
 from scoring import guided_by_level, score
-from skills import model_writer, openai_writer, write_skills
+from skills import lessons, remember, write_skills, writer_of
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
@@ -76,7 +77,7 @@ class Run:
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
             raise ValueError("--tasks (and the games there are) must be at least the number of processes")
-        self.log.restore(self.model, self.optimizer, self.ema)
+        self.episode_skills = self.log.restore(self.model, self.optimizer, self.ema)  # task type -> text
         self.metrics: dict[str, float] = {}
         if config.eval_every and self.log.first_iteration == 0:
             self._evaluate(-1)
@@ -106,6 +107,7 @@ class Run:
                 temperature=config.temperature,
                 success_reward=config.success_reward,
                 invalid_penalty=config.invalid_penalty,
+                episode_skills=self.episode_skills if config.method.acting else None,
                 progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
             )
         self.metrics |= metrics
@@ -122,19 +124,7 @@ class Run:
             from tiny.demonstrations import scripted_skills
 
             return [scripted_skills(trajectory, config.max_step_skills) for trajectory in trajectories]
-        sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
-        if config.skill_writer == "openai":
-            write = openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
-        else:
-            author = self.model if config.skill_writer == "policy" else self.reference
-            write = model_writer(
-                author,
-                self.tokenizer,
-                **sampling,
-                prefill=config.skill_prefill,
-                context_limit=config.skill_context_limit or config.context_limit,
-                batch_tokens=config.generate_budget,
-            )
+        write = writer_of(config, self.model, self.reference, self.tokenizer)
         with self._phase("skills"), self.accelerator.autocast():
             skills, metrics = write_skills(
                 trajectories,
@@ -143,6 +133,8 @@ class Run:
                 template=self.make_env().analysis_prompt(),
             )
         self.metrics |= metrics
+        if config.method.acting:
+            self.episode_skills = remember(self.episode_skills, gather_object(lessons(trajectories, skills)))
         if config.method.skills == "shuffled":
             return shuffle_skills(skills, [trajectory.group for trajectory in trajectories], self.rng)
         return skills
@@ -269,17 +261,20 @@ class Run:
             self.log.samples(iteration, self.tokenizer, trajectories, skills, routes, batch)
         self.log.metrics(iteration, self.metrics)
         if last or (iteration + 1) % config.save_every == 0:
-            self.log.save(iteration, self.model, self.optimizer, self.ema)
+            self.log.save(iteration, self.model, self.optimizer, self.ema, self.episode_skills)
 
     def close(self) -> None:
         self.log.finish(self.model, self.tokenizer)
 
     def _evaluate(self, iteration: int) -> None:
-        """Held-out success without skills. Iteration -1 is the policy before training."""
+        """Held-out success without skills, and with those that training acts under. Iteration -1: before training."""
         if not self.accelerator.is_main_process:
             return
         with self._phase("evaluate"), self.accelerator.autocast():
             results = evaluate(self.model, self.encoder, self.config)
+            if self.episode_skills:
+                skilled = evaluate(self.model, self.encoder, self.config, episode_skills=self.episode_skills)
+                results |= {f"{split.removeprefix('valid_')}+skill": played for split, played in skilled.items()}
         success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
         self.log.evaluation(iteration, success, format_table(results))
         self.metrics |= {f"eval/{split}/success": share for split, share in success.items()}
