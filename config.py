@@ -30,7 +30,7 @@ NOT_NEGATIVE = (
     "history",
 )
 NOT_NEGATIVE += ("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay", "state_weight")
-NOT_NEGATIVE += ("gate_beta", "rlsd_clip", "rlsd_iterations")
+NOT_NEGATIVE += ("gate_beta", "rlsd_clip", "rlsd_iterations", "distill_weight")
 
 DISTILL_WEIGHTS = {"gated": 0.01, "ungated": 0.01, "k3": 0.001}  # of the SDAR release's ALFWorld scripts
 
@@ -150,7 +150,7 @@ class Config:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, not {getattr(self, name)}")
         for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{flag(name)} must not be negative")
         if self.prompt == "auto":
             self.prompt = "compact" if self.model == "tiny" else "official"

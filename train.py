@@ -41,7 +41,8 @@ def train(config: Config) -> RunLog:
         run.start(iteration)
         trajectories = run.rollout(iteration)
         skills = run.write_skills(trajectories)
-        routes = [route(s, len(t.steps), config.routing) for s, t in zip(skills, trajectories, strict=True)]
+        mode = config.routing if config.levels else "none"
+        routes = [route(s, len(t.steps), mode) for s, t in zip(skills, trajectories, strict=True)]
         batch = run.score(trajectories, routes)
         run.update(batch, iteration)
         run.finish(iteration, trajectories, skills, routes, batch)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rescore
 import scoring
+import skills
 import train as train_module
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
@@ -33,7 +34,7 @@ def random_tiny(monkeypatch, llama, tokenizer):
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+    monkeypatch.setattr(skills, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
 
 def config(tmp_path, name, **changes) -> Config:
@@ -161,7 +162,7 @@ def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
 
 
 def test_unparsable_skills_are_counted_and_shift_nothing(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
+    monkeypatch.setattr(skills, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
     c, grpo = config(tmp_path, "run"), config(tmp_path, "grpo", algo="grpo")
     train(c)
     train(grpo)
