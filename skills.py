@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +191,19 @@ def write_skills(
 def _retry_prompt(prompt: str, answer: str, error: ValueError) -> str:
     shown = answer if len(answer) <= 1000 else answer[:1000] + " [...]"  # the prompt must still fit
     return f"{prompt}\n\nEarlier answer:\n{shown}\n\nIt cannot be used: {error}. Answer again, with correct JSON only."
+
+
+def scripted_skills(trajectory: Trajectory, max_step_skills: int) -> Skills:
+    """What a script that knows the game writes about a finished ALFWorld episode, in place of a model: the upper bound
+    of what skills of this kind can do. The same script wrote the tiny model's demonstrations."""
+    from envs.alfworld_engine import load_game
+    from tiny.demonstrations import hindsight, reciter, watch
+
+    commands = [step.action or "nothing" for step in trajectory.steps]
+    play = watch(load_game(trajectory.game), random.Random(0), reciter(commands), max_steps=len(commands))
+    skills = hindsight(play)
+    skills.steps = dict(sorted(skills.steps.items())[:max_step_skills])
+    return skills
 
 
 def lessons(trajectories: list[Trajectory], skills: list[Skills | None]) -> list[tuple[bool, str, str]]:

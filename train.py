@@ -29,7 +29,7 @@ from rollout import Encoder, rollout
 from router import route, shuffle_skills
 from runlog import RunLog, peak_mib
 from scoring import guided_by_level, score
-from skills import lessons, remember, write_skills, writer_of
+from skills import lessons, remember, scripted_skills, write_skills, writer_of
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
@@ -122,8 +122,6 @@ class Run:
         if not config.uses_skills:
             return [None] * len(trajectories)
         if config.method.skills == "script":
-            from tiny.demonstrations import scripted_skills
-
             return [scripted_skills(trajectory, config.max_step_skills) for trajectory in trajectories]
         write = writer_of(config, self.model, self.reference, self.tokenizer)
         with self._phase("skills"), self.accelerator.autocast():

@@ -18,8 +18,7 @@ from envs.alfworld_engine import FastEngine, load_game
 from envs.alfworld_expert import shortest_plan
 from methods import METHODS
 from rollout import Encoder, rollout
-from skills import lessons, remember
-from tiny.demonstrations import scripted_skills
+from skills import lessons, remember, scripted_skills
 from tiny.warmstart import tiny_model
 from train import train
 

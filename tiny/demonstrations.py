@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from data import Skills, Trajectory
+from data import Skills
 from envs.alfworld import room_of, words
-from envs.alfworld_engine import FastEngine, load_game
+from envs.alfworld_engine import FastEngine
 from envs.alfworld_expert import TOOLS, Explorer, kind_of
 from envs.alfworld_rooms import likely_places
 
@@ -220,12 +220,3 @@ def hindsight(play: Play) -> Skills:
         return Skills("done", workflow(play), steps)
     flaw = flaw_of(play)
     return Skills("closed place" if flaw == "shut" else "not done", avoidance(play, flaw), steps)
-
-
-def scripted_skills(trajectory: Trajectory, max_step_skills: int) -> Skills:
-    """What a script that knows the game's rules writes about a finished ALFWorld episode, in place of a model."""
-    commands = [step.action or "nothing" for step in trajectory.steps]
-    seen = watch(load_game(trajectory.game), random.Random(0), reciter(commands), max_steps=len(commands))
-    skills = hindsight(seen)
-    skills.steps = dict(sorted(skills.steps.items())[:max_step_skills])
-    return skills
