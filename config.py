@@ -56,7 +56,7 @@ class Config:
     distill_weight: float | None = _(None, "c: weight of the distillation loss; none: 0.01, of skill-sd 0.001")
     gate_beta: float = _(5.0, "sdar, opsd: steepness of the gate sigmoid(beta Delta), per nat")
     rlsd_mix: float = _(0.5, "rlsd: mu, how far Delta rescales A_ep at first, 0 to 1")
-    rlsd_iterations: int = _(50, "rlsd: iterations in which mu falls to 0; 0: it stays")
+    rlsd_iterations: int = _(50, "rlsd: iterations in which mu falls to 0 (the release's scripts: 100); 0: it stays")
     rlsd_clip: float = _(0.2, "rlsd: bound of the rescaling, 1 - eps to 1 + eps")
     teacher: str | None = _(None, "opd: the larger model, named as --model is; it must have the same tokenizer")
     scorer: str = _(

@@ -70,7 +70,7 @@ def is_there(job: Job) -> bool:
     if not job.result.exists():
         return False
     stored, wanted = json.loads(job.result.read_text())["config"], settings(job.config)
-    if changed := [k for k in wanted if stored.get(k) != wanted[k]]:
+    if changed := [k for k in wanted if k in stored and stored[k] != wanted[k]]:  # a flag that came later is no change
         raise ValueError(f"{job.result} holds a run with other settings of {', '.join(changed)}: use another --results")
     return True
 

@@ -84,6 +84,21 @@ def test_terms_of_weight_zero_leave_grpo_bit_for_bit(run):
     assert differ(trained(run("gigpo")[0]), grpo)
 
 
+def test_whose_skills_guide(run, monkeypatch):
+    def samples(algo):
+        numbered = lambda prompts: [json.dumps({"episode_skill": f"skill {i}"}) for i in range(len(prompts))]
+        monkeypatch.setattr(skills, "model_writer", lambda *a, **k: numbered)
+        config, _ = run(algo, sample_every=1)
+        records = [json.loads(line) for line in Path(config.out, "samples.jsonl").read_text().splitlines()]
+        return [(record["group"], record["skills"]["episode"]) for record in records]
+
+    assert samples("opid") == [(0, "skill 0"), (0, "skill 1"), (1, "skill 2"), (1, "skill 3")]
+    shuffled = samples("opid-shuffled")
+    assert {text for group, text in shuffled if group == 0} == {"skill 2", "skill 3"}
+    assert {text for group, text in shuffled if group == 1} == {"skill 0", "skill 1"}
+    assert all(text.startswith(("first find ", "never ")) for _, text in samples("opid-oracle"))
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch, tokenizer, llama):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["entirely-new"])
