@@ -1,4 +1,4 @@
-"""What enters the update: the outcome advantage, the skill advantage, and their sum. Pure tensor functions.
+"""What enters the update: the outcome advantage, the skill advantage, and their sum. No model code.
 
 Shapes: B rows are steps pooled over trajectories, R is the padded response length. NaN marks "not scored" and never
 leaves this file: what is not scored has no skill advantage. Nothing here carries gradient.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from config import Config
+from data import Trajectory
 
 
 def outcome_advantage(
@@ -80,6 +83,102 @@ def combine(
             shift = shift.clamp(-skill_clip, skill_clip)
         advantages = advantages + weight * shift
     return advantages
+
+
+def state_groups(group_ids: Tensor, observations: list[str]) -> Tensor:
+    """Number the steps' state groups: steps of one task that start from the same observation. (B,) and B -> (B,)"""
+    numbers: dict[tuple, int] = {}
+    keys = zip(group_ids.tolist(), observations, strict=True)
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def step_relative_advantage(
+    rewards: Tensor,  # (B,) R(tau) of the step's trajectory, which is paid at its last step
+    penalties: Tensor,  # (B,) the step's own
+    steps_left: Tensor,  # (B,) steps that follow in the trajectory; 0 at its last one
+    state_ids: Tensor,  # (B,) of state_groups
+    *,
+    gamma: float,
+    normalize: str = "mean_std",
+) -> Tensor:
+    """GiGPO's second part: (G - mean) / (std + eps) over a state group, G = gamma^steps_left R(tau) - penalty. -> (B,)
+
+    With normalize="mean" the std is left out. A step alone in its group has nothing to be relative to, hence 0 (an
+    outcome group of one is another matter). Paper: GiGPO, arXiv 2505.10978, eq. 5-7; both authors' releases:
+    gigpo/core_gigpo.py, compute_step_discounted_returns and step_norm_reward.
+    """
+    returns = rewards * gamma**steps_left - penalties  # (B,)
+    _, group, sizes = state_ids.unique(return_inverse=True, return_counts=True)  # (groups,), (B,), (groups,)
+    advantages = outcome_advantage(returns, state_ids, torch.arange(len(returns)), normalize=normalize)
+    return torch.where(sizes[group] > 1, advantages, torch.zeros_like(advantages))
+
+
+def rescale(outcome: Tensor, shift: Tensor, mask: Tensor, *, mix: float, clip: float) -> Tensor:
+    """RLSD: A_ep ((1 - mix) + mix clip(exp(sign(A_ep) Delta), 1 - clip, 1 + clip)), 0 off the mask. -> (B, R)
+
+    `outcome` (B,); `shift` (B, R) is what `skill_advantage` returned: 0, hence weight 1, where no skill was scored. The
+    skill says which tokens matter most and never which way to go: no sign changes. `mix` 0 is GRPO.
+    SDAR release: verl/trainer/ppo/rlsd_utils.py, compute_rlsd_token_advantage.
+    """
+    sign = outcome.sign()[:, None]  # (B, 1)
+    weight = (sign * shift).exp().clamp(1 - clip, 1 + clip)  # (B, R)
+    return outcome[:, None] * mask.to(outcome.dtype) * ((1 - mix) + mix * weight)
+
+
+def merge(mask: Tensor, *scores: Tensor) -> Tensor:
+    """The sum of what was scored: NaN where none of `scores` has a value. All (B, R) -> (B, R)"""
+    total = torch.full(mask.shape, float("nan"), device=mask.device)  # (B, R)
+    for score in scores:
+        known = ~score.isnan()  # (B, R)
+        total[known] = total[known].nan_to_num() + score[known]
+    return total
+
+
+def outcome_of(config: Config, trajectories: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
+    """-> (A_ep of each step, and beside it the step-relative advantage of a method that has one (B,); metrics)."""
+    steps = [step for trajectory in trajectories for step in trajectory.steps]
+    counts = torch.tensor([len(trajectory.steps) for trajectory in trajectories])
+    owner = torch.arange(len(trajectories)).repeat_interleave(counts)  # (B,)
+    rewards = torch.tensor([trajectories[i].reward for i in owner])  # (B,)
+    penalties = torch.tensor([step.penalty for step in steps])  # (B,)
+    groups = torch.tensor([trajectories[i].group for i in owner])  # (B,)
+    options = {"normalize": config.normalize}
+    outcome = outcome_advantage(rewards - penalties, groups, owner, **options, over=config.group_over)  # (B,)
+    if not config.method.states:
+        return outcome, {}
+    left = torch.tensor([n for t in trajectories for n in reversed(range(len(t.steps)))])  # (B,)
+    states = state_groups(groups, [step.observation for step in steps])  # (B,)
+    relative = step_relative_advantage(rewards, penalties, left, states, gamma=config.gamma, **options)  # (B,)
+    metrics = {"advantage/state_group_size": len(states) / len(states.unique())}
+    return outcome + config.state_weight * relative, metrics
+
+
+def advantages_of(
+    config: Config,
+    iteration: int,
+    outcome: Tensor,  # (B,) of outcome_of
+    old: Tensor,  # (B, R) log pi_old(y | h), NaN off the mask
+    scored: dict[str, Tensor],  # (B, R) each, log-probs by level: "episode", "step", or "teacher" for a larger model
+) -> tuple[Tensor, Tensor]:
+    """-> (what the update uses (B, R), A_skill before weighting (B, R), NaN where nothing was scored)."""
+    mask, method = ~old.isnan(), config.method  # (B, R)
+    shifts = {level: skill_advantage(logprobs, old, mask) for level, logprobs in scored.items()}  # (B, R) each
+    known = [shift.masked_fill(scored[level].isnan(), float("nan")) for level, shift in shifts.items()]
+    skill_advantages = merge(mask, *known)  # (B, R)
+    if method.shift == "scale":
+        shift = skill_advantages.nan_to_num()  # (B, R)
+        return rescale(outcome, shift, mask, mix=config.mix(iteration), clip=config.rlsd_clip), skill_advantages
+    added = shifts if method.shift == "add" else {}
+    advantages = combine(
+        outcome if method.outcome else torch.zeros_like(outcome),
+        added.get("teacher", added.get("episode")),
+        added.get("step"),
+        mask,
+        episode_weight=1.0 if method.teacher else config.episode_weight,
+        step_weight=config.step_weight,
+        skill_clip=config.skill_clip,
+    )  # (B, R)
+    return advantages, skill_advantages
 
 
 def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -> dict[str, float]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from envs import ENVIRONMENTS
+from methods import METHODS, Method
 from router import MODES
 
 POSITIVE = (
@@ -19,6 +20,9 @@ POSITIVE = (
 )
 NOT_NEGATIVE = ("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
 NOT_NEGATIVE += ("lr_halving", "eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
+NOT_NEGATIVE += ("state_weight", "gate_beta", "rlsd_clip", "rlsd_iterations", "distill_weight")
+
+DISTILL_WEIGHTS = {"gated": 0.01, "ungated": 0.01, "k3": 0.001}  # of the SDAR release's ALFWorld scripts
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -32,11 +36,19 @@ class Config:
     """Defaults are the laptop run; recipes/*.toml hold the paper's settings. Units stand in each field's help."""
 
     # method
-    algo: str = _("opid", "training method", ("opid", "grpo"))
+    algo: str = _("opid", "training method (methods.py)", tuple(METHODS))
     routing: str = _("critical-first", "which skill guides a step", MODES)
     episode_weight: float = _(0.1, "lambda_ep: weight of A_skill on episode-guided tokens (paper: 0.001)")
     step_weight: float = _(0.1, "lambda_step: weight of A_skill on step-guided tokens (paper: 0.001)")
     skill_clip: float | None = _(None, "bound of |A_skill| a token, in nats; none: unbounded (paper)")
+    state_weight: float = _(1.0, "gigpo: weight of the step-relative advantage")
+    gamma: float = _(0.95, "gigpo: discount a step of the return that state groups compare")
+    distill_weight: float | None = _(None, "c: weight of the distillation loss; none: 0.01, of skill-sd 0.001")
+    gate_beta: float = _(5.0, "sdar, opsd: steepness of the gate sigmoid(beta Delta), per nat")
+    rlsd_mix: float = _(0.5, "rlsd: mu, how far Delta rescales A_ep at first, 0 to 1")
+    rlsd_iterations: int = _(50, "rlsd: iterations in which mu falls to 0 (the release's scripts: 100); 0: it stays")
+    rlsd_clip: float = _(0.2, "rlsd: bound of the rescaling, 1 - eps to 1 + eps")
+    teacher: str | None = _(None, "opd: the larger model, named as --model is; it must have the same tokenizer")
     scorer: str = _(
         "reference", "weights that score the skill-augmented context (paper: old)", ("old", "reference", "ema")
     )
@@ -128,21 +140,58 @@ class Config:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, not {getattr(self, name)}")
         for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{flag(name)} must not be negative")
         if self.prompt == "auto":
             self.prompt = "compact" if self.model == "tiny" else "official"
         if self.max_new_tokens >= self.context_limit:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
-        if self.skill_writer == "openai" and self.algo != "grpo" and not self.openai_model:
+        self._check_method()
+
+    def _check_method(self) -> None:
+        method = self.method
+        if self.skill_writer == "openai" and self.uses_skills and method.skills != "script" and not self.openai_model:
             raise ValueError("--skill-writer openai needs --openai-model")
-        if self.algo == "opid" and self.routing == "none" and self.uses_skills:
+        if self.routing == "none" and self.levels:
             raise ValueError("--routing none guides no step: use --algo grpo")
+        if self.routing == "additive" and method.one_score:
+            raise ValueError(f"--algo {self.algo} has one teacher a token: --routing additive would give it two")
+        if method.teacher != (self.teacher is not None):
+            raise ValueError(
+                "--algo opd needs --teacher, the larger model" if method.teacher else "--teacher is for opd"
+            )
+        if method.skills == "script" and self.env != "alfworld":
+            raise ValueError(
+                f"--algo {self.algo} needs a script that writes skills: there is none for --env {self.env}"
+            )
+        if method.skills == "shuffled" and self.tasks < 2:
+            raise ValueError(f"--algo {self.algo} takes skills from other tasks: --tasks must be at least 2")
+        for name in ("gamma", "rlsd_mix"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
+        if self.distill_weight is None and method.distill:
+            self.distill_weight = DISTILL_WEIGHTS[method.distill]
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.algo]
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The levels of guidance that are re-scored: with an added shift, those of a weight that is not 0."""
+        method, weights = self.method, {"episode": self.episode_weight, "step": self.step_weight}
+        if method.skills is None or method.acting:
+            return ()
+        return tuple(level for level, weight in weights.items() if weight != 0 or method.shift != "add")
 
     @property
     def uses_skills(self) -> bool:
         """Zero weights take the same path as GRPO: no skill is written, nothing is re-scored."""
-        return self.algo != "grpo" and (self.episode_weight != 0 or self.step_weight != 0)
+        return bool(self.levels) or self.method.acting
+
+    def mix(self, iteration: int) -> float:
+        """RLSD's mu: from `rlsd_mix` at iteration 0 in a line to 0 at `rlsd_iterations`."""
+        return self.rlsd_mix * (max(0.0, 1 - iteration / self.rlsd_iterations) if self.rlsd_iterations else 1.0)
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -88,3 +88,4 @@ class Batch:
     reference_logprobs: torch.Tensor | None  # (B, R) log pi_ref(y | h); None where the KL term is off
     skill_advantages: torch.Tensor  # (B, R) A_skill before weighting, NaN where no skill was scored
     advantages: torch.Tensor  # (B, R) what the update uses, 0 off the mask
+    teacher_logprobs: torch.Tensor | None = None  # (B, R) log pi(y | h with skill) for a loss term; None: there is none

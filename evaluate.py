@@ -67,7 +67,14 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def play(
-    model, encoder: Encoder, config: Config, games: list[str], *, temperature: float, note: str = ""
+    model,
+    encoder: Encoder,
+    config: Config,
+    games: list[str],
+    *,
+    temperature: float,
+    note: str = "",
+    episode_skills: dict[str, str] | None = None,
 ) -> list[Trajectory]:
     """Play each of `games` once, as many at a time as a training iteration has episodes."""
     at_once = max(config.tasks * config.rollouts, 1)
@@ -83,6 +90,7 @@ def play(
             max_new_tokens=config.max_new_tokens,
             context_limit=config.context_limit,
             temperature=temperature,
+            episode_skills=episode_skills,
             progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
         )[0]
     return trajectories
@@ -121,15 +129,15 @@ def format_table(results: dict[str, list[Trajectory]]) -> str:
     return "\n".join(lines)
 
 
-def evaluate(model, encoder: Encoder, config: Config, splits=None) -> dict[str, list[Trajectory]]:
+def evaluate(model, encoder: Encoder, config: Config, splits=None, **playing) -> dict[str, list[Trajectory]]:
     """Trajectories of one pass over the games of each of `splits` (None: the held-out ones). Seeded apart from
-    training, and the training's random state is left as it was."""
-    results = {}
+    training, and the training's random state is left as it was. `playing`: options of `play`."""
+    results, playing = {}, {"temperature": config.eval_temperature, **playing}
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
             torch.manual_seed(config.seed)
             games = games_of(config, split)
-            results[split] = play(model, encoder, config, games, temperature=config.eval_temperature, note=split)
+            results[split] = play(model, encoder, config, games, note=split, **playing)
     return results
 
 

@@ -32,6 +32,15 @@ def load_model(name: str, *, dtype: str = "float32", seed: int = 0):
     return _drop_quantization(model.to(getattr(torch, dtype))), tokenizer
 
 
+def load_teacher(name: str, tokenizer, *, dtype: str):
+    """The frozen model that an on-policy distilled student learns from. Raises ValueError where its tokenizer is not
+    the student's: it has to score the student's token ids."""
+    teacher, own = load_model(name, dtype=dtype)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--teacher {name} has another tokenizer than --model: it cannot score the model's tokens")
+    return teacher.requires_grad_(False).eval()
+
+
 def load_config(name: str):
     """The architecture of what `load_model` would load, without its weights."""
     if name == "tiny":

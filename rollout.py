@@ -14,9 +14,9 @@ from functools import lru_cache
 import torch
 from transformers import GenerationConfig
 
-from data import Prompt, Step, Trajectory
+from data import Guidance, Prompt, Step, Trajectory
 from envs import TextEnv
-from router import fill
+from router import guided_messages
 
 
 class Encoder:
@@ -213,23 +213,34 @@ class Episode:
     prompts: list[Prompt] = field(default_factory=list)
     done: bool = False
     cut: bool = False  # ended because the context was full
+    skill: Guidance | None = None  # an episode skill that the policy acts under
 
     @classmethod
-    def start(cls, env: TextEnv, game, group: int) -> Episode:
+    def start(cls, env: TextEnv, game, group: int, episode_skills: dict[str, str] | None = None) -> Episode:
+        """`episode_skills`: task type -> the skill to act under; a type that is not there is played without."""
         observation, info = env.reset(options={"game": game})
         trajectory = Trajectory(
             info["task"], group, [], False, task_type=info.get("task_type", ""), game=info.get("game", "")
         )
-        return cls(env, trajectory, observation, info.get("admissible_actions", []))
+        text = (episode_skills or {}).get(trajectory.task_type)
+        skill = Guidance("episode", text) if text else None
+        return cls(env, trajectory, observation, info.get("admissible_actions", []), skill=skill)
 
     def context(self, encoder: Encoder) -> list[int]:
-        """Open the coming turn -> its context ids, with no skill in it: the policy acts from the plain context."""
+        """Open the coming turn -> its context ids: the plain context, unless the episode is played under a skill."""
         steps = self.trajectory.steps
         history = [(step.observation, step.action) for step in steps]
         task = self.trajectory.task
         prompt = self.env.build_prompt(encoder.style, task, history, self.observation, self.admissible)
         self.prompts.append(prompt)
-        return encoder.context([fill(p) for p in self.prompts], [step.response for step in steps])
+        messages = guided_messages(self.prompts, self.skill, encoder.style)
+        return encoder.context(messages, [step.response for step in steps])
+
+    def drop_skill(self, encoder: Encoder) -> list[int]:
+        """The first turn's context without the skill, which leaves no room there."""
+        self.skill = None
+        self.prompts.clear()
+        return self.context(encoder)
 
     def act(self, context: list[int], response: list[int], text: str, success_reward: float, penalty: float) -> None:
         """Parse the response, step the environment, record the turn."""
@@ -258,16 +269,20 @@ def rollout(
     invalid_penalty: float = 0.1,
     first_group: int = 0,
     reuse_cache: bool = True,
+    episode_skills: dict[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda live, turn: None,
 ) -> tuple[list[Trajectory], dict[str, float]]:
     """Play every game `group_size` times -> (trajectories grouped in order, metrics).
 
     All live episodes take their turn in one batch; a finished one leaves it. An episode whose coming context could not
     hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted (rollout/context_full).
-    Raises ValueError where even a first turn does not fit.
+    Raises ValueError where even a first turn does not fit. With `episode_skills` (task type -> text) the policy acts
+    under the skill of a game's type; one that leaves no room is left out (rollout/skilled counts the others).
     """
     episodes = [
-        Episode.start(make_env(), game, first_group + g) for g, game in enumerate(games) for _ in range(group_size)
+        Episode.start(make_env(), game, first_group + g, episode_skills)
+        for g, game in enumerate(games)
+        for _ in range(group_size)
     ]
     sampler = Sampler(
         model, encoder.tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, reuse_cache=reuse_cache
@@ -279,6 +294,8 @@ def rollout(
         progress(len(live), turn)
         contexts = {i: episodes[i].context(encoder) for i in live}
         for i in live:
+            if turn == 0 and episodes[i].skill and len(contexts[i]) + max_new_tokens > context_limit:
+                contexts[i] = episodes[i].drop_skill(encoder)
             episodes[i].cut = len(contexts[i]) + max_new_tokens > context_limit
             if episodes[i].cut and turn == 0:
                 raise ValueError(
@@ -292,7 +309,8 @@ def rollout(
         live = [i for i in live if not episodes[i].done]
         turn += 1
     model.train(training)
-    return [episode.trajectory for episode in episodes], _metrics(episodes)
+    skilled = {} if episode_skills is None else {"rollout/skilled": sum(e.skill is not None for e in episodes)}
+    return [episode.trajectory for episode in episodes], _metrics(episodes) | skilled
 
 
 def _metrics(episodes: list[Episode]) -> dict[str, float]:

@@ -6,6 +6,8 @@ Paper: "Critical-first skill routing"; authors' release: opid/prompting.py, sele
 
 from __future__ import annotations
 
+import random
+
 from data import Guidance, Prompt, Skills, Slot
 
 MODES = ("critical-first", "additive", "episode", "step", "none")
@@ -39,6 +41,25 @@ def route(skills: Skills | None, num_steps: int, mode: str) -> list[tuple[Guidan
             }[mode]
         )
     return routes
+
+
+def shuffle_skills(skills: list[Skills | None], groups: list[int], rng: random.Random) -> list[Skills | None]:
+    """Each trajectory gets the skills of one of another task: the control that tells a skill's content from the mere
+    change of context. Every trajectory's skills are used once; those without skills count as skills, too.
+
+    `groups`: the task of each trajectory. Raises ValueError where one task has more than half of all trajectories.
+    """
+    sizes = {group: groups.count(group) for group in groups}
+    largest = max(sizes.values())
+    if 2 * largest > len(groups):
+        raise ValueError("a task has more than half of a process's trajectories: skills cannot all go to other tasks")
+    tasks, order = rng.sample(sorted(sizes), len(sizes)), rng.sample(range(len(groups)), len(groups))
+    order.sort(key=lambda i: tasks.index(groups[i]))
+    # Tasks lie in blocks, so that whatever stands one largest block further on, around the end too, is of another one.
+    taken = [None] * len(groups)
+    for position, i in enumerate(order):
+        taken[i] = skills[order[(position + largest) % len(order)]]
+    return taken
 
 
 def fill(prompt: Prompt, *guidances: Guidance) -> str:

@@ -85,7 +85,14 @@ class RunLog:
             totals = self.accelerator.reduce(
                 torch.tensor([metrics[name] for name in names], device=self.accelerator.device), "sum"
             ).tolist()
-            counts = ("episodes", "rollout/context_full", "skills/failed", "skills/retried", "skills/too_long")
+            counts = (
+                "episodes",
+                "rollout/context_full",
+                "rollout/skilled",
+                "skills/failed",
+                "skills/retried",
+                "skills/too_long",
+            )
             world = self.accelerator.num_processes
             reduced = {
                 name: total if name in counts or name.endswith("_too_long") else total / world
@@ -162,7 +169,7 @@ class RunLog:
                     },
                 )
 
-    def save(self, iteration: int, model, optimizer, ema) -> None:
+    def save(self, iteration: int, model, optimizer, ema, episode_skills: dict[str, str]) -> None:
         """Everything that the next iteration depends on. Complete or absent: written beside, then renamed."""
         if not self.accelerator.is_main_process:
             return
@@ -171,16 +178,17 @@ class RunLog:
             "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
             "optimizer": optimizer.state_dict(),
             "ema": ema.state_dict() if ema is not None else None,
+            "episode_skills": episode_skills,
         }
         path = self.folder / "checkpoints" / f"{iteration:06d}.pt"
         replace(path, lambda temporary: torch.save(state, temporary))
         for old in sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))[: -self.config.keep_checkpoints]:
             old.unlink()
 
-    def restore(self, model, optimizer, ema) -> None:
-        """Load the newest checkpoint where the run goes on from one."""
+    def restore(self, model, optimizer, ema) -> dict[str, str]:
+        """Load the newest checkpoint where the run goes on from one -> its skills to act under, by task type."""
         if self.first_iteration == 0:
-            return
+            return {}
         state = torch.load(self.checkpoints[-1], map_location=model.device, weights_only=True)
         unexpected = model.load_state_dict(state["model"], strict=False).unexpected_keys
         if unexpected:
@@ -188,6 +196,7 @@ class RunLog:
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             ema.load_state_dict(state["ema"])
+        return state.get("episode_skills", {})
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""

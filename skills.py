@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from contextlib import suppress
 
 import json_repair
 
+from config import Config
 from data import Skills, Trajectory
 from rollout import Encoder, generate
 
@@ -189,6 +191,45 @@ def write_skills(
 def _retry_prompt(prompt: str, answer: str, error: ValueError) -> str:
     shown = answer if len(answer) <= 1000 else answer[:1000] + " [...]"  # the prompt must still fit
     return f"{prompt}\n\nEarlier answer:\n{shown}\n\nIt cannot be used: {error}. Answer again, with correct JSON only."
+
+
+def scripted_skills(trajectory: Trajectory, max_step_skills: int) -> Skills:
+    """What a script that knows the game writes about a finished ALFWorld episode, in place of a model: the upper bound
+    of what skills of this kind can do. The same script wrote the tiny model's demonstrations."""
+    from envs.alfworld_engine import load_game
+    from tiny.demonstrations import hindsight, reciter, watch
+
+    commands = [step.action or "nothing" for step in trajectory.steps]
+    play = watch(load_game(trajectory.game), random.Random(0), reciter(commands), max_steps=len(commands))
+    skills = hindsight(play)
+    skills.steps = dict(sorted(skills.steps.items())[:max_step_skills])
+    return skills
+
+
+def lessons(trajectories: list[Trajectory], skills: list[Skills | None]) -> list[tuple[bool, str, str]]:
+    """What is worth remembering for other tasks of a kind: (success, task type, episode skill)."""
+    pairs = zip(trajectories, skills, strict=True)
+    return [(t.success, t.task_type, s.episode) for t, s in pairs if s is not None]
+
+
+def remember(known: dict[str, str], new: list[tuple[bool, str, str]]) -> dict[str, str]:
+    """Task type -> its newest episode skill; of one iteration's `lessons`, the last success before any failure."""
+    return known | {task_type: text for _, task_type, text in sorted(new, key=lambda lesson: lesson[0])}
+
+
+def writer_of(config: Config, policy, reference, tokenizer) -> Writer:
+    """The run's skill writer: the current weights, the frozen ones or an endpoint."""
+    sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
+    if config.skill_writer == "openai":
+        return openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
+    return model_writer(
+        policy if config.skill_writer == "policy" else reference,
+        tokenizer,
+        **sampling,
+        prefill=config.skill_prefill,
+        context_limit=config.skill_context_limit or config.context_limit,
+        batch_tokens=config.generate_budget,
+    )
 
 
 def model_writer(

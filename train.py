@@ -14,28 +14,22 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from advantage import advantage_metrics, combine, outcome_advantage, skill_advantage
+from advantage import advantage_metrics, advantages_of, merge, outcome_of
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate, format_table, games_of
-from models import add_lora, frozen_copy, load_model
-from rescore import (
-    Sequence,
-    guided_contexts,
-    guided_logprobs,
-    layout_noise,
-    micro_batches,
-    pack,
-    sequence_logprobs,
-    tree_logprobs,
-)
+from losses import distillation_loss, k3, policy_loss
+from models import add_lora, frozen_copy, load_model, load_teacher
+from rescore import Sequence, layout_noise, micro_batches, pack, sequence_logprobs
 from rollout import Encoder, rollout
-from router import route
+from router import route, shuffle_skills
 from runlog import RunLog, peak_mib
-from skills import model_writer, openai_writer, write_skills
+from scoring import guided_by_level, score
+from skills import lessons, remember, scripted_skills, write_skills, writer_of
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
@@ -47,7 +41,8 @@ def train(config: Config) -> RunLog:
         run.start(iteration)
         trajectories = run.rollout(iteration)
         skills = run.write_skills(trajectories)
-        routes = [route(s, len(t.steps), config.routing) for s, t in zip(skills, trajectories, strict=True)]
+        mode = config.routing if config.levels else "none"
+        routes = [route(s, len(t.steps), mode) for s, t in zip(skills, trajectories, strict=True)]
         batch = run.score(trajectories, routes)
         run.update(batch, iteration)
         run.finish(iteration, trajectories, skills, routes, batch)
@@ -69,7 +64,9 @@ class Run:
         self.model = model.to(self.accelerator.device)
         # The model is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
-        self.reference, self.ema = frozen_copy(self.model), None
+        self.reference, self.ema, self.teacher = frozen_copy(self.model), None, None
+        if config.teacher:
+            self.teacher = load_teacher(config.teacher, tokenizer, dtype=config.dtype).to(self.accelerator.device)
         if config.scorer == "ema":
             self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         if config.gradient_checkpointing:
@@ -81,7 +78,7 @@ class Run:
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
             raise ValueError("--tasks (and the games there are) must be at least the number of processes")
-        self.log.restore(self.model, self.optimizer, self.ema)
+        self.episode_skills = self.log.restore(self.model, self.optimizer, self.ema)  # task type -> text
         self.metrics: dict[str, float] = {}
         if config.eval_every and self.log.first_iteration == 0:
             self._evaluate(-1)
@@ -111,6 +108,7 @@ class Run:
                 temperature=config.temperature,
                 success_reward=config.success_reward,
                 invalid_penalty=config.invalid_penalty,
+                episode_skills=self.episode_skills if config.method.acting else None,
                 progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
             )
         self.metrics |= metrics
@@ -123,19 +121,9 @@ class Run:
         config = self.config
         if not config.uses_skills:
             return [None] * len(trajectories)
-        sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
-        if config.skill_writer == "openai":
-            write = openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
-        else:
-            author = self.model if config.skill_writer == "policy" else self.reference
-            write = model_writer(
-                author,
-                self.tokenizer,
-                **sampling,
-                prefill=config.skill_prefill,
-                context_limit=config.skill_context_limit or config.context_limit,
-                batch_tokens=config.generate_budget,
-            )
+        if config.method.skills == "script":
+            return [scripted_skills(trajectory, config.max_step_skills) for trajectory in trajectories]
+        write = writer_of(config, self.model, self.reference, self.tokenizer)
         with self._phase("skills"), self.accelerator.autocast():
             skills, metrics = write_skills(
                 trajectories,
@@ -144,6 +132,10 @@ class Run:
                 template=self.make_env().analysis_prompt(),
             )
         self.metrics |= metrics
+        if config.method.acting:
+            self.episode_skills = remember(self.episode_skills, gather_object(lessons(trajectories, skills)))
+        if config.method.skills == "shuffled":
+            return shuffle_skills(skills, [trajectory.group for trajectory in trajectories], self.rng)
         return skills
 
     # ---- 4. re-scoring and 5. advantage --------------------------------------------------------------------------
@@ -154,73 +146,42 @@ class Run:
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
         with self._phase("rescore"), self.accelerator.autocast():
-            old, reference, scored = self._logprobs(contexts, responses, self._guided(trajectories, routes))
-            if config.uses_skills and self.iteration == 0:
+            plain, scored = self._logprobs(contexts, responses, trajectories, routes)
+            if config.levels and self.iteration == 0:
                 few = sum(len(trajectory.steps) for trajectory in trajectories[:NOISE_TRAJECTORIES])
                 noise = layout_noise(self.model, contexts[:few], responses[:few], temperature=config.temperature)
                 self.metrics["advantage/noise_floor"] = noise
-        mask = ~old.isnan()  # (B, R)
-        shifts, skill_advantages = {}, torch.full_like(old, float("nan"))  # (B, R)
-        for level, logprobs in scored.items():
-            shifts[level] = skill_advantage(logprobs, old, mask)  # (B, R)
-            guided = ~logprobs.isnan()  # (B, R)
-            skill_advantages[guided] = skill_advantages[guided].nan_to_num() + shifts[level][guided]
-            self.metrics[f"guided/{level}"] = guided.any(1).float().mean().item()
-        counts = [len(trajectory.steps) for trajectory in trajectories]
-        owner = torch.arange(len(trajectories)).repeat_interleave(torch.tensor(counts))  # (B,)
-        outcome = outcome_advantage(
-            torch.tensor([trajectories[i].reward for i in owner]) - torch.tensor([step.penalty for step in steps]),
-            torch.tensor([trajectories[i].group for i in owner]),
-            owner,
-            normalize=config.normalize,
-            over=config.group_over,
-        )  # (B,)
-        weights = {"episode_weight": config.episode_weight, "step_weight": config.step_weight}
-        advantages = combine(
-            outcome, shifts.get("episode"), shifts.get("step"), mask, **weights, skill_clip=config.skill_clip
-        )  # (B, R)
+        outcome, metrics = outcome_of(config, trajectories)  # (B,)
+        mask = ~plain["old"].isnan()  # (B, R)
+        advantages, skill_advantages = advantages_of(config, self.iteration, outcome, plain["old"], scored)
+        self.metrics |= metrics | {f"guided/{k}": (~v.isnan()).any(1).float().mean().item() for k, v in scored.items()}
         self.metrics |= advantage_metrics(outcome, skill_advantages, mask)
-        return Batch(contexts, responses, mask, old, reference, skill_advantages, advantages)
+        teacher = merge(mask, *scored.values()) if config.method.distill else None  # (B, R)
+        return Batch(
+            contexts, responses, mask, plain["old"], plain.get("reference"), skill_advantages, advantages, teacher
+        )
 
-    def _guided(self, trajectories, routes) -> dict[str, list[list[int] | None]]:
-        """The skill-augmented context of each step, None where it has none, for each level that is in use."""
-        guided, config = {}, self.config
-        for level, weight in (("episode", config.episode_weight), ("step", config.step_weight)):
-            if config.uses_skills and weight != 0:
-                guided[level], self.metrics[f"guided/{level}_too_long"] = guided_contexts(
-                    self.encoder, trajectories, routes, level, context_limit=config.context_limit
-                )
-        return guided
-
-    def _logprobs(self, contexts, responses, guided) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Log-probs (B, R): old, reference (None without a KL term), and of each level's guided contexts.
-
-        A step skill changes the end of a context, so it is scored as a branch of the plain contexts, in the same pass
-        where the scorer makes one anyway. An episode skill changes all that follows the task: a pass of its own.
-        """
+    def _logprobs(self, contexts, responses, trajectories, routes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Log-probs (B, R): of the plain contexts by whose weights, of the skill-augmented ones by level. A larger
+        teacher counts as a level: it takes the place of a skill."""
         config = self.config
-        weights = {"old": self.model, "reference": self.reference, "ema": self.ema}
-        scoring = {"temperature": config.temperature, "token_budget": config.token_budget}
-        plain = ["old", "reference"] if config.kl else ["old"]
-        logprobs, scored = {}, {}
-        for name in dict.fromkeys([*plain, *([config.scorer] if "step" in guided else [])]):
-            rides = "step" in guided and name == config.scorer
-            logprobs[name], branch = tree_logprobs(
-                weights[name],
-                contexts,
-                responses,
-                guided["step"] if rides else [None] * len(contexts),
-                branches_only=name not in plain,
-                **scoring,
-                progress=self._bar_of(name),
-            )
-            if rides:
-                scored["step"] = branch
-        if "episode" in guided:
-            scored["episode"] = guided_logprobs(
-                weights[config.scorer], guided["episode"], responses, **scoring, progress=self._bar_of("episode")
-            )
-        return logprobs["old"], logprobs["reference"] if config.kl else None, scored
+        guided, metrics = guided_by_level(
+            self.encoder, trajectories, routes, config.levels, context_limit=config.context_limit
+        )
+        self.metrics |= metrics
+        weights = {"old": self.model, "reference": self.reference, "ema": self.ema, "teacher": self.teacher}
+        plain, scored = score(
+            weights,
+            contexts,
+            responses,
+            guided,
+            plain=["old", *["reference"] * (config.kl > 0), *["teacher"] * config.method.teacher],
+            scorer=config.scorer,
+            progress=self._bar_of,
+            temperature=config.temperature,
+            token_budget=config.token_budget,
+        )
+        return plain, scored | ({"teacher": plain["teacher"]} if config.method.teacher else {})
 
     # ---- 6. update -----------------------------------------------------------------------------------------------
 
@@ -249,7 +210,7 @@ class Run:
         """One optimizer step -> mean a token of each loss term, clip fraction, gradient norm."""
         config, device = self.config, self.accelerator.device
         tokens = self._sum(sum(size for sequence in sequences for _, _, size in sequence.responses))
-        sums = torch.zeros(3, device=device)
+        sums = torch.zeros(4, device=device)
         if not tokens:  # more mini-batches than sequences, on every process alike
             return {}
         self.model.train()
@@ -261,14 +222,19 @@ class Run:
             policy, clipped = policy_loss(new, old, advantages, config.clip)
             reference = batch.reference_logprobs[at].to(device) if config.kl else None
             kl = k3(new, reference) if config.kl else torch.zeros_like(policy)
-            loss = (policy + config.kl * kl).sum() / tokens
+            losses, distill = policy + config.kl * kl, torch.zeros_like(policy)  # (N,)
+            if kind := config.method.distill:
+                teacher = batch.teacher_logprobs[at].to(device)  # (N,)
+                distill = distillation_loss(kind, new, old, teacher, beta=config.gate_beta)  # (N,)
+                losses = losses + config.distill_weight * distill
+            loss = losses.sum() / tokens
             if not loss.isfinite():
                 raise FloatingPointError(
                     f"the loss is {loss.item()}: the last checkpoint in {config.out}/checkpoints is from before. "
                     "Try --resume with a lower --learning-rate"
                 )
             loss.backward()
-            sums += torch.stack([policy.detach().sum(), kl.detach().sum(), clipped.sum()])
+            sums += torch.stack([term.detach().sum() for term in (policy, kl, clipped, distill)])
         for parameter in self.trained:
             if self.accelerator.num_processes > 1:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -276,8 +242,9 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        policy, kl, clipped = (self.accelerator.reduce(sums, reduction="sum") / tokens).tolist()
-        return {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped, "grad_norm": norm.item()}
+        policy, kl, clipped, distill = (self.accelerator.reduce(sums, reduction="sum") / tokens).tolist()
+        means = {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped, "grad_norm": norm.item()}
+        return means | ({"loss/distill": distill} if config.method.distill else {})
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 
@@ -293,17 +260,20 @@ class Run:
             self.log.samples(iteration, self.tokenizer, trajectories, skills, routes, batch)
         self.log.metrics(iteration, self.metrics)
         if last or (iteration + 1) % config.save_every == 0:
-            self.log.save(iteration, self.model, self.optimizer, self.ema)
+            self.log.save(iteration, self.model, self.optimizer, self.ema, self.episode_skills)
 
     def close(self) -> None:
         self.log.finish(self.model, self.tokenizer)
 
     def _evaluate(self, iteration: int) -> None:
-        """Held-out success without skills. Iteration -1 is the policy before training."""
+        """Held-out success without skills, and with those that training acts under. Iteration -1: before training."""
         if not self.accelerator.is_main_process:
             return
         with self._phase("evaluate"), self.accelerator.autocast():
             results = evaluate(self.model, self.encoder, self.config)
+            if self.episode_skills:
+                skilled = evaluate(self.model, self.encoder, self.config, episode_skills=self.episode_skills)
+                results |= {f"{split.removeprefix('valid_')}+skill": played for split, played in skilled.items()}
         success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
         self.log.evaluation(iteration, success, format_table(results))
         self.metrics |= {f"eval/{split}/success": share for split, share in success.items()}
@@ -331,21 +301,6 @@ def learning_rate(config: Config, iteration: int) -> float:
     prolonged and still is the same run."""
     decay = 0.5 ** (iteration / config.lr_halving) if config.lr_halving else 1.0
     return config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup)) * decay
-
-
-def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """PPO-clip a token: -min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi_theta / pi_old. All (N,) -> (N,), and where
-    the clipped branch, which carries no gradient, was the smaller."""
-    ratio = (new - old).exp()
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    return -torch.minimum(plain, clipped), (clipped < plain).float()
-
-
-def k3(new: Tensor, reference: Tensor) -> Tensor:
-    """KL(pi_theta || pi_ref) a token, by Schulman's k3 on sampled tokens: exp(d) - 1 - d, d = log pi_ref - log pi_th.
-    Never negative. (N,) -> (N,)"""
-    d = reference - new
-    return d.exp() - 1 - d
 
 
 def main() -> None:

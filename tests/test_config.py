@@ -41,6 +41,14 @@ def test_every_flag_is_explained(capsys):
         (["--skill-writer", "openai"], "--openai-model"),
         (["--routing", "none"], "--algo grpo"),
         (["--max-new-tokens", "2000"], "no room"),
+        (["--algo", "opd"], "--algo opd needs --teacher"),
+        (["--teacher", "smollm2"], "--teacher is for opd"),
+        (["--algo", "sdar", "--routing", "none"], "guides no step"),
+        (["--algo", "rlsd", "--routing", "additive"], "one teacher a token"),
+        (["--algo", "opid-oracle", "--env", "search"], "none for --env search"),
+        (["--algo", "opid-shuffled", "--tasks", "1"], "--tasks must be at least 2"),
+        (["--algo", "gigpo", "--gamma", "1.5"], "--gamma must be between 0 and 1"),
+        (["--algo", "sdar", "--distill-weight", "-1"], "--distill-weight must not be negative"),
         (["--recipe", "alfword"], "no recipe 'alfword'; known: alfworld-"),
     ],
 )
@@ -88,6 +96,27 @@ def test_zero_weights_use_no_skills():
     assert Config().uses_skills
     assert not Config(episode_weight=0.0, step_weight=0.0).uses_skills
     assert not Config(algo="grpo").uses_skills
+
+
+@pytest.mark.parametrize("algo", ["opsd", "grpo+opsd", "sdar", "rlsd", "skill-sd"])
+def test_lambda_does_not_switch_other_methods_off(algo):
+    assert Config(algo=algo, episode_weight=0.0, step_weight=0.0).levels == ("episode", "step")
+    assert Config(episode_weight=0.0).levels == ("step",)
+    assert Config(algo="grpo").levels == Config(algo="gigpo").levels == ()
+    assert Config(algo="skill-grpo").levels == ()  # its skills are written to act under, not to re-score
+    assert Config(algo="skill-grpo").uses_skills
+
+
+def test_weights_of_the_releases():
+    assert Config(algo="sdar").distill_weight == Config(algo="opsd").distill_weight == 0.01
+    assert Config(algo="skill-sd").distill_weight == 0.001
+    assert Config(algo="sdar", distill_weight=0.5).distill_weight == 0.5
+    assert Config().distill_weight is None
+
+
+def test_rlsd_lets_go_of_the_skill_in_a_line():
+    assert [Config(algo="rlsd").mix(i) for i in (0, 25, 50, 60)] == [0.5, 0.25, 0, 0]
+    assert Config(algo="rlsd", rlsd_iterations=0).mix(1000) == 0.5
 
 
 def test_prompt_follows_the_model():

@@ -1,9 +1,13 @@
 """The truth table of routing, and where a skill's text goes."""
 
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import Guidance, Skills, Slot
-from router import MODES, fill, guided_messages, route
+from router import MODES, fill, guided_messages, route, shuffle_skills
 
 SKILLS = Skills("summary", "work in order", {1: "open it"})
 EPISODE, STEP = Guidance("episode", "work in order"), Guidance("step", "open it")
@@ -64,3 +68,22 @@ def test_chat_puts_the_episode_skill_first_and_the_step_skill_last():
     assert guided_messages(prompts, None, "chat") == plain
     assert guided_messages(prompts, EPISODE, "chat") == ["task\nE:work in order\nnow\nact", *plain[1:]]
     assert guided_messages(prompts, STEP, "chat") == [*plain[:2], "seen\nS:open it\n"]
+
+
+@settings(deadline=None)  # a busy machine must not fail it
+@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 99))
+def test_shuffled_skills_are_all_used_once_and_come_from_another_task(tasks, rollouts, seed):
+    groups = [task for task in range(tasks) for _ in range(rollouts)]
+    skills = [Skills("", str(i), {}) for i in range(len(groups))]
+    got = shuffle_skills(skills, groups, random.Random(seed))
+    assert sorted(int(s.episode) for s in got) == list(range(len(groups)))
+    assert all(groups[int(s.episode)] != group for s, group in zip(got, groups, strict=True))
+    assert got == shuffle_skills(skills, groups, random.Random(seed))
+
+
+def test_shuffling_depends_on_the_seed_and_needs_other_tasks():
+    groups, skills = [0, 0, 1, 1, 2, 2], [Skills("", str(i), {}) for i in range(6)]
+    assert len({str(shuffle_skills(skills, groups, random.Random(seed))) for seed in range(9)}) > 3
+    assert shuffle_skills([None, SKILLS], [0, 1], random.Random(0)) == [SKILLS, None]
+    with pytest.raises(ValueError, match="more than half"):
+        shuffle_skills(skills[:3], [0, 0, 1], random.Random(0))

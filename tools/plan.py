@@ -52,6 +52,7 @@ def plan(config: Config) -> list[Part]:
     parts = [
         Part("weights", weights, "always", f"{config.dtype}"),
         Part("reference copy", 0 if config.lora_rank else weights, "always", "none with LoRA: adapters off"),
+        Part("teacher", _teacher(config), "always", "--teacher"),
         Part("EMA copy", weights if config.scorer == "ema" else 0, "always", "--scorer ema"),
         Part("optimizer", 2 * trained, "always", "AdamW: two moments a trained weight"),
         Part("KV cache", cached * _kv_bytes(architecture, config), "sampling", f"{cached:,} tokens at most"),
@@ -76,6 +77,14 @@ def format_plan(parts: list[Part]) -> str:
     lines = [f"{'part':<18}{'MiB':>10}  {'held':<10}note"]
     lines += [f"{p.name:<18}{p.size / MIB:>10.1f}  {p.phase:<10}{p.note}".rstrip() for p in parts if p.size]
     return "\n".join([*lines, f"{'peak, estimated':<18}{peak(parts) / MIB:>10.1f}  a process"])
+
+
+def _teacher(config: Config) -> int:
+    if config.teacher is None:
+        return 0
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(config.teacher), dtype=getattr(torch, config.dtype))
+    return _bytes(model.parameters())
 
 
 def _bytes(parameters) -> int:
@@ -125,7 +134,7 @@ def _tokens_sampled(config: Config) -> tuple[int, int]:
     """(Most tokens whose keys and values are held at a time, most tokens that are read in one forward pass.)"""
     episodes = config.tasks * config.rollouts  # with many processes: each its share
     acting = episodes * config.context_limit
-    if not config.uses_skills or config.skill_writer == "openai":
+    if not config.uses_skills or config.skill_writer == "openai" or config.method.skills == "script":
         return acting, acting
     writing = min(config.generate_budget, episodes * (config.skill_context_limit or config.context_limit))
     return max(acting, writing), max(acting, writing)

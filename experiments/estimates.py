@@ -1,0 +1,37 @@
+"""What a few seeds say about a method: interquartile mean, bootstrap intervals, probability of improvement.
+
+After Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice" (arXiv 2108.13264). Shapes: `scores` is
+(runs, splits) of one method; a run is one seed, and a split one set of held-out games.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def interquartile_mean(scores: np.ndarray) -> float:
+    """Mean of the middle half of all scores: the lowest and highest quarter (rounded down) are left out."""
+    ordered = np.sort(scores, axis=None)
+    cut = len(ordered) // 4
+    return float(ordered[cut : len(ordered) - cut].mean())
+
+
+def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """P(a run of ours beats a run of theirs on the same split), ties counted half, mean over splits."""
+    difference = ours[:, None, :] - theirs[None, :, :]  # (our runs, their runs, splits)
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float], *strata: np.ndarray, samples: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of `statistic(*strata)`, each stratum (a method's scores) resampled by itself.
+
+    Whole runs are drawn: the scores of a run's splits come from one policy, so they are no independent samples.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(*(s[rng.integers(len(s), size=len(s))] for s in strata)) for _ in range(samples)]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

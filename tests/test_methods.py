@@ -1,0 +1,180 @@
+"""Each method in a whole iteration of a tiny run: what it guides by, learns from, acts under, and what it refuses."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+import skills
+import train as train_module
+from config import Config, parse_args
+from data import Skills, Step, Trajectory
+from envs.alfworld import AlfworldEnv, words
+from envs.alfworld_engine import FastEngine, load_game
+from envs.alfworld_expert import shortest_plan
+from methods import METHODS
+from rollout import Encoder, rollout
+from skills import lessons, remember, scripted_skills
+from tiny.warmstart import tiny_model
+from train import train
+
+FLAGS = "--tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 1 --iterations 1 "
+FLAGS += "--mini-batch 8 --learning-rate 1e-3 --eval-every 0 --save-every 1 --invalid-penalty 1 --scorer old"
+
+
+@pytest.fixture
+def run(monkeypatch, llama, tokenizer, tmp_path):
+    """-> a function that trains a random tiny model and returns (config, metrics of each iteration). Its skills are
+    scripted, since a random model writes none; a fourth of its responses are taken for valid."""
+    monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    other = tiny_model(len(tokenizer), seed=5, width=48)
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: (other, tokenizer))
+    answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
+    monkeypatch.setattr(skills, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+
+    def start(algo, **changes) -> tuple[Config, list[dict]]:
+        more = ["--teacher", "larger"] if algo == "opd" else []
+        config = parse_args([*FLAGS.split(), "--algo", algo, *more, "--out", str(tmp_path / (algo + str(changes)))])
+        config = replace(config, **changes)
+        train(config)
+        return config, [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
+
+    return start
+
+
+def trained(config: Config) -> dict:
+    newest = sorted(Path(config.out, "checkpoints").glob("*.pt"))[-1]
+    return torch.load(newest, weights_only=True)["model"]
+
+
+def differ(a: dict, b: dict) -> bool:
+    return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("algo", [algo for algo in METHODS if algo not in ("opid", "grpo")])
+def test_every_method_trains_and_logs_what_it_adds(algo, run, llama):
+    config, (record,) = run(algo)
+    method = METHODS[algo]
+    assert differ(trained(config), dict(llama.named_parameters()))
+    assert all(value == value for value in record.values())  # no NaN
+    assert ("loss/distill" in record) == (method.distill is not None)
+    assert record["loss/policy"] == 0 or method.outcome or method.teacher
+    assert (record["advantage/skill_abs"] > 0) == bool(config.levels or method.teacher)
+    assert record.get("guided/teacher", 0) == method.teacher
+    assert ("advantage/state_group_size" in record) == method.states
+    if method.distill == "k3":
+        assert record["loss/distill"] > 0
+
+
+def test_terms_of_weight_zero_leave_grpo_bit_for_bit(run):
+    """With episode skills, which are scored in a pass of their own: step skills ride on that of the plain contexts,
+    and change how its sums are rounded."""
+    grpo = trained(run("grpo")[0])
+    for algo, off in (
+        ("sdar", {"distill_weight": 0.0}),
+        ("skill-sd", {"distill_weight": 0.0}),
+        ("gigpo", {"state_weight": 0.0}),
+        ("rlsd", {"rlsd_mix": 0.0}),
+        ("opid-shuffled", {"episode_weight": 0.0, "step_weight": 0.0}),
+    ):
+        assert not differ(trained(run(algo, routing="episode", **off)[0]), grpo), algo
+    assert differ(trained(run("gigpo")[0]), grpo)
+
+
+def test_whose_skills_guide(run, monkeypatch):
+    def samples(algo):
+        numbered = lambda prompts: [json.dumps({"episode_skill": f"skill {i}"}) for i in range(len(prompts))]
+        monkeypatch.setattr(skills, "model_writer", lambda *a, **k: numbered)
+        config, _ = run(algo, sample_every=1)
+        records = [json.loads(line) for line in Path(config.out, "samples.jsonl").read_text().splitlines()]
+        return [(record["group"], record["skills"]["episode"]) for record in records]
+
+    assert samples("opid") == [(0, "skill 0"), (0, "skill 1"), (1, "skill 2"), (1, "skill 3")]
+    shuffled = samples("opid-shuffled")
+    assert {text for group, text in shuffled if group == 0} == {"skill 2", "skill 3"}
+    assert {text for group, text in shuffled if group == 1} == {"skill 0", "skill 1"}
+    assert all(text.startswith(("first find ", "never ")) for _, text in samples("opid-oracle"))
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch, tokenizer, llama):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["entirely-new"])
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: (llama, other))
+    with pytest.raises(ValueError, match="--teacher big has another tokenizer"):
+        models.load_teacher("big", tokenizer, dtype="float32")
+
+
+# ---- skills by a script ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_scripted_skills_know_the_order_of_work(games, compact):
+    for path in games[:3]:
+        game = load_game(path)
+        engine = FastEngine(game)
+        engine.reset()
+        plan = shortest_plan(engine)
+        actions = [words(command) if compact else command for command in plan]
+        steps = [Step((), "", [1], [2], "", action, True) for action in actions]
+        won = scripted_skills(Trajectory("", 0, steps, True, game=path), max_step_skills=2)
+        assert won.summary == "done"
+        assert won.episode.startswith("first find ")
+        assert len(won.steps) <= 2
+        lost = scripted_skills(Trajectory("", 0, [Step((), "", [1], [2], "", "", False)] * 3, False, game=path), 2)
+        assert lost.episode.startswith("never ")
+
+
+# ---- acting under a skill ----------------------------------------------------------------------------------------
+
+
+def test_the_newest_success_of_a_type_is_remembered():
+    def finished(task_type, success):
+        return Trajectory("t", 0, [], success, task_type=task_type)
+
+    trajectories = [finished("heat", True), finished("heat", False), finished("cool", False), finished("look", True)]
+    written = [Skills("", "a", {}), Skills("", "b", {}), Skills("", "c", {}), None]
+    new = lessons(trajectories, written)
+    assert new == [(True, "heat", "a"), (False, "heat", "b"), (False, "cool", "c")]
+    assert remember({"heat": "old", "look": "d"}, new) == {"heat": "a", "cool": "c", "look": "d"}
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_the_policy_acts_under_the_skill_of_its_games_type(style, llama, tokenizer, games):
+    encoder, task_type = Encoder(tokenizer, style), load_game(games[0]).task_type
+
+    def act(episode_skills, context_limit=1024):
+        torch.manual_seed(0)
+        make = lambda: AlfworldEnv(prompt="compact", max_steps=2)
+        sizes = {"max_new_tokens": 4, "context_limit": context_limit}
+        return rollout(llama, encoder, make, games[:1], 1, **sizes, episode_skills=episode_skills)
+
+    (plain,), metrics = act(None)
+    assert "rollout/skilled" not in metrics
+    (skilled,), metrics = act({task_type: "open every closed place"})
+    assert metrics["rollout/skilled"] == 1
+    for t, step in enumerate(skilled.steps):
+        shown = tokenizer.decode(step.context).count("skill open every closed place")
+        assert shown == 1, (t, step)
+    (other,), metrics = act({"another type": "open every closed place"})
+    assert metrics["rollout/skilled"] == 0
+    assert [step.context for step in other.steps] == [step.context for step in plain.steps]
+    (short,), metrics = act({task_type: "open every closed place " * 50}, len(plain.steps[0].context) + 40)
+    assert metrics["rollout/skilled"] == 0
+    assert short.steps[0].context == plain.steps[0].context
+
+
+def test_skill_grpo_acts_from_the_second_iteration_on_evaluates_both_ways_and_resumes(run):
+    config, records = run("skill-grpo", iterations=3, train_games=2)
+    assert [record["rollout/skilled"] for record in records] == [0, 4, 4]
+    assert {"eval/valid_seen/success", "eval/seen+skill/success"} <= records[-1].keys()
+    state = torch.load(Path(config.out, "checkpoints/000002.pt"), weights_only=True)
+    assert set(state["episode_skills"].values()) == {"open every closed place"}
+    Path(config.out, "checkpoints/000002.pt").unlink()
+    train(replace(config, resume=True))
+    again = torch.load(Path(config.out, "checkpoints/000002.pt"), weights_only=True)
+    assert not differ(state["model"], again["model"])
