@@ -221,7 +221,8 @@ def cache_folder(env: str, seed: int, tokenizer, cache: str | Path) -> Path:
     """Named by all that the weights depend on: this code, the environment's code and data, its words, the seed."""
     root = Path(__file__).parent
     envs = root.with_name("envs")
-    sources = [*root.glob("*.py"), *envs.glob(f"{env}*.py"), *envs.glob(f"{env}_data/*")]
+    sources = [root / name for name in ("warmstart.py", "plays.py", f"{env}.py")]
+    sources += [*envs.glob(f"{env}*.py"), *envs.glob(f"{env}_data/*")]
     key = hashlib.sha256(f"{env} {seed} {sorted(tokenizer.get_vocab())}".encode())
     for path in sorted(sources):
         key.update(path.read_bytes())
