@@ -15,7 +15,7 @@ from tiny.plays import Play, script
 from tiny.warmstart import Demonstrator, cache_folder, skills_json, tiny_tokenizer
 
 SCRIPTS = {"search": search, "webshop": webshop}
-N = 40
+N = 20
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -66,7 +66,7 @@ def test_vocabulary_is_closed_and_only_commands_that_were_meant_are_learnt(env, 
         learnt = [sequence.ids[start : start + size] for _, start, size in sequence.responses]
         assert [words_of.decode(ids) for ids in learnt] == [f"{command} <end>" for command in meant]
         slips += len(play.slips)
-    assert slips > 10
+    assert slips > 5
 
 
 def test_skills_parse_and_round_trip(env, words_of):
