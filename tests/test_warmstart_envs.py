@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from config import Config, read_recipe
 from envs.search import SearchEnv
 from envs.search_questions import GENERATE, load_questions
 from envs.search_text import words
@@ -120,6 +121,27 @@ def test_search_hint_words():
     assert adviser.advise("no results") == "search currency of mali"
     assert adviser.advise("doc 1 currency of mali is franc") == "answer franc"
     assert adviser.hint() == "answer from doc with same name"
+
+
+def test_the_tiny_model_refuses_words_that_it_does_not_know(env):
+    assert Config(env=env, model="tiny").prompt == "compact"
+    with pytest.raises(ValueError, match="knows only the words of generated"):
+        Config(env=env, model="tiny", games="somewhere")
+
+
+@pytest.mark.parametrize("name", ["laptop-search", "laptop-webshop"])
+def test_recipes_hold_the_longest_response_and_prompt(name):
+    config = Config(**read_recipe(name))
+    told = script(config.env)
+    assert config.max_steps == told.MAX_STEPS
+    demonstrator = Demonstrator(tiny_tokenizer(config.env), 0, config.env)
+    for game in told.games(N):
+        *acting, writing = demonstrator.sequences(game)
+        sizes = [size for sequence in acting for _, _, size in sequence.responses]
+        assert max(sizes) <= config.max_new_tokens
+        assert max(len(sequence.ids) for sequence in acting) <= config.context_limit - config.max_new_tokens
+        assert writing.responses[0][2] <= config.skill_tokens
+        assert len(writing.ids) <= config.context_limit
 
 
 def test_unknown_environment():

@@ -11,7 +11,7 @@ from functools import lru_cache
 from data import Skills
 from envs.search import SearchEnv
 from envs.search import vocabulary as environment_words
-from envs.search_expert import SearchExpert, _said
+from envs.search_expert import SearchExpert, worded_like
 from envs.search_facts import HOPS, facts
 from envs.search_text import shown_passages, words
 from tiny.plays import SLIP, Play, advised_steps
@@ -37,7 +37,7 @@ class Adviser(SearchExpert):
         """What a good player would do now."""
         self.passages, self.misread, self.fresh = shown_passages(observation), None, False
         if self.hops and self.passages:
-            said = _said(HOPS[self.hops[0]].sentence, self.passages)
+            said = worded_like(HOPS[self.hops[0]].sentence, self.passages)
             self.misread = next((found for given, found in said if given != self.known), None)
             if (found := self._read(self.passages)) is not None:
                 self.hops.pop(0)
@@ -68,7 +68,7 @@ class Adviser(SearchExpert):
         return f"search {query(self.hops[0], name)}"
 
     def _sounds_right(self) -> str:
-        said = _said(HOPS[self.plan[-1]].sentence, self.passages)
+        said = worded_like(HOPS[self.plan[-1]].sentence, self.passages)
         return said[0][1] if said else self.passages[0].split()[-1]
 
 
