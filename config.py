@@ -134,7 +134,7 @@ class Config:
             self.prompt = "compact" if self.model == "tiny" else "official"
         outside = self.games != "generate" or (self.env == "search" and self.retriever != "generate")
         if self.model == "tiny" and self.env != "alfworld" and outside:
-            raise ValueError(f"--model tiny knows only the words of generated {self.env} data: drop --games, --retriever")
+            raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no --games, --retriever")
         if self.max_new_tokens >= self.context_limit:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
         if self.skill_writer == "openai" and self.algo != "grpo" and not self.openai_model:
