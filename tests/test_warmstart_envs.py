@@ -16,7 +16,7 @@ from tiny.plays import Play, script
 from tiny.warmstart import Demonstrator, cache_folder, skills_json, tiny_tokenizer
 
 SCRIPTS = {"search": search, "webshop": webshop}
-N = 20
+N = 60
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -36,11 +36,13 @@ def plays_of(env: str, flaws: set[str], **habits) -> list[Play]:
 
 def test_flawless_play_wins_and_every_flaw_costs(env):
     assert all(play.success for play in plays_of(env, set(), slip=0))
-    assert sum(play.success for play in plays_of(env, set())) >= 0.85 * N  # slips are recovered from
+    flawless = sum(play.success for play in plays_of(env, set()))
+    assert flawless >= 0.85 * N  # slips are recovered from
     for flaw in script(env).FLAWS:
-        plays = plays_of(env, {flaw}, slip=0)
-        assert sum(play.success for play in plays) < 0.95 * N, flaw
-        assert {script(env).flaw_of(play) for play in plays if not play.success} <= {flaw, "one_hop"}, flaw
+        assert sum(play.success for play in plays_of(env, {flaw})) < flawless, flaw
+        failed = [play for play in plays_of(env, {flaw}, slip=0) if not play.success]
+        # who answers by what the whole question brought has, at times, found the first of two facts
+        assert {script(env).flaw_of(play) for play in failed} <= {flaw, "one_hop"}, flaw
 
 
 def test_plays_are_of_the_train_split_and_real(env):
