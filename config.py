@@ -144,6 +144,9 @@ class Config:
                 raise ValueError(f"{flag(name)} must not be negative")
         if self.prompt == "auto":
             self.prompt = "compact" if self.model == "tiny" else "official"
+        outside = self.games != "generate" or (self.env == "search" and self.retriever != "generate")
+        if self.model == "tiny" and self.env != "alfworld" and outside:
+            raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no --games, --retriever")
         if self.max_new_tokens >= self.context_limit:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
         self._check_method()

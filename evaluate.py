@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Path(config.model).parent / "config.json"
     if run.is_file():  # the policy of a run: the run's own settings are the defaults
         config = parse_args(argv, base=json.loads(run.read_text()))
-    model, tokenizer = load_model(config.model, dtype=config.dtype, seed=config.seed)
+    model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(format_table(evaluate(model, Encoder(tokenizer, config.context), config)))
 

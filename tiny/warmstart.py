@@ -1,10 +1,10 @@
-"""The laptop default: a Llama of about a million parameters that speaks ALFWorld's closed vocabulary.
+"""The laptop default: a Llama of about a million parameters that speaks one environment's closed vocabulary.
 
 Instruct models come with two abilities that OPID leans on: following a skill in context, and writing one from a
 transcript. The tiny model gets both, and only a weak ability to act, from minutes of supervised training on scripted
-demonstrations from the generator's train rooms:
+demonstrations from the train split, by the script of the environment (tiny/NAME.py, see plays.Script):
 
-    acting alone        a novice with typical flaws (forgets to heat, leaves closed things shut, dawdles)
+    acting alone        a novice with typical flaws
     under a skill       the same novice, less the flaws that the episode skill speaks about
     under a hint        the same novice, doing at that one step what the step skill says
     hindsight           the JSON of skills for the transcript of a novice's episode
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,21 +23,14 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import Guidance, Skills, Step, Trajectory
-from envs.alfworld import COMPACT_ANALYSIS, AlfworldEnv, cached_games
-from envs.alfworld_engine import load_game
-from envs.alfworld_rooms import DATA, FACTS
+from envs import make_env
 from rescore import Sequence, micro_batches, sequence_logprobs
 from rollout import Encoder
 from router import fill
 from runlog import replace
 from skills import analysis_prompt
-from tiny.demonstrations import SLIP, STEP_SKILLS, Play, flaw_of, hindsight, novice, watch, workflow
+from tiny.plays import STEP_SKILLS, Play, script
 
-GAMES = 1900  # generated train games that demonstrations come from
-PLAYS = 2  # times that each is played in each way
-FLAWS = {"forget": 0.5, "shut": 0.5}  # chance that a novice has the flaw
-ALONE_TURNS = 14  # of a novice's episode that are learnt; lost ones go on and on
-HINTED = 0.25  # share of steps with a hint, in hinted play
 LEARNING_RATE, BATCH_TOKENS = 3e-3, 1024
 OTHER_TOKENS = 0.3  # weight of tokens that are not responses: they teach copying early, where responses alone do not
 
@@ -47,23 +39,17 @@ OTHER_TOKENS = 0.3  # weight of tokens that are not responses: they teach copyin
 
 JSON_OPEN, JSON_SKILL, JSON_STEPS = '{"episode_summary": "', '", "episode_skill": "', '", "step_skills": {'
 JSON_PIECES = [JSON_OPEN, JSON_SKILL, JSON_STEPS, '",', '"}}', "}}", *(f'"{t}": "' for t in range(64))]
-PROMPT_WORDS = (
-    "task skill hint now before did outcome success failure step write skills first then find never every leave "
-    "without again same stop after one second done closed not nothing happens"
-)
+PROMPT_WORDS = "task skill hint now before did outcome success failure step write skills"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<end>"
     "{% else %}<user>{{ m['content'] }}<assistant>{% endif %}{% endfor %}"
 )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Word level: every word of the games, of the compact prompts and of the demonstrations is one token, and so is
-    each piece of the skills' JSON, so that the tiny model writes the same JSON through the same code path."""
-    kinds = (name.lower() for name in FACTS["object_types"] + FACTS["receptacle_types"])
-    wordings = " ".join(text for goal in FACTS["goals"].values() for text in goal["templates"])
-    texts = re.findall(r"[a-z]+", f"{wordings} {(DATA / 'alfred.twl2').read_text()}".lower())  # all the engine can say
-    known = sorted({*kinds, *texts, *PROMPT_WORDS.split(), ":", "->", *map(str, range(64))})
+def tiny_tokenizer(env: str = "alfworld") -> PreTrainedTokenizerFast:
+    """Word level: every word of the environment, of the compact prompts and of the demonstrations is one token, and so
+    is each piece of the skills' JSON, so that the tiny model writes the same JSON through the same code path."""
+    known = sorted({*script(env).vocabulary(), *PROMPT_WORDS.split(), ":", "->", *map(str, range(64))})
     special = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *known])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -110,30 +96,30 @@ def skills_json(skills: Skills) -> str:
 
 
 class Demonstrator:
-    """Plays games and turns the plays into sequences whose response tokens are to be learnt."""
+    """Has games played by an environment's script, and turns the plays into sequences whose response tokens are to be
+    learnt."""
 
-    def __init__(self, tokenizer, seed: int):
-        self.tokenizer, self.rng = tokenizer, random.Random(seed)
-        self.encoder, self.env = Encoder(tokenizer, "chat"), AlfworldEnv(prompt="compact")
+    def __init__(self, tokenizer, seed: int, env: str = "alfworld"):
+        self.tokenizer, self.rng, self.script = tokenizer, random.Random(seed), script(env)
+        self.encoder, self.env = Encoder(tokenizer, "chat"), make_env(env, prompt="compact")
 
     def sequences(self, game) -> list[Sequence]:
         """One game, played alone, under an episode skill and with hints, and the hindsight of the first of these."""
         alone = self.play(game, self.flaws())
-        skills = hindsight(alone)
+        skills = self.script.hindsight(alone)
         if alone.success or self.rng.random() < 0.5:
-            guided = self.play(game, set(), skill=workflow(alone))
+            guided = self.play(game, set(), skill=self.script.workflow(alone))
         else:
-            guided = self.play(game, self.flaws() - {flaw_of(alone)}, skill=skills.episode)
-        hinted = self.play(game, self.flaws(), hinted=HINTED)
-        played = [self.acting(alone, ALONE_TURNS), self.acting(guided), self.acting(hinted)]
+            guided = self.play(game, self.flaws() - {self.script.flaw_of(alone)}, skill=skills.episode)
+        hinted = self.play(game, self.flaws(), hinted=self.script.HINTED)
+        played = [self.acting(alone, self.script.ALONE_TURNS), self.acting(guided), self.acting(hinted)]
         return [*played, self.writing(alone, skills)]
 
     def flaws(self) -> set[str]:
-        return {flaw for flaw, chance in FLAWS.items() if self.rng.random() < chance}
+        return {flaw for flaw, chance in self.script.FLAWS.items() if self.rng.random() < chance}
 
     def play(self, game, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> Play:
-        rng = random.Random(self.rng.random())
-        return watch(game, rng, novice(rng, flaws, hinted), skill=skill, slip=SLIP)
+        return self.script.play(game, random.Random(self.rng.random()), flaws, skill=skill, hinted=hinted)
 
     def acting(self, play: Play, turns: int | None = None) -> Sequence:
         """The conversation of a play, or its first `turns`, skill and hints in place; every command but slips is to be
@@ -153,7 +139,7 @@ class Demonstrator:
         """The hindsight prompt of a play, as training will build it, and the JSON to be learnt."""
         steps = [Step((), seen, [], [], command, command, True) for seen, command, _ in play.turns]
         trajectory = Trajectory(play.task, 0, steps, play.success)
-        prompt = analysis_prompt(trajectory, STEP_SKILLS, COMPACT_ANALYSIS)
+        prompt = analysis_prompt(trajectory, STEP_SKILLS, self.env.analysis_prompt())
         return self._sequence(self.encoder.context([prompt], []), [self._answer(skills_json(skills))])
 
     def _answer(self, text: str) -> list[int]:
@@ -220,20 +206,35 @@ def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) 
     return sum(losses[-50:]) / len(losses[-50:])
 
 
-def demonstrations(tokenizer, seed: int, games: int = GAMES, plays: int = PLAYS) -> list[Sequence]:
-    paths = cached_games("small", "train", games)
-    demonstrator = Demonstrator(tokenizer, seed)
-    rounds = tqdm([path for _ in range(plays) for path in paths], desc="demonstrations", disable=None)
-    return [sequence for path in rounds for sequence in demonstrator.sequences(load_game(path))]
+def demonstrations(
+    tokenizer, seed: int, *, env: str = "alfworld", games: int | None = None, plays: int | None = None
+) -> list[Sequence]:
+    """`games` of the train split, each played `plays` times in each way (None: as many as the script says)."""
+    demonstrator = Demonstrator(tokenizer, seed, env)
+    told = demonstrator.script
+    rounds = [game for _ in range(plays or told.PLAYS) for game in told.games(games or told.GAMES)]
+    bar = tqdm(rounds, desc="demonstrations", disable=None)
+    return [sequence for game in bar for sequence in demonstrator.sequences(game)]
 
 
-def warm_started(seed: int = 0, cache: str | Path = "cache"):
-    """-> (model, tokenizer), trained on first use and kept in `cache` under a hash of the code and seed."""
-    tokenizer = tiny_tokenizer()
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    folder = Path(cache) / f"tiny-{hashlib.sha256(code + str(seed).encode()).hexdigest()[:12]}"
+def cache_folder(env: str, seed: int, tokenizer, cache: str | Path) -> Path:
+    """Named by all that the weights depend on: this code, the environment's code and data, its words, the seed."""
+    root = Path(__file__).parent
+    envs = root.with_name("envs")
+    sources = [root / name for name in ("warmstart.py", "plays.py", f"{env}.py")]
+    sources += [*envs.glob(f"{env}*.py"), *envs.glob(f"{env}_data/*")]
+    key = hashlib.sha256(f"{env} {seed} {sorted(tokenizer.get_vocab())}".encode())
+    for path in sorted(sources):
+        key.update(path.read_bytes())
+    return Path(cache) / f"tiny-{env}-{key.hexdigest()[:12]}"
+
+
+def warm_started(env: str = "alfworld", seed: int = 0, cache: str | Path = "cache"):
+    """-> (model, tokenizer), trained on first use and kept in `cache`."""
+    tokenizer = tiny_tokenizer(env)
+    folder = cache_folder(env, seed, tokenizer, cache)
     if not folder.is_dir():
         model = tiny_model(len(tokenizer), seed)
-        warm_start(model, demonstrations(tokenizer, seed), seed)
+        warm_start(model, demonstrations(tokenizer, seed, env=env), seed)
         replace(folder, model.save_pretrained)
     return LlamaForCausalLM.from_pretrained(folder), tokenizer

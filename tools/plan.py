@@ -37,7 +37,7 @@ class Part:
 def plan(config: Config) -> list[Part]:
     """What a process holds at its peak, part by part. Raises what loading a model's configuration raises (OSError
     where the hub cannot be reached)."""
-    architecture, dtype = load_config(config.model), getattr(torch, config.dtype)
+    architecture, dtype = load_config(config.model, config.env), getattr(torch, config.dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
         model = add_lora(model, config.lora_rank) if config.lora_rank else model

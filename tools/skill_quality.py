@@ -27,7 +27,7 @@ from evaluate import format_table, games_of, play
 from models import load_model
 from rollout import Encoder
 from skills import model_writer, write_skills
-from tiny.demonstrations import avoidance, flaw_of, order_of_work, reciter, watch
+from tiny.alfworld import avoidance, flaw_of, order_of_work, reciter, watch
 
 
 def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:

@@ -1,9 +1,6 @@
-"""Scripted episodes for the warm start: a novice with typical flaws, an adviser who looks over its shoulder,
-and the hindsight skills that a script would write about what it saw.
-
-The skills are general: the order of work, what to check, what to avoid, where such things are usually found. They never
-say where the thing lay in this very game: a policy that is re-scored under facts which it cannot see is taught to act
-on them, and training collapses.
+"""Scripted ALFWorld episodes for the warm start (the Script of tiny/plays.py): who forgets half of the task, leaves
+closed things shut or dawdles, and who would not. Skills say where such things are usually found, never where the thing
+lay in this very game.
 """
 
 from __future__ import annotations
@@ -11,35 +8,29 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from data import Skills
-from envs.alfworld import room_of, words
-from envs.alfworld_engine import FastEngine
+from envs.alfworld import cached_games, room_of, words
+from envs.alfworld_engine import FastEngine, load_game
 from envs.alfworld_expert import TOOLS, Explorer, kind_of
-from envs.alfworld_rooms import likely_places
+from envs.alfworld_rooms import DATA, FACTS, likely_places
+from tiny.plays import SLIP, Play, advised_steps
 
-SLIP = 0.12  # chance, a step, of a command that nobody wanted: so that demonstrations show how to recover from one
+GAMES, PLAYS = 1900, 2
+FLAWS = {"forget": 0.5, "shut": 0.5}
+ALONE_TURNS = 14
+HINTED = 0.25
 MAX_STEPS = 20
-STEP_SKILLS = 3  # at most, in a demonstration of hindsight
+SKILL_WORDS = "first then find never every leave without again same stop after one second done closed not"
 
 
-@dataclass
-class Play:
-    """One scripted episode: what was seen and done, what a good player would have done, and which hints were shown."""
-
-    task: str
+@dataclass(kw_only=True)
+class HouseholdPlay(Play):
     task_type: str
     thing: str
     parent: str
     lamp: str
-    turns: list[tuple[str, str, str]] = field(default_factory=list)  # (observation, command, advice), in compact words
-    critical: list[bool] = field(default_factory=list)  # a step that decides something
-    advice_in_words: list[str] = field(default_factory=list)  # the step skill that each step could have had
-    hints: dict[int, str] = field(default_factory=dict)
-    slips: set[int] = field(default_factory=set)  # turns whose command is not to be learnt
-    skill: str = ""  # the episode skill that it was played under
-    success: bool = False
 
 
 class Adviser(Explorer):
@@ -102,13 +93,20 @@ Decide = Callable[[Adviser, FastEngine, str], str | None]
 
 def watch(
     game, rng: random.Random, decide: Decide, *, skill: str = "", slip: float = 0.0, max_steps: int = MAX_STEPS
-) -> Play:
+) -> HouseholdPlay:
     """Play one episode by `decide`, with an adviser who says at each step what a good player would do.
     `slip`: chance, a step, that something else is done instead."""
     engine, adviser = FastEngine(game), Adviser(rng, likely_places)
     observation = engine.reset()
     adviser.reset(observation)
-    record = Play(words(game.task), game.task_type, adviser.thing, adviser.parent, adviser.lamp, skill=skill)
+    record = HouseholdPlay(
+        words(game.task),
+        skill=skill,
+        task_type=game.task_type,
+        thing=adviser.thing,
+        parent=adviser.parent,
+        lamp=adviser.lamp,
+    )
     observation = room_of(observation)
     for t in range(max_steps):
         advice = adviser.act(observation)
@@ -155,6 +153,22 @@ def reciter(commands: list[str]) -> Decide:
     return decide
 
 
+def games(count: int) -> list[str]:
+    return cached_games("small", "train", count)
+
+
+def play(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> HouseholdPlay:
+    return watch(load_game(game), rng, novice(rng, flaws, hinted), skill=skill, slip=SLIP)
+
+
+def vocabulary() -> set[str]:
+    """Every word that the engine can say, and those of the skills."""
+    kinds = (name.lower() for name in FACTS["object_types"] + FACTS["receptacle_types"])
+    wordings = " ".join(text for goal in FACTS["goals"].values() for text in goal["templates"])
+    texts = re.findall(r"[a-z]+", f"{wordings} {(DATA / 'alfred.twl2').read_text()}".lower())
+    return {*kinds, *texts, *SKILL_WORDS.split(), "nothing", "happens"}
+
+
 # ---- skills, as a script would write them ---------------------------------------------------------------------------
 
 
@@ -166,7 +180,7 @@ def hint(advice: str, held: str) -> str:
     return f"take {kinds[0]}" if verb == "take" else " ".join([verb, *kinds])
 
 
-def order_of_work(play: Play) -> str:
+def order_of_work(play: HouseholdPlay) -> str:
     """What is done with the thing once it is found."""
     thing, parent = play.thing, play.parent
     if play.task_type in TOOLS:
@@ -178,7 +192,7 @@ def order_of_work(play: Play) -> str:
     return f"move {thing} to {parent}" + (again if play.task_type == "pick_two_obj_and_place" else "")
 
 
-def workflow(play: Play) -> str:
+def workflow(play: HouseholdPlay) -> str:
     """The order of work for this kind of task, with where such things are usually found."""
     places = " or ".join(likely_places(play.thing)[:2])
     return (
@@ -187,7 +201,7 @@ def workflow(play: Play) -> str:
     )
 
 
-def avoidance(play: Play, flaw: str) -> str:
+def avoidance(play: HouseholdPlay, flaw: str) -> str:
     """What to avoid, and so what to do instead, for one flaw."""
     thing, parent = play.thing, play.parent
     if flaw == "shut":
@@ -202,7 +216,7 @@ def avoidance(play: Play, flaw: str) -> str:
     return "never look in same place again"
 
 
-def flaw_of(play: Play) -> str:
+def flaw_of(play: HouseholdPlay) -> str:
     """What went wrong in a failed episode, read off what was done where something else was called for."""
     for _, command, advice in play.turns:
         if advice.startswith("open ") and not command.startswith("open "):
@@ -210,12 +224,9 @@ def flaw_of(play: Play) -> str:
     return "forget"
 
 
-def hindsight(play: Play) -> Skills:
+def hindsight(play: HouseholdPlay) -> Skills:
     """The skills of a finished episode. A step skill says what could have been known at its step."""
-    missed = [t for t, (_, command, advice) in enumerate(play.turns) if play.critical[t] and command != advice]
-    met = [t for t, (_, command, advice) in enumerate(play.turns) if play.critical[t] and command == advice]
-    chosen = sorted((met if play.success else missed)[:STEP_SKILLS])
-    steps = {t: play.advice_in_words[t] for t in chosen}
+    steps = advised_steps(play)
     if play.success:
         return Skills("done", workflow(play), steps)
     flaw = flaw_of(play)

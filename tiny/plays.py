@@ -1,0 +1,80 @@
+"""What demonstrations are made of, in every environment, and what an environment's script offers (`Script`).
+
+A script knows a novice with typical flaws, an adviser who looks over its shoulder, and the hindsight skills that could
+be written about what it saw. Skills are general: the order of work, what to check, what to avoid. They never say what
+only hindsight knows: a policy that is re-scored under facts which it cannot see is taught to act on them, and training
+collapses.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol
+
+from data import Skills
+
+SLIP = 0.12  # chance, a step, of a command that nobody wanted: so that demonstrations show how to recover from one
+STEP_SKILLS = 3  # at most, in a demonstration of hindsight
+
+
+@dataclass
+class Play:
+    """One scripted episode: what was seen and done, what a good player would have done, and which hints were shown."""
+
+    task: str
+    turns: list[tuple[str, str, str]] = field(default_factory=list)  # (observation, command, advice), in compact words
+    critical: list[bool] = field(default_factory=list)  # a step that decides something
+    advice_in_words: list[str] = field(default_factory=list)  # the step skill that each step could have had
+    hints: dict[int, str] = field(default_factory=dict)
+    slips: set[int] = field(default_factory=set)  # turns whose command is not to be learnt
+    skill: str = ""  # the episode skill that it was played under
+    success: bool = False
+
+
+class Script(Protocol):
+    """The demonstrations of one environment: tiny/NAME.py for envs/NAME.py."""
+
+    GAMES: int  # train games that demonstrations come from, at most
+    PLAYS: int  # times that each is played in each way
+    FLAWS: dict[str, float]  # flaw -> chance that a novice has it
+    ALONE_TURNS: int  # of a novice's episode that are learnt; lost ones go on and on
+    HINTED: float  # share of steps with a hint, in hinted play
+
+    def vocabulary(self) -> set[str]:
+        """Every word of the environment's compact prompts and commands, and of the skills."""
+
+    def games(self, count: int) -> list[Any]:
+        """At most `count` games of the train split, as `play` takes them."""
+
+    def play(self, game, rng: random.Random, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> Play:
+        """One episode of a novice with `flaws`, slips included. `hinted`: share of steps where it gets a hint, and
+        follows it. `skill` is only noted down: whoever asks for it takes the flaws away that it speaks about."""
+
+    def workflow(self, play: Play) -> str:
+        """The episode skill of a success: the order of work for this kind of task."""
+
+    def flaw_of(self, play: Play) -> str:
+        """What went wrong in a failed episode, read off what was done where something else was called for."""
+
+    def hindsight(self, play: Play) -> Skills:
+        """The skills of a finished episode. A step skill says what could have been known at its step."""
+
+
+def script(env: str) -> Script:
+    """The script of an environment by its name. Raises ValueError where there is none."""
+    try:
+        return import_module(f"tiny.{env}")
+    except ModuleNotFoundError as error:
+        if error.name != f"tiny.{env}":
+            raise
+        raise ValueError(f"the tiny model has no demonstrations of {env}: tiny/{env}.py is missing") from error
+
+
+def advised_steps(play: Play) -> dict[int, str]:
+    """The step skills of a play: advice where it was missed and the episode failed, or met and it succeeded."""
+    missed = [t for t, (_, command, advice) in enumerate(play.turns) if play.critical[t] and command != advice]
+    met = [t for t, (_, command, advice) in enumerate(play.turns) if play.critical[t] and command == advice]
+    chosen = sorted((met if play.success else missed)[:STEP_SKILLS])
+    return {t: play.advice_in_words[t] for t in chosen}

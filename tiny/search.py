@@ -1,0 +1,162 @@
+"""Scripted Search QA episodes for the warm start (the Script of tiny/plays.py): who answers after the first of two
+searches, searches for the whole question, guesses, or reads another name's passage, and who would not. Skills name what
+is looked for, never a name: which country it is, only hindsight knows.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+from data import Skills
+from envs.search import SearchEnv
+from envs.search import vocabulary as environment_words
+from envs.search_expert import SearchExpert, worded_like
+from envs.search_facts import HOPS, facts
+from envs.search_text import shown_passages, words
+from tiny.plays import SLIP, Play, advised_steps
+
+GAMES, PLAYS = 2000, 4
+FLAWS = {"one_hop": 0.6, "whole_question": 0.45, "distractor": 0.3, "guess": 0.15}
+ALONE_TURNS = MAX_STEPS = 5  # two searches and the answer, and room for two slips
+HINTED = 0.4
+SKILL_WORDS = "first then never answer search again before whole question without from read doc with same name it done"
+
+
+class Adviser(SearchExpert):
+    """A SearchExpert that copes with commands that it would not have given: it goes by what the results say."""
+
+    def reset(self, question: str) -> None:
+        super().reset(question)
+        self.plan = tuple(self.hops)
+        self.passages: list[str] = []
+        self.misread: str | None = None  # what is said of another name, in the same words
+        self.fresh = False  # whether this observation told what the last search was for
+
+    def advise(self, observation: str) -> str:
+        """What a good player would do now."""
+        self.passages, self.misread, self.fresh = shown_passages(observation), None, False
+        if self.hops and self.passages:
+            said = worded_like(HOPS[self.hops[0]].sentence, self.passages)
+            self.misread = next((found for given, found in said if given != self.known), None)
+            if (found := self._read(self.passages)) is not None:
+                self.hops.pop(0)
+                self.known, self.fresh = found, True
+        return self._search(self.known) if self.hops else f"answer {self.known}"
+
+    def hint(self) -> str:
+        """The advice in general words: what is looked for, no name."""
+        return f"search {query(self.hops[0])}" if self.hops else "answer from doc with same name"
+
+    def careless(self, advice: str, flaws: set[str]) -> str:
+        """What somebody with `flaws` does instead of `advice`."""
+        if "guess" in flaws and not self.passages:
+            return f"answer {self.rng.choice(answers(self.plan[-1]))}"
+        if "whole_question" in flaws and advice.startswith("search "):
+            return f"answer {self._sounds_right()}" if self.passages else f"search {self.question}"
+        if "distractor" in flaws and self.misread is not None:
+            return self._search(self.misread) if self.hops else f"answer {self.misread}"
+        if "one_hop" in flaws and self.fresh:
+            return f"answer {self.known}"
+        return advice
+
+    def slip(self) -> str:
+        """What a clumsy player does: asks something else about what is known."""
+        return f"search {query(self.rng.choice(list(HOPS)), self.known)}"
+
+    def _search(self, name: str) -> str:
+        return f"search {query(self.hops[0], name)}"
+
+    def _sounds_right(self) -> str:
+        said = worded_like(HOPS[self.plan[-1]].sentence, self.passages)
+        return said[0][1] if said else self.passages[0].split()[-1]
+
+
+def query(hop: str, name: str = "it") -> str:
+    return words(HOPS[hop].query.format(given=name))
+
+
+@lru_cache
+def answers(hop: str) -> list[str]:
+    """Every answer to a question that ends with this hop."""
+    return sorted({words(fact.found) for fact in facts() if fact.hop == hop})
+
+
+def vocabulary() -> set[str]:
+    return {*environment_words(), *SKILL_WORDS.split()}
+
+
+def games(count: int) -> list[str]:
+    return SearchEnv().tasks("train")[:count]
+
+
+def play(
+    game: str, rng: random.Random, flaws: set[str], *, skill: str = "", hinted: float = 0.0, slip: float = SLIP
+) -> Play:
+    env, adviser = SearchEnv(prompt="compact", max_steps=MAX_STEPS), Adviser(rng)
+    observation, info = env.reset(options={"game": game})
+    adviser.reset(observation)
+    record, over = Play(info["task"], skill=skill), False
+    while not over:
+        t, advice = len(record.turns), adviser.advise(observation)
+        record.critical.append(True)
+        record.advice_in_words.append(adviser.hint())
+        if rng.random() < slip:
+            command = adviser.slip()
+            record.slips.add(t)
+        elif rng.random() < hinted:
+            command, record.hints[t] = advice, adviser.hint()
+        else:
+            command = adviser.careless(advice, flaws)
+        record.turns.append((observation, command, advice))
+        observation, _, answered, truncated, info = env.step(command)
+        over, record.success = answered or truncated, info["won"]
+    return record
+
+
+# ---- skills, as a script would write them ---------------------------------------------------------------------------
+
+
+def plan_of(play: Play) -> list[str]:
+    """What has to be searched for, in order, in general words: it follows from the question."""
+    expert = SearchExpert(random.Random(0))
+    expert.reset(play.task)
+    return [query(hop) for hop in expert.hops]
+
+
+def workflow(play: Play) -> str:
+    """The order of work for this kind of question."""
+    searches = " then ".join(f"search {text}" for text in plan_of(play))
+    return f"first {searches} then answer from doc with same name"
+
+
+def flaw_of(play: Play) -> str:
+    """The last thing that went wrong, read off what was done where something else was called for."""
+    commands = [command for _, command, _ in play.turns]
+    if not any(command.startswith("search ") for command in commands):
+        return "guess"
+    if f"search {play.task}" in commands:
+        return "whole_question"
+    _, last, advice = play.turns[-1]
+    return "one_hop" if last.startswith("answer ") and advice.startswith("search ") else "distractor"
+
+
+def avoidance(play: Play, flaw: str) -> str:
+    """What to avoid, and so what to do instead, for one flaw."""
+    plan = plan_of(play)
+    return {
+        "guess": f"never answer before search first search {plan[0]}",
+        "whole_question": f"never search whole question first search {plan[0]}",
+        "one_hop": f"never answer before search again search {plan[-1]}",
+        "distractor": "never answer from doc without same name",
+    }[flaw]
+
+
+SUMMARIES = {"guess": "search", "whole_question": "whole question", "one_hop": "search again", "distractor": "name"}
+
+
+def hindsight(play: Play) -> Skills:
+    if play.success:
+        return Skills("done", workflow(play), advised_steps(play))
+    flaw = flaw_of(play)
+    return Skills(SUMMARIES[flaw], avoidance(play, flaw), advised_steps(play))

@@ -1,0 +1,186 @@
+"""Scripted WebShop episodes for the warm start (the Script of tiny/plays.py): who opens the first result, buys without
+a look at what is missing, forgets an option, and who would not. Skills name no product, no feature and no value.
+"""
+
+from __future__ import annotations
+
+import random
+
+from data import Skills
+from envs.webshop import VOCABULARY, WebshopEnv
+from envs.webshop_compact import SEARCH
+from envs.webshop_expert import ENTRY, TITLE, Shopper
+from tiny.plays import SLIP, Play, advised_steps
+
+GAMES, PLAYS = 1400, 3
+FLAWS = {"no compare": 0.6, "forgets option": 0.5, "first hit": 0.4}
+ALONE_TURNS = 12
+MAX_STEPS = 15
+HINTED = 0.25
+SKILL_WORDS = """
+first then never before search all words open title with fitting price check every feature back one is missing choose
+and buy it next without look at done not wrong option
+"""
+
+
+class Adviser(Shopper):
+    """A Shopper that copes with commands that it would not have given: it goes by the page that is open."""
+
+    def reset(self, task: str) -> None:
+        super().reset(task)
+        self.page = self.command = ""
+        self.searched = ""  # the last search
+        self.entries: dict[int, str] = {}  # the results page: place -> title and price, as `rejected` remembers them
+        self.good = False  # whether the product that is open has all that is asked for
+        self.there: list[str] = []  # wanted options that it has
+        self.advice = ""
+
+    def advise(self, observation: str) -> str:
+        """What a good player would do now; `command` is what was done before."""
+        if observation != "nothing happens":
+            self.page = observation
+            if self.command.startswith("search "):
+                self.searched = self.command
+        self.advice = self._advice()
+        return self.advice
+
+    def _advice(self) -> str:
+        if self.page.startswith("results page"):
+            self.entries = {int(i): f"{title} {price}" for i, title, price, _ in ENTRY.findall(self.page)}
+            turned = self._pick(self.page)
+            lost = turned in ("next", "back") and self.searched != self._query()
+            return self._query() if lost else turned
+        if self._on_product() and not self.page.startswith("chosen"):
+            self._look()
+        if self._on_product():
+            return self._next_choice() if self.good else "back"
+        return self._query()
+
+    def _look(self) -> None:
+        """Compare the product that is open with what is asked for."""
+        title, price, highest, options, features = TITLE.fullmatch(self.page).groups()
+        verb, _, place = self.command.partition(" ")
+        if verb == "open":
+            self.opened = self.entries.get(int(place), "")
+        self.there = [value for value in self.goal.options.values() if value in options.split()]
+        has = {*title.split(), *features.split()}
+        self.good = (
+            title.endswith(self.goal.kind)
+            and has.issuperset(self.goal.attributes)
+            and len(self.there) == len(self.goal.options)
+            and self.goal.fits(price, highest)
+        )
+        if not self.good:
+            self.rejected.add(self.opened)
+
+    def _on_product(self) -> bool:
+        return self.page.startswith("chosen") or " features " in self.page
+
+    def _next_choice(self) -> str:
+        chosen = self.page.split() if self.page.startswith("chosen") else []
+        return next((f"choose {value}" for value in self.there if value not in chosen), "buy")
+
+    def _query(self) -> str:
+        return f"search {' '.join([*self.goal.attributes, self.goal.kind, *self.goal.options.values()])}"
+
+    def hint(self) -> str:
+        """The advice in general words: no product, no value, no place on the page."""
+        verb, _, value = self.advice.partition(" ")
+        if verb == "choose":
+            return f"choose {next(name for name, wanted in self.goal.options.items() if wanted == value)}"
+        words = {"search": "search all words", "open": "open fitting title with fitting price", "next": "next"}
+        return words.get(verb, "back one is missing" if verb == "back" else verb)
+
+    def careless(self, flaws: set[str]) -> str:
+        """What somebody with `flaws` does instead of what is advised."""
+        command = self.advice
+        if "first hit" in flaws and self.page.startswith("results page") and self.entries:
+            return next((f"open {i}" for i, entry in self.entries.items() if entry not in self.rejected), command)
+        if "no compare" in flaws and command == "back" and self._on_product():
+            command = self._next_choice()
+        if "forgets option" in flaws and command == f"choose {[*self.goal.options.values()][-1]}":
+            return "buy"
+        return command
+
+    def slip(self, admissible: list[str], rng: random.Random) -> str:
+        """What a clumsy player does: anything possible but to buy, or a search for half of what is asked for."""
+        possible = [command for command in admissible if command not in ("buy", SEARCH)]
+        return rng.choice([*possible, f"search {self.goal.kind}"])
+
+
+def vocabulary() -> set[str]:
+    return {*VOCABULARY, *SKILL_WORDS.split()}
+
+
+def games(count: int) -> list[str]:
+    return WebshopEnv().tasks("train")[:count]
+
+
+def play(
+    game: str, rng: random.Random, flaws: set[str], *, skill: str = "", hinted: float = 0.0, slip: float = SLIP
+) -> Play:
+    env, adviser = WebshopEnv(prompt="compact", max_steps=MAX_STEPS), Adviser()
+    observation, info = env.reset(options={"game": game})
+    adviser.reset(info["task"])
+    record, over = Play(info["task"], skill=skill), False
+    while not over:
+        t, advice = len(record.turns), adviser.advise(observation)
+        record.critical.append(not advice.startswith("search "))
+        record.advice_in_words.append(adviser.hint())
+        if rng.random() < slip:
+            command = adviser.slip(info["admissible_actions"], rng)
+            record.slips.add(t)
+        elif rng.random() < hinted:
+            command, record.hints[t] = advice, adviser.hint()
+        else:
+            command = adviser.careless(flaws)
+        record.turns.append((observation, command, advice))
+        adviser.command = command
+        observation, _, bought, truncated, info = env.step(command)
+        over, record.success = bought or truncated, info["won"]
+    return record
+
+
+# ---- skills, as a script would write them ---------------------------------------------------------------------------
+
+
+def option_names(play: Play) -> str:
+    """The names of the options that the task asks for: "color and size"."""
+    shopper = Shopper()
+    shopper.reset(play.task)
+    return " and ".join(shopper.goal.options)
+
+
+def workflow(play: Play) -> str:
+    """The order of work for this kind of task."""
+    return (
+        "first search all words then open fitting title with fitting price then check every feature back one is "
+        f"missing then choose {option_names(play)} then buy"
+    )
+
+
+def flaw_of(play: Play) -> str:
+    """What went wrong, read off the end: what was bought though something else was called for."""
+    _, last, advice = play.turns[-1]
+    if last == "buy" and advice.startswith("choose "):
+        return "forgets option"
+    return "no compare" if last == "buy" else "first hit"
+
+
+def avoidance(play: Play, flaw: str) -> str:
+    """What to avoid, and so what to do instead, for one flaw."""
+    return {
+        "forgets option": f"never buy before choose {option_names(play)}",
+        "no compare": "never buy before check every feature back one is missing",
+        "first hit": "never open first without fitting title and fitting price",
+    }[flaw]
+
+
+SUMMARIES = {"forgets option": "option", "no compare": "feature", "first hit": "price"}
+
+
+def hindsight(play: Play) -> Skills:
+    if play.success:
+        return Skills("done", workflow(play), advised_steps(play))
+    flaw = flaw_of(play)
+    return Skills(SUMMARIES[flaw], avoidance(play, flaw), advised_steps(play))
