@@ -197,7 +197,7 @@ def scripted_skills(trajectory: Trajectory, max_step_skills: int) -> Skills:
     """What a script that knows the game writes about a finished ALFWorld episode, in place of a model: the upper bound
     of what skills of this kind can do. The same script wrote the tiny model's demonstrations."""
     from envs.alfworld_engine import load_game
-    from tiny.demonstrations import hindsight, reciter, watch
+    from tiny.alfworld import hindsight, reciter, watch
 
     commands = [step.action or "nothing" for step in trajectory.steps]
     play = watch(load_game(trajectory.game), random.Random(0), reciter(commands), max_steps=len(commands))
