@@ -48,7 +48,7 @@ def test_search_questions_of_a_run(tmp_path):
     for split in ("train", "test"):
         rows = "".join(f'{{"question": "q{i}", "golden_answers": ["a"]}}\n' for i in range(8))
         (tmp_path / f"{split}.jsonl").write_text(rows)
-    config = Config(env="search", games=str(tmp_path), train_games=3, eval_games=5, max_steps=4)
+    config = Config(env="search", model="smollm2", games=str(tmp_path), train_games=3, eval_games=5, max_steps=4)
     assert eval_splits(config) == ("test",)
     assert games_of(config, "train") == [f"search/train/{i}" for i in range(8)]  # of one's own, all
     assert games_of(config, "test") == [f"search/test/{i}" for i in range(5)]

@@ -44,7 +44,7 @@ def test_settings_move_the_parts_that_they_should():
     assert lora["reference copy"] == 0
     assert lora["optimizer"] == 2 * 4 * 2 * 4 * (4 * (192 + 192) + 3 * (192 + 480))  # A and B of seven linear layers
     assert sizes(algo="opd", teacher="tiny")["teacher"] == 4 * TINY
-    assert sizes(algo="grpo")["KV cache"] == 64 * 1024 * (2 * 2 * 192 * 4)
+    assert sizes(algo="grpo")["KV cache"] == 128 * 1024 * (2 * 2 * 192 * 4)
 
 
 def test_activations_are_what_a_real_model_saves():

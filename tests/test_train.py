@@ -122,7 +122,7 @@ def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, rand
     original = scoring.tree_logprobs
     monkeypatch.setattr(scoring, "tree_logprobs", lambda *a, **k: (passes.append(any(a[3])), original(*a, **k))[1])
     # a learning rate at which the frozen copies and the policy differ in the second iteration
-    settings = {"iterations": 2, "routing": routing, "learning_rate": 0.05, **changes}
+    settings = {"iterations": 2, "routing": routing, "learning_rate": 0.01, **changes}
     train(tree := config(tmp_path, "tree", **settings))
     assert passes == {"old": [True, False], "reference": [False, True], "ema": [False, True]}[changes["scorer"]] * 2
     monkeypatch.setattr(rescore, "tree_obstacle", lambda model: "told so")
