@@ -286,8 +286,11 @@ def rollout(
                     f"context of {context_limit}: raise --context-limit or lower --max-new-tokens"
                 )
         live = [i for i in live if not episodes[i].cut]
-        for i, response in zip(live, sampler(live, [contexts[i] for i in live]) if live else [], strict=True):
-            text = encoder.tokenizer.decode(response, skip_special_tokens=True)
+        responses = sampler(live, [contexts[i] for i in live]) if live else []
+        texts = [encoder.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+        if live and (prefetch := getattr(episodes[live[0]].env, "prefetch", None)):
+            prefetch(texts)
+        for i, response, text in zip(live, responses, texts, strict=True):
             episodes[i].act(contexts[i], response, text, success_reward, invalid_penalty)
         live = [i for i in live if not episodes[i].done]
         turn += 1

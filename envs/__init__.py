@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 class TextEnv(Protocol):
-    """Gymnasium's conventions on text, plus the two things an environment knows best: its prompt and its parser."""
+    """Gymnasium's conventions on text, plus the two things an environment knows best: its prompt and its parser.
+
+    Optional: `prefetch(responses: list[str]) -> None`, called on one live environment of a rollout before each turn's
+    steps, with the texts of all live episodes' responses in order. An environment whose steps ask something slow (a
+    search server) can ask for all of them in one request there, and find the answers in its steps.
+    """
 
     max_steps: int
 
