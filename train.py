@@ -11,9 +11,11 @@ import copy
 import random
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -299,11 +301,15 @@ class Run:
         self.log.finish(self.model, self.tokenizer)
 
     def _evaluate(self, iteration: int) -> None:
-        """Held-out success without skills. Iteration -1 is the policy before training."""
-        if not self.accelerator.is_main_process:
-            return
+        """Held-out success without skills; each process plays its share. Iteration -1: the policy before training."""
+        share = {"process": self.accelerator.process_index, "processes": self.accelerator.num_processes}
         with self._phase("evaluate"), self.accelerator.autocast():
-            results = evaluate(self.model, self.encoder, self.config)
+            mine = evaluate(self.model, self.encoder, self.config, **share)
+        # only outcomes travel: a table needs no steps
+        played = [(split, replace(t, steps=[])) for split, trajectories in mine.items() for t in trajectories]
+        results = {split: [] for split in mine}
+        for split, trajectory in gather_object(played):
+            results[split].append(trajectory)
         success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
         self.log.evaluation(iteration, success, format_table(results))
         self.metrics |= {f"eval/{split}/success": share for split, share in success.items()}

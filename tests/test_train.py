@@ -248,10 +248,14 @@ def test_two_processes_share_the_tasks_and_stay_in_step(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
     done = subprocess.run(
-        [*launch, str(script), *command(tmp_path / "two", "--iterations", "2")],
+        [*launch, str(script), *command(tmp_path / "two", "--iterations", "2", "--eval-games", "5")],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [record["episodes"] for record in lines(tmp_path / "two")] == [4, 4]
+    [record] = [json.loads(line) for line in (tmp_path / "two/evaluations.jsonl").read_text().splitlines()]
+    table = record["table"].splitlines()
+    assert [line.split()[-1] for line in table] == ["games", "5", "5"]  # three games of one process, two of the other
+    assert f"{100 * record['success']['valid_seen']:.1f}" in table[1]
