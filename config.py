@@ -17,8 +17,8 @@ POSITIVE = (
     *("token_budget", "generate_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
     *("temperature", "learning_rate", "max_grad_norm"),
 )
-NOT_NEGATIVE = ("warmup", "lr_halving", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
-NOT_NEGATIVE += ("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
+NOT_NEGATIVE = ("warmup", "lr_halving", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every")
+NOT_NEGATIVE += ("history", "eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -51,6 +51,11 @@ class Config:
     # skill writing
     skill_tokens: int = _(96, "most tokens of a skill answer")
     skill_context_limit: int | None = _(None, "most tokens of transcript and answer; none: --context-limit")
+    skill_transcript: str = _(
+        "prompt",
+        "what the writer reads: a transcript in the prompt, or the finished conversation (chat; cached if it played)",
+        ("prompt", "conversation"),
+    )
     skill_temperature: float = _(1.0, "temperature of skill writing; 0: greedy")
     skill_prefill: str = _("", "text that starts every skill answer for the model, such as '{'")
     openai_base_url: str | None = _(None, "endpoint for --skill-writer openai; none: the library's default")
@@ -136,6 +141,8 @@ class Config:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
         if self.skill_writer == "openai" and self.algo != "grpo" and not self.openai_model:
             raise ValueError("--skill-writer openai needs --openai-model")
+        if self.skill_transcript == "conversation" and (self.context != "chat" or self.skill_writer == "openai"):
+            raise ValueError("--skill-transcript conversation needs --context chat and a local --skill-writer")
         if self.algo == "opid" and self.routing == "none" and self.uses_skills:
             raise ValueError("--routing none guides no step: use --algo grpo")
 

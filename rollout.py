@@ -140,20 +140,22 @@ def rollout(
     invalid_penalty: float = 0.1,
     first_group: int = 0,
     reuse_cache: bool = True,
+    sampler: Sampler | None = None,
     progress: Callable[[int, int], None] = lambda live, turn: None,
 ) -> tuple[list[Trajectory], dict[str, float]]:
     """Play every game `group_size` times -> (trajectories grouped in order, metrics).
 
     All live episodes take their turn in one batch; a finished one leaves it. An episode whose coming context could not
     hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted (rollout/context_full).
+    `sampler` (default: a plain one) knows trajectory i by the key i; one that keeps finished rows can go on from them.
     Raises ValueError where even a first turn does not fit.
     """
     episodes = [
         Episode.start(make_env(), game, first_group + g) for g, game in enumerate(games) for _ in range(group_size)
     ]
-    sampler = Sampler(
-        model, encoder.tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, reuse_cache=reuse_cache
-    )
+    if sampler is None:
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "reuse_cache": reuse_cache}
+        sampler = Sampler(model, encoder.tokenizer, **sampling)
     turn, live = 0, list(range(len(episodes)))
     training = model.training
     model.eval()

@@ -37,7 +37,8 @@ from rescore import (
 from rollout import Encoder, rollout
 from router import route
 from runlog import RunLog, peak_mib
-from skills import model_writer, openai_writer, write_skills
+from sampler import Sampler
+from skills import ConversationWriter, Writer, conversation_writer, model_writer, openai_writer, write_skills
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
@@ -101,6 +102,9 @@ class Run:
         config, share = self.config, self.accelerator
         games = self.rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
+        sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+        goes_on = config.uses_skills and config.skill_transcript == "conversation" and config.skill_writer == "policy"
+        self.sampler = Sampler(self.model, self.tokenizer, **sampling, keep_finished=True) if goes_on else None
         with self._phase("rollout"), self._bar("rollout") as bar, self.accelerator.autocast():
             trajectories, metrics = rollout(
                 self.model,
@@ -108,9 +112,9 @@ class Run:
                 self.make_env,
                 mine,
                 config.rollouts,
-                max_new_tokens=config.max_new_tokens,
+                **sampling,
                 context_limit=config.context_limit,
-                temperature=config.temperature,
+                sampler=self.sampler,
                 success_reward=config.success_reward,
                 invalid_penalty=config.invalid_penalty,
                 progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
@@ -125,28 +129,33 @@ class Run:
         config = self.config
         if not config.uses_skills:
             return [None] * len(trajectories)
-        sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
-        if config.skill_writer == "openai":
-            write = openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
-        else:
-            author = self.model if config.skill_writer == "policy" else self.reference
-            write = model_writer(
-                author,
-                self.tokenizer,
-                **sampling,
-                prefill=config.skill_prefill,
-                context_limit=config.skill_context_limit or config.context_limit,
-                batch_tokens=config.generate_budget,
-            )
         with self._phase("skills"), self.accelerator.autocast():
             skills, metrics = write_skills(
                 trajectories,
-                write,
+                self._writer(trajectories),
                 max_step_skills=config.max_step_skills,
                 template=self.make_env().analysis_prompt(),
+                conversation=config.skill_transcript == "conversation",
             )
+        self.sampler = None  # and with it the cache of finished episodes
         self.metrics |= metrics
         return skills
+
+    def _writer(self, trajectories: list[Trajectory]) -> Writer | ConversationWriter:
+        config = self.config
+        sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
+        if config.skill_writer == "openai":
+            return openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
+        sampling |= {
+            "prefill": config.skill_prefill,
+            "context_limit": config.skill_context_limit or config.context_limit,
+            "batch_tokens": config.generate_budget,
+        }
+        author = self.model if config.skill_writer == "policy" else self.reference
+        if config.skill_transcript == "prompt":
+            return model_writer(author, self.tokenizer, **sampling)
+        recall = self.sampler.recall if self.sampler else lambda keys: None  # keys and values are the policy's alone
+        return conversation_writer(author, self.encoder, trajectories, recall=recall, **sampling)
 
     # ---- 4. re-scoring and 5. advantage --------------------------------------------------------------------------
 
