@@ -63,6 +63,11 @@ class Config:
     # skill writing
     skill_tokens: int = _(96, "most tokens of a skill answer")
     skill_context_limit: int | None = _(None, "most tokens of transcript and answer; none: --context-limit")
+    skill_transcript: str = _(
+        "prompt",
+        "what the writer reads: a transcript in the prompt, or the finished conversation (chat; cached if it played)",
+        ("prompt", "conversation"),
+    )
     skill_temperature: float = _(1.0, "temperature of skill writing; 0: greedy")
     skill_prefill: str = _("", "text that starts every skill answer for the model, such as '{'")
     openai_base_url: str | None = _(None, "endpoint for --skill-writer openai; none: the library's default")
@@ -155,6 +160,8 @@ class Config:
         method = self.method
         if self.skill_writer == "openai" and self.uses_skills and method.skills != "script" and not self.openai_model:
             raise ValueError("--skill-writer openai needs --openai-model")
+        if self.skill_transcript == "conversation" and (self.context != "chat" or self.skill_writer == "openai"):
+            raise ValueError("--skill-transcript conversation needs --context chat and a local --skill-writer")
         if self.routing == "none" and self.levels:
             raise ValueError("--routing none guides no step: use --algo grpo")
         if self.routing == "additive" and method.one_score:

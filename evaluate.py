@@ -75,9 +75,10 @@ def play(
     temperature: float,
     note: str = "",
     episode_skills: dict[str, str] | None = None,
+    processes: int = 1,
 ) -> list[Trajectory]:
-    """Play each of `games` once, as many at a time as a training iteration has episodes."""
-    at_once = max(config.tasks * config.rollouts, 1)
+    """Play each of `games` once, as many at a time as a training iteration has episodes in a process."""
+    at_once = max(config.tasks * config.rollouts // processes, 1)
     trajectories: list[Trajectory] = []
     bar = tqdm(range(0, len(games), at_once), desc=f"evaluate {note}", leave=False, disable=None)
     for start in bar:
@@ -129,14 +130,17 @@ def format_table(results: dict[str, list[Trajectory]]) -> str:
     return "\n".join(lines)
 
 
-def evaluate(model, encoder: Encoder, config: Config, splits=None, **playing) -> dict[str, list[Trajectory]]:
-    """Trajectories of one pass over the games of each of `splits` (None: the held-out ones). Seeded apart from
-    training, and the training's random state is left as it was. `playing`: options of `play`."""
-    results, playing = {}, {"temperature": config.eval_temperature, **playing}
+def evaluate(
+    model, encoder: Encoder, config: Config, splits=None, *, process: int = 0, processes: int = 1, **playing
+) -> dict[str, list[Trajectory]]:
+    """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each of
+    `processes` plays its share. Seeded apart from training (each process by itself), and the training's random state is
+    left as it was. `playing`: options of `play`."""
+    results, playing = {}, {"temperature": config.eval_temperature, "processes": processes, **playing}
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
-            torch.manual_seed(config.seed)
-            games = games_of(config, split)
+            torch.manual_seed(config.seed + 1009 * process)
+            games = games_of(config, split)[process::processes]
             results[split] = play(model, encoder, config, games, note=split, **playing)
     return results
 

@@ -1,8 +1,4 @@
-"""Grouped multi-turn rollouts with Hugging Face `generate`, batched over all live episodes.
-
-Sampling is plain: temperature, and nothing else (top_p 1, top_k off, no repetition penalty). What is sampled must be
-what is scored, so a model's own generation_config may not leak in.
-"""
+"""Grouped multi-turn rollouts, batched over all live episodes. How a response is sampled: sampler.py."""
 
 from __future__ import annotations
 
@@ -11,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import torch
-from transformers import GenerationConfig
-
 from data import Guidance, Prompt, Step, Trajectory
 from envs import TextEnv
 from router import guided_messages
+from sampler import Sampler, generate, plain_sampling
+
+__all__ = ["Encoder", "Episode", "Sampler", "generate", "plain_sampling", "rollout"]
 
 
 class Encoder:
@@ -88,120 +84,6 @@ def _conversation(messages: list[str], responses: list[str]) -> list[dict]:
     return turns
 
 
-def end_of_turn_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those that the model's own configuration names."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-def plain_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    """Temperature sampling and nothing else; temperature 0 is greedy.
-
-    `generate` fills every option that is unset from `model.generation_config`, so that one is replaced, too, by one
-    that holds token ids only (Qwen ships top_p 0.8, top_k 20, repetition_penalty 1.05).
-    """
-    ends, pad = end_of_turn_ids(model, tokenizer), tokenizer.pad_token_id
-    pad = ends[0] if pad is None else pad
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    return GenerationConfig(
-        eos_token_id=ends,
-        pad_token_id=pad,
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=1.0,
-        return_dict_in_generate=True,
-        **sampling,
-    )
-
-
-class Sampler:
-    """`generate` over a batch of contexts, one call a turn. Keeps the KV cache from turn to turn where contexts grow.
-
-    `ids` and `mask` (both (rows, length)) hold all that the cache has seen. A new turn's tokens are left-padded within
-    their own chunk, and what `generate` wrote after a row's end-of-turn token is masked; position ids follow the mask,
-    so padding inside a row changes nothing. Where any context does not extend what its row holds, all are read anew.
-    """
-
-    def __init__(self, model, tokenizer, *, max_new_tokens: int, temperature: float, reuse_cache: bool = True):
-        self.model, self.reuse_cache = model, reuse_cache
-        self.config = plain_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
-        self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
-        self._forget()
-
-    def _forget(self) -> None:
-        self.keys: list[int] = []  # which episode each row of the cache belongs to
-        self.seen: list[list[int]] = []  # the ids behind each row, padding left out
-        self.ids = self.mask = self.cache = None
-
-    def __call__(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
-        """Sample one response for each of `contexts`; `keys` name the episodes, so that finished ones leave."""
-        if not self._grows(keys, contexts):
-            self._forget()
-            self.keys, self.seen = list(keys), [[] for _ in keys]
-        elif keys != self.keys:
-            self._select([self.keys.index(key) for key in keys])
-        self._append([context[len(seen) :] for context, seen in zip(contexts, self.seen, strict=True)])
-        return self._generate(contexts)
-
-    def _grows(self, keys: list[int], contexts: list[list[int]]) -> bool:
-        held = dict(zip(self.keys, self.seen, strict=True))
-        return self.cache is not None and all(
-            key in held and len(context) > len(held[key]) and context[: len(held[key])] == held[key]
-            for key, context in zip(keys, contexts, strict=True)
-        )
-
-    def _select(self, rows: list[int]) -> None:
-        index = torch.tensor(rows, device=self.ids.device)
-        self.keys, self.seen = [self.keys[row] for row in rows], [self.seen[row] for row in rows]
-        self.ids, self.mask = self.ids[index], self.mask[index]
-        self.cache.batch_select_indices(index)
-
-    def _append(self, chunks: list[list[int]]) -> None:
-        width = max(map(len, chunks))
-        ids = torch.tensor([[self.pad] * (width - len(chunk)) + chunk for chunk in chunks], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(chunk)) + [1] * len(chunk) for chunk in chunks], device=ids.device)
-        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], 1)  # (rows, length)
-        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)  # (rows, length)
-
-    @torch.no_grad()
-    def _generate(self, contexts: list[list[int]]) -> list[list[int]]:
-        out = self.model.generate(
-            self.ids,
-            attention_mask=self.mask,
-            generation_config=self.config,
-            **({"cache": self.cache} if self.cache is not None else {}),
-        )
-        new = out.sequences[:, self.ids.shape[1] :].tolist()  # (rows, new tokens)
-        responses = [self._cut(row) for row in new]
-        if self.reuse_cache:
-            mask = [[1] * len(response) + [0] * (len(row) - len(response)) for row, response in zip(new, responses)]
-            self.ids, self.cache = out.sequences, out.cache
-            self.mask = torch.cat([self.mask, torch.tensor(mask, device=self.mask.device)], 1)
-            self.seen = [context + response for context, response in zip(contexts, responses)]
-        return responses
-
-    def _cut(self, tokens: list[int]) -> list[int]:
-        """Up to the first end-of-turn token, which belongs to the response (the policy chose to stop)."""
-        for i, token in enumerate(tokens):
-            if token in self.ends:
-                return tokens[: i + 1]
-        return tokens
-
-
-def generate(model, tokenizer, contexts, *, max_new_tokens: int, temperature: float, token_budget: int = 65536):
-    """Independent responses to independent contexts -> their ids. Rows x length stays within `token_budget` a call."""
-    order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
-    responses: list[list[int]] = [[] for _ in contexts]
-    while order:
-        rows = max(1, token_budget // (len(contexts[order[0]]) + max_new_tokens))
-        batch, order = order[:rows], order[rows:]
-        sampler = Sampler(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, reuse_cache=False)
-        for i, response in zip(batch, sampler(batch, [contexts[i] for i in batch]), strict=True):
-            responses[i] = response
-    return responses
-
-
 @dataclass
 class Episode:
     """An episode under way: an environment, and what the policy has seen and done in it."""
@@ -270,6 +152,7 @@ def rollout(
     first_group: int = 0,
     reuse_cache: bool = True,
     episode_skills: dict[str, str] | None = None,
+    sampler: Sampler | None = None,
     progress: Callable[[int, int], None] = lambda live, turn: None,
 ) -> tuple[list[Trajectory], dict[str, float]]:
     """Play every game `group_size` times -> (trajectories grouped in order, metrics).
@@ -278,15 +161,16 @@ def rollout(
     hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted (rollout/context_full).
     Raises ValueError where even a first turn does not fit. With `episode_skills` (task type -> text) the policy acts
     under the skill of a game's type; one that leaves no room is left out (rollout/skilled counts the others).
+    `sampler` (default: a plain one) knows trajectory i by the key i; one that keeps finished rows can go on from them.
     """
     episodes = [
         Episode.start(make_env(), game, first_group + g, episode_skills)
         for g, game in enumerate(games)
         for _ in range(group_size)
     ]
-    sampler = Sampler(
-        model, encoder.tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, reuse_cache=reuse_cache
-    )
+    if sampler is None:
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "reuse_cache": reuse_cache}
+        sampler = Sampler(model, encoder.tokenizer, **sampling)
     turn, live = 0, list(range(len(episodes)))
     training = model.training
     model.eval()

@@ -2,6 +2,9 @@
 
     Trajectory -> analysis_prompt -> write (a batch of prompts -> a batch of answers) -> parse_skills -> Skills | None
 
+The writer reads a transcript in the prompt (`model_writer`, `openai_writer`), or the request comes as one more user
+message at the end of the finished conversation (`conversation_writer`), whose KV cache can then be gone on from.
+
 Paper: "skill extraction"; authors' release: opid/analysis.py (OPIDEpisodeAnalyzer), which asks an external LLM. Here
 the policy itself writes by default (`model_writer`), and an OpenAI-compatible endpoint is the option (`openai_writer`).
 """
@@ -21,20 +24,16 @@ import json_repair
 from config import Config
 from data import Skills, Trajectory
 from rollout import Encoder, generate
+from router import fill
+from sampler import Held
 
 Writer = Callable[[list[str]], list[str | None]]  # prompts -> answers in order; None: longer than the writer can read
+ConversationWriter = Callable[[list[tuple[int, str]]], list[str | None]]  # (which trajectory, request) -> answers
 
 # Why the rules at its end: the re-scored policy sees a skill, but the trained one never does. A skill that states what
 # only hindsight knows (where the object lay in this very game) teaches it to act on facts that it cannot see, and at
 # larger skill weights training collapses to zero, however correct such skills are. General skills can be learned.
-GENERAL_TEMPLATE = """\
-Below is one finished episode of an agent. Write down what it teaches for other attempts at tasks of this kind.
-
-Task: {task}
-Outcome: {outcome}
-Steps, numbered from 0, each as observation -> action:
-{steps}
-
+_REQUEST = """\
 Write three things:
 1. episode_summary: one or two sentences on what happened.
 2. episode_skill: {focus}
@@ -48,6 +47,30 @@ Rules for skills:
 Answer with one JSON object and nothing else, its step_skills keyed by step number:
 {{"episode_summary": "...", "episode_skill": "...", "step_skills": {{"<step>": "..."}}}}"""
 
+GENERAL_TEMPLATE = (
+    """\
+Below is one finished episode of an agent. Write down what it teaches for other attempts at tasks of this kind.
+
+Task: {task}
+Outcome: {outcome}
+Steps, numbered from 0, each as observation -> action:
+{steps}
+
+"""
+    + _REQUEST
+)
+CONVERSATION_TEMPLATE = (
+    """\
+The episode is over. Write down what it teaches for other attempts at tasks of this kind.
+
+Task: {task}
+Outcome: {outcome}
+Steps: your replies above, numbered from 0 in their order.
+
+"""
+    + _REQUEST
+)
+
 _SUCCESS_FOCUS = "the workflow that made it succeed: in which order to work, and what to check before moving on."
 _FAILURE_FOCUS = "what to avoid: the mistake that made it fail, its warning signs, and what to do when they appear."
 
@@ -59,23 +82,26 @@ _STEP_KEY = re.compile(r"\s*(?:step)?[\s_]*([0-9]{1,6})\s*(?::|\Z)", re.IGNORECA
 _BETWEEN_OBJECTS = re.compile(r'(?<=\})(?!\s*,)[^{}"]*(?=\{)')  # what may stand between two objects: } here {
 
 
-def analysis_prompt(trajectory: Trajectory, max_step_skills: int, template: str | None = None) -> str:
+def analysis_prompt(
+    trajectory: Trajectory, max_step_skills: int, template: str | None = None, *, conversation: bool = False
+) -> str:
     """The prompt that asks for one trajectory's skills (authors': _build_episode_analysis_prompt).
 
     `template` is a str.format string with any of the fields {task} {outcome} {steps} {max_step_skills} and {focus}
     (what to write for this outcome: a workflow or what to avoid); None takes the general one. Raises ValueError for
     a template with other fields. Values are not formatted again, so braces in an observation stay as they are.
+    `conversation`: the reader has just seen the steps, so {steps} is empty, and the general template another one.
     """
     lines = [" ".join(f"step {t}: {s.observation} -> {s.action}".split()) for t, s in enumerate(trajectory.steps)]
     fields = {
         "task": trajectory.task,
         "outcome": "success" if trajectory.success else "failure",
-        "steps": "\n".join(lines),
+        "steps": "" if conversation else "\n".join(lines),
         "max_step_skills": min(max_step_skills, len(lines)),
         "focus": _SUCCESS_FOCUS if trajectory.success else _FAILURE_FOCUS,
     }
     try:
-        return (GENERAL_TEMPLATE if template is None else template).format(**fields)
+        return (template or (CONVERSATION_TEMPLATE if conversation else GENERAL_TEMPLATE)).format(**fields)
     except (LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"bad analysis template: {error!r}; fields: {', '.join(fields)}; double the rest") from error
 
@@ -148,9 +174,16 @@ def _step_skills(raw: object, num_steps: int) -> dict[int, str]:
 
 
 def write_skills(
-    trajectories: list[Trajectory], write: Writer, *, max_step_skills: int, template: str | None = None
+    trajectories: list[Trajectory],
+    write: Writer | ConversationWriter,
+    *,
+    max_step_skills: int,
+    template: str | None = None,
+    conversation: bool = False,
 ) -> tuple[list[Skills | None], dict[str, float]]:
     """Skills of each trajectory, None where there are none, and metrics. Answers that do not parse get one retry.
+
+    `conversation`: `write` is a ConversationWriter, which is told to whose conversation a request belongs.
 
     skills/parse_rate, skills/first_parse_rate   share of all trajectories that have skills, after and before the retry
     skills/retried, skills/failed                answers asked for again, and trajectories given up after that
@@ -168,13 +201,16 @@ def write_skills(
             return error
         return None
 
-    prompts = [analysis_prompt(trajectory, max_step_skills, template) for trajectory in trajectories]
-    answers = write(prompts) if prompts else []
+    def ask(asked: dict[int, str]) -> list[str | None]:
+        return write(list(asked.items()) if conversation else list(asked.values())) if asked else []
+
+    prompts = [analysis_prompt(t, max_step_skills, template, conversation=conversation) for t in trajectories]
+    answers = ask(dict(enumerate(prompts)))
     retries: dict[int, str] = {}  # trajectory -> its second prompt
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if answer is not None and (error := read(i, answer)):
             retries[i] = _retry_prompt(prompt, answer, error)
-    for i, answer in zip(retries, write(list(retries.values())) if retries else [], strict=True):
+    for i, answer in zip(retries, ask(retries), strict=True):
         read(i, answer or "")  # None: the longer second prompt no longer fits
     parsed = [s for s in skills if s is not None]
     total, too_long = max(1, len(prompts)), sum(answer is None for answer in answers)
@@ -217,46 +253,86 @@ def remember(known: dict[str, str], new: list[tuple[bool, str, str]]) -> dict[st
     return known | {task_type: text for _, task_type, text in sorted(new, key=lambda lesson: lesson[0])}
 
 
-def writer_of(config: Config, policy, reference, tokenizer) -> Writer:
-    """The run's skill writer: the current weights, the frozen ones or an endpoint."""
+def writer_of(
+    config: Config,
+    policy,
+    reference,
+    encoder: Encoder,
+    trajectories: list[Trajectory],
+    recall: Callable[[list[int]], Held | None] = lambda keys: None,
+) -> Writer | ConversationWriter:
+    """The skill writer: current weights, frozen ones or an endpoint. `recall`: see conversation_writer."""
     sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
     if config.skill_writer == "openai":
         return openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
-    return model_writer(
-        policy if config.skill_writer == "policy" else reference,
-        tokenizer,
-        **sampling,
-        prefill=config.skill_prefill,
-        context_limit=config.skill_context_limit or config.context_limit,
-        batch_tokens=config.generate_budget,
-    )
+    sampling |= {
+        "prefill": config.skill_prefill,
+        "context_limit": config.skill_context_limit or config.context_limit,
+        "batch_tokens": config.generate_budget,
+    }
+    author = policy if config.skill_writer == "policy" else reference
+    if config.skill_transcript == "prompt":
+        return model_writer(author, encoder.tokenizer, **sampling)
+    return conversation_writer(author, encoder, trajectories, recall=recall, **sampling)
 
 
-def model_writer(
+def model_writer(model, tokenizer, **answering) -> Writer:
+    """Skills from a local model, the policy itself or its frozen starting weights. `answering`: see `_answers`."""
+    encoder = Encoder(tokenizer, "window")
+    return lambda prompts: _answers(model, tokenizer, [encoder.context([p], []) for p in prompts], **answering)
+
+
+def conversation_writer(
+    model,
+    encoder: Encoder,
+    trajectories: list[Trajectory],
+    *,
+    recall: Callable[[list[int]], Held | None] = lambda keys: None,
+    **answering,
+) -> ConversationWriter:
+    """Skills from a local model that has each finished conversation before it. `answering`: see `_answers`.
+
+    `recall`: what a KV cache still holds of the conversations of these trajectories (`Sampler.recall`, where it was
+    this very model that played); they are read anew where that is None.
+    """
+
+    def context(i: int, request: str) -> list[int]:
+        steps = trajectories[i].steps
+        return encoder.context([*(fill(step.prompt) for step in steps), request], [step.response for step in steps])
+
+    def write(requests: list[tuple[int, str]]) -> list[str | None]:
+        contexts, keys = [context(i, request) for i, request in requests], [i for i, _ in requests]
+        return _answers(model, encoder.tokenizer, contexts, keys=keys, recall=recall, **answering)
+
+    return write
+
+
+def _answers(
     model,
     tokenizer,
+    contexts: list[list[int]],
     *,
     max_new_tokens: int,
     temperature: float,
     context_limit: int,  # tokens of prompt, prefill and `max_new_tokens` together; a longer prompt is answered None
     prefill: str = "",  # starts the answer, such as '{"episode_summary": "': more answers of small models parse
     batch_tokens: int = 65536,  # rows x length of one batch in `generate`
-) -> Writer:
-    """Skills from a local model: the policy itself, or its frozen starting weights."""
-    start, encoder = tokenizer.encode(prefill, add_special_tokens=False), Encoder(tokenizer, "window")
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "token_budget": batch_tokens}
-
-    def write(prompts: list[str]) -> list[str | None]:
-        contexts = [encoder.context([prompt], []) + start for prompt in prompts]
-        fits = [len(context) + max_new_tokens <= context_limit for context in contexts]
-        contexts = [context for context, fit in zip(contexts, fits, strict=True) if fit]
-        training = model.training
-        model.eval()
-        responses = iter(generate(model, tokenizer, contexts, **sampling))
-        model.train(training)
-        return [prefill + tokenizer.decode(next(responses), skip_special_tokens=True) if fit else None for fit in fits]
-
-    return write
+    keys: list[int] | None = None,
+    **cached,
+) -> list[str | None]:
+    start = tokenizer.encode(prefill, add_special_tokens=False)
+    fits = [i for i, c in enumerate(contexts) if len(c) + len(start) + max_new_tokens <= context_limit]
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "token_budget": batch_tokens} | cached
+    if keys is not None:
+        sampling["keys"] = [keys[i] for i in fits]
+    training = model.training
+    model.eval()
+    responses = generate(model, tokenizer, [contexts[i] + start for i in fits], **sampling)
+    model.train(training)
+    answers: list[str | None] = [None] * len(contexts)
+    for i, response in zip(fits, responses, strict=True):
+        answers[i] = prefill + tokenizer.decode(response, skip_special_tokens=True)
+    return answers
 
 
 def openai_writer(

@@ -11,6 +11,7 @@ import copy
 import random
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +29,7 @@ from rescore import Sequence, layout_noise, micro_batches, pack, sequence_logpro
 from rollout import Encoder, rollout
 from router import route, shuffle_skills
 from runlog import RunLog, peak_mib
+from sampler import Sampler
 from scoring import guided_by_level, score
 from skills import lessons, remember, scripted_skills, write_skills, writer_of
 
@@ -96,6 +98,9 @@ class Run:
         config, share = self.config, self.accelerator
         games = self.rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
+        sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+        goes_on = config.uses_skills and config.skill_transcript == "conversation" and config.skill_writer == "policy"
+        self.sampler = Sampler(self.model, self.tokenizer, **sampling, keep_finished=True) if goes_on else None
         with self._phase("rollout"), self._bar("rollout") as bar, self.accelerator.autocast():
             trajectories, metrics = rollout(
                 self.model,
@@ -103,9 +108,9 @@ class Run:
                 self.make_env,
                 mine,
                 config.rollouts,
-                max_new_tokens=config.max_new_tokens,
+                **sampling,
                 context_limit=config.context_limit,
-                temperature=config.temperature,
+                sampler=self.sampler,
                 success_reward=config.success_reward,
                 invalid_penalty=config.invalid_penalty,
                 episode_skills=self.episode_skills if config.method.acting else None,
@@ -123,14 +128,17 @@ class Run:
             return [None] * len(trajectories)
         if config.method.skills == "script":
             return [scripted_skills(trajectory, config.max_step_skills) for trajectory in trajectories]
-        write = writer_of(config, self.model, self.reference, self.tokenizer)
+        recall = {"recall": self.sampler.recall} if self.sampler else {}  # keys and values are the policy's alone
+        write = writer_of(config, self.model, self.reference, self.encoder, trajectories, **recall)
         with self._phase("skills"), self.accelerator.autocast():
             skills, metrics = write_skills(
                 trajectories,
                 write,
                 max_step_skills=config.max_step_skills,
                 template=self.make_env().analysis_prompt(),
+                conversation=config.skill_transcript == "conversation",
             )
+        self.sampler = None  # and with it the cache of finished episodes
         self.metrics |= metrics
         if config.method.acting:
             self.episode_skills = remember(self.episode_skills, gather_object(lessons(trajectories, skills)))
@@ -266,17 +274,25 @@ class Run:
         self.log.finish(self.model, self.tokenizer)
 
     def _evaluate(self, iteration: int) -> None:
-        """Held-out success without skills, and with those that training acts under. Iteration -1: before training."""
-        if not self.accelerator.is_main_process:
-            return
+        """Held-out success without skills, and with those that training acts under; each process plays its share.
+        Iteration -1: the policy before training."""
         with self._phase("evaluate"), self.accelerator.autocast():
-            results = evaluate(self.model, self.encoder, self.config)
+            mine = self._evaluate_share()
             if self.episode_skills:
-                skilled = evaluate(self.model, self.encoder, self.config, episode_skills=self.episode_skills)
-                results |= {f"{split.removeprefix('valid_')}+skill": played for split, played in skilled.items()}
+                skilled = self._evaluate_share(episode_skills=self.episode_skills)
+                mine |= {f"{split.removeprefix('valid_')}+skill": played for split, played in skilled.items()}
+        # only outcomes travel: a table needs no steps
+        played = [(split, replace(t, steps=[])) for split, trajectories in mine.items() for t in trajectories]
+        results = {split: [] for split in mine}
+        for split, trajectory in gather_object(played):
+            results[split].append(trajectory)
         success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
         self.log.evaluation(iteration, success, format_table(results))
         self.metrics |= {f"eval/{split}/success": share for split, share in success.items()}
+
+    def _evaluate_share(self, **playing) -> dict[str, list[Trajectory]]:
+        share = {"process": self.accelerator.process_index, "processes": self.accelerator.num_processes}
+        return evaluate(self.model, self.encoder, self.config, **share, **playing)
 
     def _sum(self, value: float) -> float:
         return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum").item()

@@ -40,6 +40,7 @@ def test_every_flag_is_explained(capsys):
         (["--kl", "-1"], "--kl must not be negative"),
         (["--skill-writer", "openai"], "--openai-model"),
         (["--routing", "none"], "--algo grpo"),
+        (["--skill-transcript", "conversation", "--context", "window"], "--context chat"),
         (["--max-new-tokens", "2000"], "no room"),
         (["--algo", "opd"], "--algo opd needs --teacher"),
         (["--teacher", "smollm2"], "--teacher is for opd"),

@@ -78,3 +78,18 @@ def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, token
     assert torch.equal(torch.get_rng_state(), before)
     assert [[s.response for s in t.steps] for t in runs[0]] == [[s.response for s in t.steps] for t in runs[1]]
     assert [t.game for t in runs[0]] == games_of(config, "valid_unseen")
+
+
+def test_processes_share_the_games_of_a_split(llama, tokenizer):
+    config = Config(eval_games=5, max_steps=2, max_new_tokens=6, tasks=2, rollouts=2)
+    encoder, games = Encoder(tokenizer, "chat"), games_of(config, "valid_unseen")
+    shares = [
+        evaluate(llama, encoder, config, ["valid_unseen"], process=process, processes=3)["valid_unseen"]
+        for process in range(3)
+    ]
+    assert [[t.game for t in share] for share in shares] == [[games[0], games[3]], [games[1], games[4]], [games[2]]]
+    alone = evaluate(llama, encoder, config, ["valid_unseen"])["valid_unseen"]
+    assert [t.game for t in alone] == games
+    # more processes than games: some have nothing to do; and each has a seed of its own
+    one = [evaluate(llama, encoder, config, ["valid_unseen"], process=p, processes=9)["valid_unseen"] for p in range(9)]
+    assert [len(share) for share in one] == [1] * 5 + [0] * 4

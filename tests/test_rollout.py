@@ -48,9 +48,92 @@ def test_carrying_the_cache_changes_no_token(architecture, temperature, tokenize
         torch.manual_seed(0)
         sampler = Sampler(model, tokenizer, max_new_tokens=9, temperature=temperature, reuse_cache=reuse)
         runs.append(conversation(encoder, sampler))
-        assert (sampler.cache is not None) == reuse
+        assert (sampler.held is not None) == reuse
     assert runs[0] == runs[1]
     assert len({len(response) for response in runs[0]}) > 1 or temperature == 0  # so there is padding inside rows
+
+
+def ragged(encoder, sampler, turns=9):
+    """Three episodes; one has long observations and one stops after four turns -> (contexts, responses) by turn."""
+    messages, responses, everything = {i: [f"go to desk {i}"] for i in range(3)}, {i: [] for i in range(3)}, []
+    for turn in range(turns):
+        live = [0, 1, 2] if turn < 4 else [0, 2]
+        contexts = [encoder.context(messages[i], responses[i]) for i in live]
+        for i, response in zip(live, sampler(live, contexts), strict=True):
+            responses[i].append(response)
+            messages[i].append("see apple 1" + " bread 2" * (7 * (turn % 3 == i)))
+        everything.append(list(map(len, sampler.held.seen)) if sampler.held else None)
+    return responses, everything
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_compacting_the_cache_changes_no_token_and_keeps_it_small(architecture, temperature, tokenizer, request):
+    model, encoder = request.getfixturevalue(architecture), Encoder(tokenizer, "chat")
+    model.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
+    runs, widths = [], {}
+    for name, options in {
+        "plain": {"reuse_cache": False},
+        "compacted": {"compact_at": 0.25},
+        "never": {"compact_at": 1.0},
+        "always": {"compact_at": 0.0},
+    }.items():
+        torch.manual_seed(0)
+        sampler = Sampler(model, tokenizer, max_new_tokens=9, temperature=temperature, **options)
+        runs.append(ragged(encoder, sampler)[0])
+        if sampler.held:
+            widths[name] = sampler.held.ids.shape[1]
+            longest = max(map(len, sampler.held.seen))
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+    assert {len(response) for response in runs[0][0]} != {9} or temperature == 0
+    assert longest <= widths["always"] <= widths["compacted"] < widths["never"]
+    assert widths["compacted"] < (longest + 30) / 0.75  # a turn adds at most 9 new tokens and 21 of padding and message
+
+
+def test_a_compacted_cache_holds_the_rows_and_nothing_else(llama, tokenizer):
+    """Keys and values of a row are those that a fresh pass over the row alone computes, moved to the right."""
+    llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
+    torch.manual_seed(0)
+    sampler = Sampler(llama, tokenizer, max_new_tokens=9, temperature=1.0, compact_at=1.0)
+    ragged(Encoder(tokenizer, "chat"), sampler, turns=4)
+    before = sampler.held
+    after = before.rows([2, 0])
+    assert after.keys == [2, 0]
+    assert after.ids.shape[1] == max(len(before.seen[0]), len(before.seen[2])) < before.ids.shape[1]
+    for row, old in enumerate([2, 0]):
+        seen = before.seen[old]
+        assert after.ids[row][after.mask[row].bool()].tolist() == seen == after.ids[row, -len(seen) :].tolist()
+        fresh = llama(torch.tensor([seen])).cache.layers
+        for layer, expected in zip(after.cache.layers, fresh, strict=True):
+            for moved, plain in ((layer.keys, expected.keys), (layer.values, expected.values)):
+                assert torch.allclose(moved[row, :, 1 - len(seen) :], plain[0, :, :-1], atol=1e-4)
+
+
+def test_finished_conversations_go_on_from_the_cache(llama, tokenizer, compact_env, games):
+    """Of episodes that left at different turns, in any order, beside re-reading them: the same answers."""
+    llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
+    torch.manual_seed(0)
+    encoder = Encoder(tokenizer, "chat")
+    sampler = Sampler(llama, tokenizer, max_new_tokens=9, temperature=1.0, keep_finished=True)
+    responses, _ = ragged(encoder, sampler)
+    assert [part.keys for part in sampler.finished] == [[1]]
+    assert sampler.recall([0, 3]) is None
+    rows = [2, 0, 1]
+    held = {key: seen for part in [*sampler.finished, sampler.held] for key, seen in zip(part.keys, part.seen)}
+    contexts = [held[row] + tokenizer("<user>write skills now<assistant>")["input_ids"] for row in rows]
+    assert [len(responses[row]) for row in rows] == [9, 9, 4]
+    reads = []
+    handle = llama.register_forward_pre_hook(
+        lambda _, args, kw: reads.append(kw["input_ids"].numel()), with_kwargs=True
+    )
+    answers = []
+    for cached in ({"keys": rows, "recall": sampler.recall}, {}):
+        torch.manual_seed(1)
+        answers.append(generate(llama, tokenizer, contexts, max_new_tokens=7, temperature=1.0, **cached))
+    handle.remove()
+    assert answers[0] == answers[1]
+    assert reads[0] == 3 * 6  # the token that was not in the cache yet, and five new ones
+    assert max(reads) == 3 * max(map(len, contexts))
 
 
 def test_a_context_that_does_not_extend_its_row_is_read_anew(llama, tokenizer):

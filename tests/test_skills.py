@@ -334,6 +334,89 @@ def test_model_writer_with_a_real_tiny_model(tokenizer):
     assert write(["two " * 40]) == [None]
 
 
+# --- a request at the end of the finished conversation ---
+
+
+def test_a_request_in_the_conversation_does_not_repeat_the_steps():
+    request = analysis_prompt(trajectory(False), 2, conversation=True)
+    assert "Task: put a pen on the desk\nOutcome: failure\nSteps: your replies above, numbered from 0" in request
+    assert "a shelf" not in request and "act 0" not in request
+    assert "at most 2 critical steps" in request and "what to avoid: the mistake" in request
+    assert request.endswith('"step_skills": {"<step>": "..."}}')
+    assert analysis_prompt(trajectory(), 2, "{task} {steps}!", conversation=True) == "put a pen on the desk !"
+
+
+def test_requests_and_retries_say_whose_conversation_they_belong_to():
+    script = Script([GOOD, "no idea", GOOD], ['{"episode_skill": "B"}'])
+    trajectories = [trajectory(task=f"task {i}") for i in range(3)]
+    written, metrics = write_skills(trajectories, script, max_step_skills=5, conversation=True)
+    assert written == [READ, Skills("", "B", {}), READ] and metrics["skills/retried"] == 1
+    first, second = script.asked
+    assert first == [(i, analysis_prompt(t, 5, conversation=True)) for i, t in enumerate(trajectories)]
+    assert [i for i, _ in second] == [1] and "no idea" in second[0][1]
+
+
+@pytest.fixture(scope="module")
+def played():
+    """(model, encoder, trajectories, the sampler that played them and kept their rows); episodes end at 2, 4, 4, 4
+    turns, since one context limit is reached earlier."""
+    from envs.alfworld import AlfworldEnv, cached_games
+    from rollout import Encoder, rollout
+    from sampler import Sampler
+    from tiny.warmstart import tiny_model, tiny_tokenizer
+
+    words = tiny_tokenizer()
+    model = tiny_model(len(words), seed=0, width=48).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.generation_config.eos_token_id = list(range(4, len(words), 5))
+    games = cached_games("small", "train", 2)
+    encoder, sampling = Encoder(words, "chat"), {"max_new_tokens": 8, "temperature": 1.0}
+    sampler = Sampler(model, words, **sampling, keep_finished=True)
+    torch.manual_seed(0)
+    lengths = iter([2, 4, 4, 4])
+    make_env = lambda: AlfworldEnv(prompt="compact", max_steps=next(lengths))
+    trajectories, _ = rollout(model, encoder, make_env, games, 2, **sampling, context_limit=512, sampler=sampler)
+    assert [len(t.steps) for t in trajectories] == [2, 4, 4, 4]
+    return model, encoder, trajectories, sampler
+
+
+def test_conversation_writer_goes_on_from_the_cache_with_the_same_answers(played, monkeypatch):
+    model, encoder, trajectories, sampler = played
+    contexts, original = [], skills.generate
+    monkeypatch.setattr(skills, "generate", lambda *a, **k: (contexts.append(a[2]), original(*a, **k))[1])
+    requests = [(i, f"write skills task {i}") for i in (2, 0, 3)]  # a retry asks for some of them only
+    answering = {"max_new_tokens": 6, "temperature": 1.0, "context_limit": 512, "prefill": '{"episode_summary": "'}
+    answers, read = [], []
+    handle = model.register_forward_pre_hook(lambda _, a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
+    for recall in (sampler.recall, lambda keys: None):
+        torch.manual_seed(1)
+        read.append(0)
+        write = skills.conversation_writer(model, encoder, trajectories, recall=recall, **answering)
+        answers.append(write(requests))
+    handle.remove()
+    assert answers[0] == answers[1] and all(answer.startswith('{"episode_summary": "') for answer in answers[0])
+    split = read.index(0, 1)
+    assert sum(read[:split]) < sum(read[split:]) / 2
+    for context, (i, request) in zip(contexts[0], requests, strict=True):
+        last = trajectories[i].steps[-1]
+        assert context[: len(last.context) + len(last.response)] == last.context + last.response
+        asked = encoder._ids(f"<user>{request}<assistant>") + encoder._ids('{"episode_summary": "')
+        assert context[-len(asked) :] == asked
+
+
+def test_conversation_writer_leaves_out_what_does_not_fit(played):
+    model, encoder, trajectories, sampler = played
+    ends = [len(t.steps[-1].context) + len(t.steps[-1].response) for t in trajectories]
+    limit = sorted(ends)[2] + 4 + 5  # of request and end of turn, of new tokens; the longest conversation goes over it
+    answering = {"max_new_tokens": 5, "temperature": 1.0, "context_limit": limit, "recall": sampler.recall}
+    write = skills.conversation_writer(model, encoder, trajectories, **answering)
+    answers = write([(i, "write") for i in range(4)])
+    assert answers[ends.index(max(ends))] is None
+    assert answers[0] is not None
+
+
 # --- an OpenAI-compatible endpoint ---
 
 

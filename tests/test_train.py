@@ -133,6 +133,24 @@ def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, rand
         assert abs(ours["advantage/skill_mean"]) > 1e-3
 
 
+def test_the_policy_goes_on_from_its_own_cache_and_another_writer_reads(random_tiny, tmp_path, monkeypatch):
+    recalled = []
+
+    def writer(model, encoder, trajectories, *, recall, **answering):
+        def write(requests):
+            keys = [i for i, _ in requests]
+            recalled.append((held := recall(keys)) and held.keys == keys)
+            return ['{"episode_skill": "open every closed place"}'] * len(requests)
+
+        return write
+
+    monkeypatch.setattr(train_module, "conversation_writer", writer)
+    for name in ("policy", "reference"):
+        train(config(tmp_path, name, iterations=1, skill_transcript="conversation", skill_writer=name))
+        assert lines(tmp_path / name)[0]["skills/parse_rate"] == 1
+    assert recalled == [True, None]
+
+
 def test_resume_goes_on_exactly(random_tiny, tmp_path):
     whole, halves = config(tmp_path, "whole", iterations=4, scorer="ema"), config(tmp_path, "halves", scorer="ema")
     train(whole)
@@ -227,10 +245,14 @@ def test_two_processes_share_the_tasks_and_stay_in_step(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
     done = subprocess.run(
-        [*launch, str(script), *command(tmp_path / "two", "--iterations", "2")],
+        [*launch, str(script), *command(tmp_path / "two", "--iterations", "2", "--eval-games", "5")],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [record["episodes"] for record in lines(tmp_path / "two")] == [4, 4]
+    [record] = [json.loads(line) for line in (tmp_path / "two/evaluations.jsonl").read_text().splitlines()]
+    table = record["table"].splitlines()
+    assert [line.split()[-1] for line in table] == ["games", "5", "5"]  # three games of one process, two of the other
+    assert f"{100 * record['success']['valid_seen']:.1f}" in table[1]

@@ -1,0 +1,194 @@
+"""The update alone, ours and TRL's: what benchmarks/iteration.py --trl calls.
+
+Both sides get the same model folder, prompt ids, completion ids, advantages and old log-probs, and take one optimizer
+step a repeat: forward, loss, backward, clipping, AdamW. Each runs in a process of its own, so that its peak memory is
+its own. Without a KL term on both sides, since TRL would compute the reference's log-probs outside of its update.
+
+TRL gets a virtual environment (benchmarks/.trl-venv, git-ignored) that sees the packages of this one and adds nothing
+but `trl`: the same torch and transformers on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+TRL = "trl==1.16.0"
+
+
+def compare(config, repeats: int, folder: Path) -> None:
+    """Play one iteration, write its ids down, time both updates on them, print a line each."""
+    import torch
+
+    from evaluate import environment, games_of
+    from models import load_model, save_policy
+    from rollout import Encoder, rollout
+
+    model, tokenizer = load_model(config.model, dtype=config.dtype, seed=config.seed)
+    save_policy(model, tokenizer, folder / "policy")  # plain from_pretrained loads it, whatever it came from
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    sampling = {"max_new_tokens": config.max_new_tokens, "context_limit": config.context_limit}
+    games = games_of(config, "train")[: config.tasks]
+    trajectories, _ = rollout(
+        model, Encoder(tokenizer, config.context), environment(config), games, config.rollouts, **sampling
+    )
+    steps = [step for trajectory in trajectories for step in trajectory.steps]
+    work = {
+        "model": str(folder / "policy"),
+        "prompts": [step.context for step in steps],
+        "completions": [step.response for step in steps],
+        "token_budget": config.token_budget,
+        "learning_rate": config.learning_rate,
+        "repeats": repeats,
+    }
+    (folder / "work.json").write_text(json.dumps(work))
+    tokens = sum(map(len, work["completions"]))
+    print(f"\nupdate alone: {len(steps)} steps, {tokens} completion tokens, medians of {repeats}")
+    for name, python in (("ours", sys.executable), ("trl", trl_python())):
+        command = [python, str(Path(__file__)), name, str(folder / "work.json")]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        seconds, peak = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:<6}{seconds:>9.3f} s{peak:>10.0f} MiB at most", flush=True)
+
+
+def trl_python() -> str:
+    """The interpreter of benchmarks/.trl-venv, made on first use. Raises CalledProcessError where pip fails."""
+    folder = Path(__file__).parent / ".trl-venv"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not (folder / "ready").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        site = subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+        Path(site, "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", TRL], check=True)
+        (folder / "ready").touch()
+    return str(python)
+
+
+def timed(step, repeats: int) -> float:
+    """Median seconds of `step`, after one that is not counted."""
+    import torch
+
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def ours(work: dict) -> float:
+    """Packed sequences through the functions that train.py uses. -> seconds"""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rescore import micro_batches, pack, response_logprobs, sequence_logprobs
+    from train import policy_loss
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(work["model"]).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work["learning_rate"])
+    old = response_logprobs(model, work["prompts"], work["completions"], token_budget=work["token_budget"])  # (B, R)
+    tokens, sequences = sum(map(len, work["completions"])), pack(work["prompts"], work["completions"])
+
+    def step() -> None:
+        for micro in micro_batches(sequences, work["token_budget"]):
+            new, rows, columns = sequence_logprobs(model, micro, 1.0)  # (N,)
+            before = old[rows.cpu(), columns.cpu()].to(device)  # (N,)
+            loss, _ = policy_loss(new, before, torch.ones_like(new), 0.2)
+            (loss.sum() / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, work["repeats"])
+
+
+def trl(work: dict) -> float:
+    """GRPOTrainer's own loss on padded rows, in micro-batches of as many rows as the token budget holds. -> seconds"""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(work["model"])
+    options = {"output_dir": str(Path(work["model"]).parent / "trl-out"), "report_to": "none", "beta": 0.0}
+    options |= {"learning_rate": work["learning_rate"], "per_device_train_batch_size": 2, "num_generations": 2}
+    options |= {"bf16": False, "gradient_checkpointing": False}  # as on our side
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(work["model"]),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(**options),
+        train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
+        processing_class=tokenizer,
+    )
+    model, device = trainer.model.train(), trainer.accelerator.device
+    trainer.current_gradient_accumulation_steps = 1  # its training loop sets it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work["learning_rate"])
+    batches = [{k: v.to(device) for k, v in b.items()} for b in padded(work, tokenizer.pad_token_id)]
+
+    def step() -> None:
+        for batch in batches:
+            trainer.compute_loss(model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, work["repeats"])
+
+
+def padded(work: dict, pad: int) -> list[dict]:
+    """Micro-batches in GRPOTrainer's form: prompts padded on the left (S, P), completions on the right (S, C)."""
+    import torch
+
+    rows = sorted(zip(work["prompts"], work["completions"], strict=True), key=lambda row: -len(row[0]) - len(row[1]))
+    whole = torch.tensor(float(sum(map(len, work["completions"]))))
+    batches = []
+    while rows:
+        longest = max(len(row[0]) for row in rows) + max(len(row[1]) for row in rows)
+        size = max(1, work["token_budget"] // longest)
+        part, rows = rows[:size], rows[size:]
+        p, c = max(len(prompt) for prompt, _ in part), max(len(completion) for _, completion in part)
+        batches.append(
+            {
+                "prompt_ids": torch.tensor([[pad] * (p - len(prompt)) + prompt for prompt, _ in part]),
+                "prompt_mask": torch.tensor([[0] * (p - len(prompt)) + [1] * len(prompt) for prompt, _ in part]),
+                "completion_ids": torch.tensor([done + [pad] * (c - len(done)) for _, done in part]),
+                "completion_mask": torch.tensor([[1] * len(done) + [0] * (c - len(done)) for _, done in part]),
+                "advantages": torch.ones(len(part)),
+                "num_items_in_batch": whole,
+            }
+        )
+    return batches
+
+
+def main() -> None:
+    import torch
+
+    from runlog import peak_mib
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=("ours", "trl"))
+    parser.add_argument("work", type=Path, help="work.json, as `compare` writes it")
+    args = parser.parse_args()
+    seconds = {"ours": ours, "trl": trl}[args.side](json.loads(args.work.read_text()))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps([seconds, peak_mib(device)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Plain sampling with Hugging Face `generate`, and the KV cache carried from turn to turn.
+
+Sampling is temperature, and nothing else (top_p 1, top_k off, no repetition penalty). What is sampled must be what is
+scored, so a model's own generation_config may not leak in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+
+COMPACT_AT = 0.25  # share of spare columns at which a cache is compacted; the copy costs about as much as one new token
+
+
+def end_of_turn_ids(model, tokenizer) -> list[int]:
+    """Every token that ends a response: the tokenizer's, and those that the model's own configuration names."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def plain_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
+    """Temperature sampling and nothing else; temperature 0 is greedy.
+
+    `generate` fills every option that is unset from `model.generation_config`, so that one is replaced, too, by one
+    that holds token ids only (Qwen ships top_p 0.8, top_k 20, repetition_penalty 1.05).
+    """
+    ends, pad = end_of_turn_ids(model, tokenizer), tokenizer.pad_token_id
+    pad = ends[0] if pad is None else pad
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    return GenerationConfig(
+        eos_token_id=ends,
+        pad_token_id=pad,
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        return_dict_in_generate=True,
+        **sampling,
+    )
+
+
+@dataclass
+class Held:
+    """Conversations that a cache has seen, a row each. The newest column of `ids` is not in the cache yet: `generate`
+    reads it together with what comes next."""
+
+    keys: list[int]  # which episode each row belongs to
+    seen: list[list[int]]  # the ids behind each row, padding left out
+    ids: Tensor  # (rows, length)
+    mask: Tensor  # (rows, length) 0 on padding
+    cache: DynamicCache  # keys and values of a layer: (rows, heads, length - 1, size)
+
+    @property
+    def movable(self) -> bool:
+        """Whether the cache keeps every column, so that columns can be told apart: a sliding window does not."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    @property
+    def spare(self) -> float:
+        """The share of the columns that could be done without."""
+        return 1 - max(map(len, self.seen)) / self.ids.shape[1]
+
+    def rows(self, rows: list[int], width: int | None = None) -> Held:
+        """A copy of some rows without the padding inside them: left-padded to the longest, or to `width` columns.
+
+        Exact, since keys carry their positions with them and position ids follow the mask. A row whose newest token is
+        in the cache already has it read once more, as every row's newest column is.
+        """
+        seen = [self.seen[row] for row in rows]
+        longest = max(map(len, seen))
+        index = torch.tensor(rows, device=self.ids.device)
+        # masked columns first, the others in their order: the last `longest` are the row
+        columns = self.mask[index].argsort(dim=1, stable=True)[:, -longest:]  # (rows, longest)
+        left = (width or longest) - longest
+        cached = columns[:, :-1, None].clamp(max=self.ids.shape[1] - 2)  # (rows, longest - 1, 1)
+
+        def move(states: Tensor) -> Tensor:
+            """(all rows, heads, length - 1, size) -> (rows, heads, width - 1, size)"""
+            at = cached[:, None].expand(-1, states.shape[1], -1, states.shape[3])  # (rows, heads, longest - 1, size)
+            return pad(states[index].gather(2, at), (0, 0, left, 0))
+
+        return Held(
+            [self.keys[row] for row in rows],
+            seen,
+            pad(self.ids[index].gather(1, columns), (left, 0)),
+            pad(self.mask[index].gather(1, columns), (left, 0)),
+            DynamicCache([(move(layer.keys), move(layer.values)) for layer in self.cache.layers]),
+        )
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        index = torch.tensor(rows, device=self.ids.device)
+        self.keys, self.seen = [self.keys[row] for row in rows], [self.seen[row] for row in rows]
+        self.ids, self.mask = self.ids[index], self.mask[index]
+        self.cache.batch_select_indices(index)
+
+
+def join(parts: list[Held], keys: list[int]) -> Held | None:
+    """The rows of `keys` out of several batches, in that order, as one; None where one of them is nowhere."""
+    where = {key: (part, row) for part in parts for row, key in enumerate(part.keys)}
+    if not keys or not where.keys() >= set(keys):
+        return None
+    width = max(len(where[key][0].seen[where[key][1]]) for key in keys)
+    taken = []
+    for part in parts:
+        if rows := [where[key][1] for key in keys if where[key][0] is part]:
+            taken.append(part.rows(rows, width))
+    layers = zip(*(part.cache.layers for part in taken), strict=True)
+    whole = Held(
+        [key for part in taken for key in part.keys],
+        [seen for part in taken for seen in part.seen],
+        torch.cat([part.ids for part in taken]),
+        torch.cat([part.mask for part in taken]),
+        DynamicCache([(torch.cat([x.keys for x in same]), torch.cat([x.values for x in same])) for same in layers]),
+    )
+    whole.keep([whole.keys.index(key) for key in keys])
+    return whole
+
+
+class Sampler:
+    """`generate` over a batch of contexts, one call a turn. Keeps the KV cache from turn to turn where contexts grow.
+
+    A new turn's tokens are left-padded within their own chunk, and what `generate` wrote after a row's end-of-turn
+    token is masked; position ids follow the mask, so padding inside a row changes nothing. Where more than `compact_at`
+    of the columns could be done without, rows are moved together. Where any context does not extend what its row holds,
+    all are read anew. `keep_finished`: the rows of episodes that leave are set aside, for `recall`.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        reuse_cache: bool = True,
+        compact_at: float = COMPACT_AT,
+        keep_finished: bool = False,
+    ):
+        self.model, self.reuse_cache, self.compact_at = model, reuse_cache, compact_at
+        self.config = plain_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
+        self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
+        self.held: Held | None = None
+        self.keep_finished, self.finished = keep_finished, []  # [Held]
+
+    def __call__(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
+        """Sample one response for each of `contexts`; `keys` name the episodes, so that finished ones leave."""
+        if not self._grows(keys, contexts):
+            self.held = None
+        elif keys != self.held.keys:
+            self._leave(keys)
+        if self.held and self.held.movable and self.held.spare > self.compact_at:
+            self.held = self.held.rows(list(range(len(keys))))
+        return self._generate(keys, contexts)
+
+    def recall(self, keys: list[int]) -> Held | None:
+        """The conversations of finished episodes as one batch, in the order of `keys`; None where any is not kept."""
+        return join([*self.finished, *([self.held] if self.held and self.held.movable else [])], keys)
+
+    def _grows(self, keys: list[int], contexts: list[list[int]]) -> bool:
+        if self.held is None:
+            return False
+        held = dict(zip(self.held.keys, self.held.seen, strict=True))
+        return all(
+            key in held and len(context) > len(held[key]) and context[: len(held[key])] == held[key]
+            for key, context in zip(keys, contexts, strict=True)
+        )
+
+    def _leave(self, keys: list[int]) -> None:
+        if self.keep_finished and self.held.movable:
+            gone = [row for row, key in enumerate(self.held.keys) if key not in keys]
+            self.finished += [self.held.rows(gone)] if gone else []
+        self.held.keep([self.held.keys.index(key) for key in keys])
+
+    def _append(self, contexts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """What is held and the contexts' new tokens -> ids and mask, both (rows, length)."""
+        seen = self.held.seen if self.held else [[] for _ in contexts]
+        chunks = [context[len(before) :] for context, before in zip(contexts, seen, strict=True)]
+        width, device = max(map(len, chunks)), self.model.device
+        ids = torch.tensor([[self.pad] * (width - len(chunk)) + chunk for chunk in chunks], device=device)
+        mask = torch.tensor([[0] * (width - len(chunk)) + [1] * len(chunk) for chunk in chunks], device=device)
+        if self.held is None:
+            return ids, mask
+        return torch.cat([self.held.ids, ids], 1), torch.cat([self.held.mask, mask], 1)
+
+    @torch.no_grad()
+    def _generate(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
+        ids, mask = self._append(contexts)
+        cache = {"cache": self.held.cache} if self.held else {}
+        out = self.model.generate(ids, attention_mask=mask, generation_config=self.config, **cache)
+        new = out.sequences[:, ids.shape[1] :].tolist()  # (rows, new tokens)
+        responses = [self._cut(row) for row in new]
+        if self.reuse_cache:
+            written = [[1] * len(response) + [0] * (len(row) - len(response)) for row, response in zip(new, responses)]
+            mask = torch.cat([mask, torch.tensor(written, device=mask.device)], 1)
+            seen = [context + response for context, response in zip(contexts, responses)]
+            self.held = Held(list(keys), seen, out.sequences, mask, out.cache)
+        return responses
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """Up to the first end-of-turn token, which belongs to the response (the policy chose to stop)."""
+        for i, token in enumerate(tokens):
+            if token in self.ends:
+                return tokens[: i + 1]
+        return tokens
+
+
+def generate(
+    model,
+    tokenizer,
+    contexts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    token_budget: int = 65536,
+    keys: list[int] | None = None,
+    recall: Callable[[list[int]], Held | None] = lambda keys: None,
+) -> list[list[int]]:
+    """Independent responses to independent contexts -> their ids. Rows x length stays within `token_budget` a call.
+
+    `keys` name the contexts (default: 0, 1, ...), and `recall` says what a cache holds of those of a batch already
+    (`Sampler.recall`), so that only the rest is read.
+    """
+    order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
+    responses: list[list[int]] = [[] for _ in contexts]
+    while order:
+        rows = max(1, token_budget // (len(contexts[order[0]]) + max_new_tokens))
+        batch, order = order[:rows], order[rows:]
+        sampler = Sampler(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, reuse_cache=False)
+        names = [keys[i] for i in batch] if keys else batch
+        sampler.held = recall(names)
+        for i, response in zip(batch, sampler(names, [contexts[i] for i in batch]), strict=True):
+            responses[i] = response
+    return responses
