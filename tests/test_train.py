@@ -144,7 +144,7 @@ def test_the_policy_goes_on_from_its_own_cache_and_another_writer_reads(random_t
 
         return write
 
-    monkeypatch.setattr(train_module, "conversation_writer", writer)
+    monkeypatch.setattr(skills, "conversation_writer", writer)
     for name in ("policy", "reference"):
         train(config(tmp_path, name, iterations=1, skill_transcript="conversation", skill_writer=name))
         assert lines(tmp_path / name)[0]["skills/parse_rate"] == 1
