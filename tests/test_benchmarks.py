@@ -77,11 +77,11 @@ def test_three_ways_to_play_sample_the_same_and_compacting_takes_less_room(episo
     model, encoder, _ = episode
     ends = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = list(range(4, len(encoder.tokenizer), 5))
-    runs = {way: played(model, encoder, "compact", 6, 3, 12, way) for way in WAYS}
+    runs = {way: played(model, encoder, "compact", 12, 6, 24, way) for way in WAYS}
     model.generation_config.eos_token_id = ends
     said = [run[1] for run in runs.values()]
     assert said[0] == said[1] == said[2]
-    assert [len(episode) for episode in said[0]] == [6, 6, 6]
+    assert [len(episode) for episode in said[0]] == [12] * 6
     assert 0 == runs["re-read"][2] < runs["compacted"][2] < runs["cached"][2]
 
 
