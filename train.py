@@ -31,7 +31,8 @@ from router import route, shuffle_skills
 from runlog import RunLog, peak_mib
 from sampler import Sampler
 from scoring import guided_by_level, score
-from skills import lessons, remember, scripted_skills, write_skills, writer_of
+from skills import lessons, remember, write_skills
+from writers import scripted_skills, writer_of
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 

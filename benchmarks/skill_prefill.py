@@ -18,7 +18,8 @@ import torch
 from data import Step, Trajectory
 from envs.alfworld import AlfworldEnv, cached_games
 from models import load_model
-from skills import model_writer, write_skills
+from skills import write_skills
+from writers import model_writer
 
 PREFILLS = ("", "{", '{"episode_summary": "')
 

@@ -26,7 +26,8 @@ from benchmarks.score import load
 from envs.alfworld import AlfworldEnv, cached_games
 from rollout import Encoder, rollout
 from sampler import Sampler
-from skills import analysis_prompt, conversation_writer, model_writer
+from skills import analysis_prompt
+from writers import conversation_writer, model_writer
 
 STEP_SKILLS = 5
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import models
-import skills
 import train as train_module
+import writers
 from config import Config, parse_args
 from data import Skills, Step, Trajectory
 from envs.alfworld import AlfworldEnv, words
@@ -18,9 +18,10 @@ from envs.alfworld_engine import FastEngine, load_game
 from envs.alfworld_expert import shortest_plan
 from methods import METHODS
 from rollout import Encoder, rollout
-from skills import lessons, remember, scripted_skills
+from skills import lessons, remember
 from tiny.warmstart import tiny_model
 from train import train
+from writers import scripted_skills
 
 FLAGS = "--tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 1 --iterations 1 "
 FLAGS += "--mini-batch 8 --learning-rate 1e-3 --eval-every 0 --save-every 1 --invalid-penalty 1 --scorer old"
@@ -35,7 +36,7 @@ def run(monkeypatch, llama, tokenizer, tmp_path):
     other = tiny_model(len(tokenizer), seed=5, width=48)
     monkeypatch.setattr(models, "load_model", lambda *a, **k: (other, tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(skills, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+    monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
     def start(algo, **changes) -> tuple[Config, list[dict]]:
         more = ["--teacher", "larger"] if algo == "opd" else []
@@ -89,7 +90,7 @@ def test_terms_of_weight_zero_leave_grpo_bit_for_bit(run):
 def test_whose_skills_guide(run, monkeypatch):
     def samples(algo):
         numbered = lambda prompts: [json.dumps({"episode_skill": f"skill {i}"}) for i in range(len(prompts))]
-        monkeypatch.setattr(skills, "model_writer", lambda *a, **k: numbered)
+        monkeypatch.setattr(writers, "model_writer", lambda *a, **k: numbered)
         config, _ = run(algo, sample_every=1)
         records = [json.loads(line) for line in Path(config.out, "samples.jsonl").read_text().splitlines()]
         return [(record["group"], record["skills"]["episode"]) for record in records]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rescore
 import scoring
-import skills
 import train as train_module
+import writers
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
 from train import train
@@ -34,7 +34,7 @@ def random_tiny(monkeypatch, llama, tokenizer):
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(skills, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+    monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
 
 def config(tmp_path, name, **changes) -> Config:
@@ -144,7 +144,7 @@ def test_the_policy_goes_on_from_its_own_cache_and_another_writer_reads(random_t
 
         return write
 
-    monkeypatch.setattr(skills, "conversation_writer", writer)
+    monkeypatch.setattr(writers, "conversation_writer", writer)
     for name in ("policy", "reference"):
         train(config(tmp_path, name, iterations=1, skill_transcript="conversation", skill_writer=name))
         assert lines(tmp_path / name)[0]["skills/parse_rate"] == 1
@@ -180,7 +180,7 @@ def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
 
 
 def test_unparsable_skills_are_counted_and_shift_nothing(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(skills, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
+    monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
     c, grpo = config(tmp_path, "run"), config(tmp_path, "grpo", algo="grpo")
     train(c)
     train(grpo)

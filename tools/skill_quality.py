@@ -26,8 +26,9 @@ from envs.alfworld_engine import load_game
 from evaluate import format_table, games_of, play
 from models import load_model
 from rollout import Encoder
-from skills import model_writer, write_skills
+from skills import write_skills
 from tiny.alfworld import avoidance, flaw_of, order_of_work, reciter, watch
+from writers import model_writer
 
 
 def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:
