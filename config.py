@@ -84,7 +84,7 @@ class Config:
     webshop_goals: str = _("human", "WebShop: what people asked for, or synthetic instructions", ("human", "synthetic"))
     train_games: int = _(1000, "generated training games")
     eval_games: int = _(200, "games a split at evaluation, at most")
-    max_steps: int = _(30, "most steps an episode")
+    max_steps: int = _(20, "most steps an episode")
     history: int = _(5, "last steps shown in a 'window' prompt")
     success_reward: float = _(10.0, "outcome reward of a solved task")
     # 0, not the paper's 0.1: in a group whose outcomes are all equal the penalty alone is what gets normalised, to the
