@@ -133,7 +133,7 @@ def test_long_garbage_is_refused_quickly(unit, key):
     start = time.perf_counter()
     with pytest.raises(ValueError):
         parse_skills("{" + key + unit * 200_000, 3, 5)
-    assert time.perf_counter() - start < 10  # the worst takes about a second
+    assert time.perf_counter() - start < 100  # the worst takes about a second; unbounded, it would be hours
 
 
 _punctuation = ["{", "}", "[", "]", ":", ",", '"', "'", "\\", "\n", " ", "//", "/*", "```", "</think>"]
