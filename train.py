@@ -42,11 +42,11 @@ def train(config: Config) -> RunLog:
     run = Run(config)
     for iteration in range(run.log.first_iteration, config.iterations):
         run.start(iteration)
-        trajectories = run.rollout(iteration)
+        trajectories = run.rollout()
         skills = run.write_skills(trajectories)
         mode = config.routing if config.levels else "none"
         routes = [route(s, len(t.steps), mode) for s, t in zip(skills, trajectories, strict=True)]
-        batch = run.score(trajectories, routes)
+        batch = run.score(trajectories, routes, iteration)
         run.update(batch, iteration)
         run.finish(iteration, trajectories, skills, routes, batch)
     run.close()
@@ -90,11 +90,11 @@ class Run:
         rank = self.accelerator.process_index
         torch.manual_seed((config_seed := self.config.seed) * 1_000_003 + iteration * 1009 + rank)
         self.rng = random.Random(f"{config_seed} {iteration}")
-        self.metrics, self.iteration = {}, iteration
+        self.metrics = {}
 
     # ---- 1. rollout ----------------------------------------------------------------------------------------------
 
-    def rollout(self, iteration: int) -> list[Trajectory]:
+    def rollout(self) -> list[Trajectory]:
         """This process's share of the iteration's tasks, each played N times."""
         config, share = self.config, self.accelerator
         games = self.rng.sample(self.games, min(config.tasks, len(self.games)))
@@ -149,20 +149,20 @@ class Run:
 
     # ---- 4. re-scoring and 5. advantage --------------------------------------------------------------------------
 
-    def score(self, trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]]) -> Batch:
+    def score(self, trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]], iteration: int) -> Batch:
         """Old, reference and skill-augmented log-probs of the sampled tokens, and the advantage that they make."""
         config = self.config
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
         with self._phase("rescore"), self.accelerator.autocast():
             plain, scored = self._logprobs(contexts, responses, trajectories, routes)
-            if config.levels and self.iteration == 0:
+            if config.levels and iteration == 0:
                 few = sum(len(trajectory.steps) for trajectory in trajectories[:NOISE_TRAJECTORIES])
                 noise = layout_noise(self.model, contexts[:few], responses[:few], temperature=config.temperature)
                 self.metrics["advantage/noise_floor"] = noise
         outcome, metrics = outcome_of(config, trajectories)  # (B,)
         mask = ~plain["old"].isnan()  # (B, R)
-        advantages, skill_advantages = advantages_of(config, self.iteration, outcome, plain["old"], scored)
+        advantages, skill_advantages = advantages_of(config, iteration, outcome, plain["old"], scored)
         self.metrics |= metrics | {f"guided/{k}": (~v.isnan()).any(1).float().mean().item() for k, v in scored.items()}
         self.metrics |= advantage_metrics(outcome, skill_advantages, mask)
         teacher = merge(mask, *scored.values()) if config.method.distill else None  # (B, R)

@@ -8,7 +8,6 @@ authors' release asks an external LLM (opid/analysis.py); here the policy itself
 from __future__ import annotations
 
 import os
-import random
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -143,11 +142,8 @@ def openai_writer(
 def scripted_skills(trajectory: Trajectory, max_step_skills: int) -> Skills:
     """What a script that knows the game writes about a finished ALFWorld episode, in place of a model: the upper bound
     of what skills of this kind can do. The same script wrote the tiny model's demonstrations."""
-    from envs.alfworld_engine import load_game
-    from tiny.alfworld import hindsight, reciter, watch
+    from tiny.alfworld import hindsight, replay
 
-    commands = [step.action or "nothing" for step in trajectory.steps]
-    play = watch(load_game(trajectory.game), random.Random(0), reciter(commands), max_steps=len(commands))
-    skills = hindsight(play)
+    skills = hindsight(replay(trajectory))
     skills.steps = dict(sorted(skills.steps.items())[:max_step_skills])
     return skills

@@ -15,9 +15,10 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from data import Prompt, Slot
+from data import Prompt
 from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game
 from envs.alfworld_games import generate_games
+from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
 
 __all__ = ["SPLITS", "TASK_TYPES", "AlfworldEnv", "cached_games", "generate_games", "list_games"]
 
@@ -35,12 +36,6 @@ TASK_TYPES = {
 
 ENGINES = {"fast": FastEngine, "textworld": TextWorldEngine}
 
-EPISODE_SLOT = Slot(
-    "episode",
-    "\n**Episode-Level Skill**\nRefer to this episode-level skill when deciding what action to take in the current "
-    "episode:\n[{text}]\n\n",
-)
-STEP_SLOT = Slot("step", "**Critical-Step Skill**\nUse this current-step skill for this decision only:\n[{text}]\n\n")
 ROLE = "You are an expert agent operating in the ALFRED Embodied Environment."
 YOUR_TURN = "Now it's your turn to take an action.\n"
 REASON = (
@@ -52,7 +47,6 @@ CHOOSE = (
     "within <action> </action> tags.\n"
 )
 
-COMPACT_ANALYSIS = "task {task} outcome {outcome} {steps} write skills"
 FILLER = {"a", "an", "the", "you", "and", "it", "in", "of", "are", "some"}
 
 
@@ -161,7 +155,7 @@ class AlfworldEnv:
         """See envs/__init__.py. With its slots empty, the official "window" prompt is the authors', byte for byte:
         the last `self.history` steps, every admissible action but `help`."""
         if self.prompt == "compact":
-            return self._compact_prompt(style, task, history, observation)
+            return compact_prompt(style, task, history, observation, self.history)
         actions = "\n ".join(f"'{action}'" for action in admissible if action != "help")
         actions = f"Your admissible actions of the current situation are: [{actions}].\n\n"
         if not history:  # the first observation names the task
@@ -169,26 +163,9 @@ class AlfworldEnv:
             return (opening, EPISODE_SLOT, actions, STEP_SLOT, f"{YOUR_TURN}{REASON} {CHOOSE}")
         if style == "chat":
             return (f"{observation}\n{actions}", STEP_SLOT, YOUR_TURN)
-        recent = history[max(0, len(history) - self.history) :]
-        first = len(history) - len(recent) + 1
-        shown = "\n".join(
-            f"[Observation {i}: '{seen}', Action {i}: '{action}']" for i, (seen, action) in enumerate(recent, first)
-        )
-        past = (
-            f"Prior to this step, you have already taken {len(history)} step(s). Below are the most recent "
-            f"{len(recent)} observations and the corresponding actions you took: {shown}\n"
-            f"You are now at step {len(history) + 1} and your current observation is: {observation}\n"
-        )
+        past = f"{past_steps(history, self.history)}{observation}\n"
         opening = f"\n{ROLE} Your task is to: {task}\n"
         return (opening, EPISODE_SLOT, past + actions, STEP_SLOT, f"{YOUR_TURN}{REASON}{CHOOSE}")
-
-    def _compact_prompt(self, style: str, task: str, history: list[tuple[str, str]], observation: str) -> Prompt:
-        episode, step = Slot("episode", " skill {text}"), Slot("step", " hint {text}")
-        if style == "chat" and history:
-            return (observation, step)
-        recent = history[max(0, len(history) - self.history) :]
-        past = "".join(f" before {seen} did {action}" for seen, action in recent)
-        return (f"task {task}", episode, f"{past} now {observation}", step)
 
     def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
         """ "official": as the authors parse (projection.py): the text between <action> tags, lower case; valid if both

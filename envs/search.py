@@ -26,6 +26,7 @@ if not __package__:  # run as a script: python envs/search.py
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Prompt, Slot
+from envs.prompts import COMPACT_ANALYSIS, COMPACT_EPISODE_SLOT, COMPACT_STEP_SLOT, STEP_SLOT
 from envs.search_facts import HOPS, passages
 from envs.search_questions import GENERATE, ONE_HOP, SPLITS, TWO_HOP, load_questions
 from envs.search_retrievers import (
@@ -69,7 +70,6 @@ EPISODE_SLOT = Slot(
     "\n**Episode-Level Skill**\nRefer to this episode-level skill when deciding what action to take in the current "
     "episode:\n[{text}]\n",
 )
-STEP_SLOT = Slot("step", "**Critical-Step Skill**\nUse this current-step skill for this decision only:\n[{text}]\n\n")
 ROLE = "\nYou are an expert agent tasked with answering the given question step-by-step.\nYour question: "
 YOUR_TURN = "Now it's your turn to respond for the current step.\n"
 CHOOSE = (
@@ -81,7 +81,6 @@ CHOOSE = (
     "</answer> tags, without detailed illustrations. For example, <answer>Beijing</answer>.\n"
 )
 
-COMPACT_ANALYSIS = "task {task} outcome {outcome} {steps} write skills"
 COMPACT_INVALID = "nothing happens"
 COMPACT_WORDS = f"{COMPACT_INVALID} no results doc 1 2 3 question did saw skill hint search answer"
 ACTION = re.compile(r"\s*(?:<(search|answer)>(.*?)</\1>|(search|answer)\s(.*))\s*", re.DOTALL | re.IGNORECASE)
@@ -241,11 +240,10 @@ class SearchEnv:
         return (f"{ROLE}{task}\n", EPISODE_SLOT, past, STEP_SLOT, YOUR_TURN + CHOOSE)
 
     def _compact_prompt(self, style: str, task: str, history: list[tuple[str, str]], observation: str) -> Prompt:
-        episode, step = Slot("episode", " skill {text}"), Slot("step", " hint {text}")
         if style == "chat" and history:
-            return (observation, step)
+            return (observation, COMPACT_STEP_SLOT)
         past = "".join(f" did {action} saw {brought}" for action, brought in self._taken(history, observation)[0])
-        return (f"question {task}", episode, past, step)
+        return (f"question {task}", COMPACT_EPISODE_SLOT, past, COMPACT_STEP_SLOT)
 
     def _taken(self, history: list[tuple[str, str]], observation: str) -> tuple[list[tuple[str, str]], int]:
         """The last `self.history` (action, what it brought), and the number of the first of them, from 1."""

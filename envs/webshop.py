@@ -13,9 +13,9 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from data import Prompt, Slot
+from data import Prompt
 from envs import webshop_compact as compact
-from envs.alfworld import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT
+from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
 from envs.webshop_catalogue import generate_catalogue
 from envs.webshop_compact import VOCABULARY
 from envs.webshop_data import ALIASES, SPLITS, Shop, load_shop
@@ -127,7 +127,7 @@ class WebshopEnv:
     ) -> Prompt:
         """See envs/__init__.py. With its slots empty, the official "window" prompt is the authors', byte for byte."""
         if self.prompt == "compact":
-            return self._compact_prompt(style, task, history, observation)
+            return compact_prompt(style, task, history, observation, self.history)
         observation = after_task(observation, task)
         listed = "\n".join(f"'{action}'," for action in admissible)
         if style == "chat" and history:
@@ -143,28 +143,13 @@ class WebshopEnv:
         return (opening, EPISODE_SLOT, now, STEP_SLOT, f"{YOUR_TURN}{REASON} \n{CHOOSE}")
 
     def _later_prompt(self, task: str, history: list[tuple[str, str]], observation: str, listed: str) -> Prompt:
-        recent = history[-self.history :]
-        first = len(history) - len(recent) + 1
-        shown = "\n".join(
-            f"[Observation {i}: '{after_task(seen, task)}', Action {i}: '{action}']"
-            for i, (seen, action) in enumerate(recent, first)
-        )
+        history = [(after_task(seen, task), action) for seen, action in history]
         now = (
-            f"Prior to this step, you have already taken {len(history)} step(s). Below are the most recent "
-            f"{len(recent)} observations and the corresponding actions you took: {shown}\n"
-            f"You are now at step {len(history) + 1} and your current observation is: {observation}.\n"
+            f"{past_steps(history, self.history)}{observation}.\n"
             f"Your admissible actions of the current situation are:\n[\n{listed}\n].\n\n"
         )
         opening = f"\n{ROLE}\nYour task is to: {task}.\n"
         return (opening, EPISODE_SLOT, now, STEP_SLOT, f"{YOUR_TURN}{REASON}\n{CHOOSE}")
-
-    def _compact_prompt(self, style: str, task: str, history: list[tuple[str, str]], observation: str) -> Prompt:
-        episode, step = Slot("episode", " skill {text}"), Slot("step", " hint {text}")
-        if style == "chat" and history:
-            return (observation, step)
-        recent = history[max(0, len(history) - self.history) :]
-        past = "".join(f" before {seen} did {action}" for seen, action in recent)
-        return (f"task {task}", episode, f"{past} now {observation}", step)
 
     def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
         """ "official": as the authors parse (projection.py): the text between the first <action> tags, lower case;

@@ -8,6 +8,16 @@ from envs.alfworld import AlfworldEnv, generate_games
 from models import load_model
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
+SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 4,
+}
+
 
 @pytest.fixture(scope="session")
 def tokenizer():
@@ -25,14 +35,8 @@ def qwen(tokenizer):
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SMALL,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=4,
     )
     return sharpen(Qwen2ForCausalLM(config))
 
@@ -42,14 +46,8 @@ def qwen3(tokenizer):
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SMALL,
         head_dim=16,
-        pad_token_id=0,
-        eos_token_id=4,
     )
     return sharpen(Qwen3ForCausalLM(config))
 

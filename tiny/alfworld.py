@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data import Skills
+from data import Skills, Trajectory
 from envs.alfworld import cached_games, room_of, words
 from envs.alfworld_engine import FastEngine, load_game
 from envs.alfworld_expert import TOOLS, Explorer, kind_of
@@ -151,6 +151,12 @@ def reciter(commands: list[str]) -> Decide:
         return next((c for c in engine.admissible_commands() if words(c) == command), command)
 
     return decide
+
+
+def replay(trajectory: Trajectory) -> HouseholdPlay:
+    """A finished episode, as an adviser sees it who looks on: what should have been done at each of its steps."""
+    commands = [step.action or "nothing" for step in trajectory.steps]
+    return watch(load_game(trajectory.game), random.Random(0), reciter(commands), max_steps=len(commands))
 
 
 def games(count: int) -> list[str]:

@@ -222,7 +222,7 @@ def cache_folder(env: str, seed: int, tokenizer, cache: str | Path) -> Path:
     root = Path(__file__).parent
     envs = root.with_name("envs")
     sources = [root / name for name in ("warmstart.py", "plays.py", f"{env}.py")]
-    sources += [*envs.glob(f"{env}*.py"), *envs.glob(f"{env}_data/*")]
+    sources += [envs / "prompts.py", *envs.glob(f"{env}*.py"), *envs.glob(f"{env}_data/*")]
     key = hashlib.sha256(f"{env} {seed} {sorted(tokenizer.get_vocab())}".encode())
     for path in sorted(sources):
         key.update(path.read_bytes())

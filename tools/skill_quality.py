@@ -11,7 +11,6 @@ Lets the model play held-out games and write skills of its own episodes, then ch
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from pathlib import Path
 
@@ -21,20 +20,18 @@ import torch
 
 from config import Config
 from data import Skills, Trajectory
-from envs.alfworld import COMPACT_ANALYSIS
-from envs.alfworld_engine import load_game
+from envs.prompts import COMPACT_ANALYSIS
 from evaluate import format_table, games_of, play
 from models import load_model
 from rollout import Encoder
 from skills import write_skills
-from tiny.alfworld import avoidance, flaw_of, order_of_work, reciter, watch
+from tiny.alfworld import avoidance, flaw_of, order_of_work, replay
 from writers import model_writer
 
 
 def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:
     """-> (episode skill right?, step skills right, step skills in all)."""
-    commands = [step.action for step in trajectory.steps]
-    seen = watch(load_game(trajectory.game), random.Random(0), reciter(commands), max_steps=len(commands))
+    seen = replay(trajectory)
     if trajectory.success:
         right = f"find {seen.thing} " in skills.episode and skills.episode.endswith(order_of_work(seen))
     else:
