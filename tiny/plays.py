@@ -33,6 +33,29 @@ class Play:
     success: bool = False
 
 
+class Adviser(Protocol):
+    """Who looks over a novice's shoulder, and copes with commands that it would not have given."""
+
+    command: str  # what was done last
+
+    def reset(self, task: str) -> None: ...
+
+    def advise(self, observation: str) -> str:
+        """What a good player would do now."""
+
+    def critical(self) -> bool:
+        """Whether this step decides something."""
+
+    def hint(self) -> str:
+        """The advice in general words, as a step skill would say it."""
+
+    def careless(self, flaws: set[str]) -> str:
+        """What somebody with `flaws` does instead of what is advised."""
+
+    def slip(self, admissible: list[str], rng: random.Random) -> str:
+        """What a clumsy player does."""
+
+
 class Script(Protocol):
     """The demonstrations of one environment: tiny/NAME.py for envs/NAME.py."""
 
@@ -70,6 +93,39 @@ def script(env: str) -> Script:
         if error.name != f"tiny.{env}":
             raise
         raise ValueError(f"the tiny model has no demonstrations of {env}: tiny/{env}.py is missing") from error
+
+
+def watch(
+    env,
+    game: str,
+    adviser: Adviser,
+    rng: random.Random,
+    flaws: set[str],
+    *,
+    skill: str = "",
+    hinted: float = 0.0,
+    slip: float = SLIP,
+) -> Play:
+    """One episode of a novice with `flaws` in a text environment (compact prompts), with an adviser who looks on."""
+    observation, info = env.reset(options={"game": game})
+    adviser.reset(info["task"])
+    record, over = Play(info["task"], skill=skill), False
+    while not over:
+        t, advice = len(record.turns), adviser.advise(observation)
+        record.critical.append(adviser.critical())
+        record.advice_in_words.append(adviser.hint())
+        if rng.random() < slip:
+            command = adviser.slip(info["admissible_actions"], rng)
+            record.slips.add(t)
+        elif rng.random() < hinted:
+            command, record.hints[t] = advice, record.advice_in_words[t]
+        else:
+            command = adviser.careless(flaws)
+        record.turns.append((observation, command, advice))
+        adviser.command = command
+        observation, _, over, truncated, info = env.step(command)
+        over, record.success = over or truncated, info["won"]
+    return record
 
 
 def advised_steps(play: Play) -> dict[int, str]:

@@ -6,35 +6,36 @@ is looked for, never a name: which country it is, only hindsight knows.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import lru_cache
 
 from data import Skills
 from envs.search import SearchEnv
 from envs.search import vocabulary as environment_words
 from envs.search_expert import SearchExpert, worded_like
-from envs.search_facts import HOPS, facts
+from envs.search_facts import HOPS, TITLES, facts
 from envs.search_text import shown_passages, words
-from tiny.plays import SLIP, Play, advised_steps
+from tiny.plays import Play, advised_steps, watch
 
 GAMES, PLAYS = 2000, 4
-FLAWS = {"one_hop": 0.6, "whole_question": 0.45, "distractor": 0.3, "guess": 0.15}
+FLAWS = {"one_hop": 0.7, "whole_question": 0.6, "distractor": 0.4, "guess": 0.2}
 ALONE_TURNS = MAX_STEPS = 5  # two searches and the answer, and room for two slips
 HINTED = 0.4
 SKILL_WORDS = "first then never answer search again before whole question without from read doc with same name it done"
 
 
 class Adviser(SearchExpert):
-    """A SearchExpert that copes with commands that it would not have given: it goes by what the results say."""
+    """A SearchExpert that copes with commands that it would not have given (plays.Adviser): it goes by the results."""
 
     def reset(self, question: str) -> None:
         super().reset(question)
         self.plan = tuple(self.hops)
+        self.command = self.advice = ""
         self.passages: list[str] = []
         self.misread: str | None = None  # what is said of another name, in the same words
         self.fresh = False  # whether this observation told what the last search was for
 
     def advise(self, observation: str) -> str:
-        """What a good player would do now."""
         self.passages, self.misread, self.fresh = shown_passages(observation), None, False
         if self.hops and self.passages:
             said = worded_like(HOPS[self.hops[0]].sentence, self.passages)
@@ -42,14 +43,19 @@ class Adviser(SearchExpert):
             if (found := self._read(self.passages)) is not None:
                 self.hops.pop(0)
                 self.known, self.fresh = found, True
-        return self._search(self.known) if self.hops else f"answer {self.known}"
+        self.advice = self._search(self.known) if self.hops else f"answer {self.known}"
+        return self.advice
+
+    def critical(self) -> bool:
+        return True
 
     def hint(self) -> str:
         """The advice in general words: what is looked for, no name."""
         return f"search {query(self.hops[0])}" if self.hops else "answer from doc with same name"
 
-    def careless(self, advice: str, flaws: set[str]) -> str:
-        """What somebody with `flaws` does instead of `advice`."""
+    def careless(self, flaws: set[str]) -> str:
+        """What somebody with `flaws` does instead of what is advised."""
+        advice = self.advice
         if "guess" in flaws and not self.passages:
             return f"answer {self.rng.choice(answers(self.plan[-1]))}"
         if "whole_question" in flaws and advice.startswith("search "):
@@ -60,9 +66,9 @@ class Adviser(SearchExpert):
             return f"answer {self.known}"
         return advice
 
-    def slip(self) -> str:
+    def slip(self, admissible: list[str], rng: random.Random) -> str:
         """What a clumsy player does: asks something else about what is known."""
-        return f"search {query(self.rng.choice(list(HOPS)), self.known)}"
+        return f"search {query(rng.choice(list(HOPS)), self.known)}"
 
     def _search(self, name: str) -> str:
         return f"search {query(self.hops[0], name)}"
@@ -90,28 +96,36 @@ def games(count: int) -> list[str]:
     return SearchEnv().tasks("train")[:count]
 
 
-def play(
-    game: str, rng: random.Random, flaws: set[str], *, skill: str = "", hinted: float = 0.0, slip: float = SLIP
-) -> Play:
-    env, adviser = SearchEnv(prompt="compact", max_steps=MAX_STEPS), Adviser(rng)
-    observation, info = env.reset(options={"game": game})
-    adviser.reset(observation)
-    record, over = Play(info["task"], skill=skill), False
-    while not over:
-        t, advice = len(record.turns), adviser.advise(observation)
-        record.critical.append(True)
-        record.advice_in_words.append(adviser.hint())
-        if rng.random() < slip:
-            command = adviser.slip()
-            record.slips.add(t)
-        elif rng.random() < hinted:
-            command, record.hints[t] = advice, adviser.hint()
-        else:
-            command = adviser.careless(advice, flaws)
-        record.turns.append((observation, command, advice))
-        observation, _, answered, truncated, info = env.step(command)
-        over, record.success = answered or truncated, info["won"]
-    return record
+def play(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", **chances: float) -> Play:
+    return renamed(played(game, rng, flaws, skill=skill, **chances), rng)
+
+
+def played(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", **chances: float) -> Play:
+    """An episode as it happened, with the names that are in the corpus."""
+    env = SearchEnv(prompt="compact", max_steps=MAX_STEPS)
+    return watch(env, game, Adviser(rng), rng, flaws, skill=skill, **chances)
+
+
+@lru_cache
+def name_words() -> tuple[str, ...]:
+    """The words that stand in names alone, sorted."""
+    names = {word for fact in facts() for name in (fact.given, fact.found, fact.near) for word in words(name).split()}
+    told = [text for hop in HOPS.values() for text in (hop.sentence, *hop.questions, hop.query, hop.phrase)]
+    return tuple(sorted(names - set(words(" ".join([*told, *TITLES.values()])).split())))
+
+
+def renamed(play: Play, rng: random.Random) -> Play:
+    """The same play with other words in its names. Otherwise a model of this size learns by heart who belongs to whom,
+    instead of reading it, and cannot write a name that no demonstration asked about."""
+    turns = [text for turn in play.turns for text in turn]
+    used = sorted({word for text in (play.task, *turns) for word in text.split()}.intersection(name_words()))
+    other = dict(zip(used, rng.sample(name_words(), len(used)), strict=True))
+
+    def rename(text: str) -> str:
+        return " ".join(other.get(word, word) for word in text.split())
+
+    turns = [(rename(seen), rename(command), rename(advice)) for seen, command, advice in play.turns]
+    return replace(play, task=rename(play.task), turns=turns)
 
 
 # ---- skills, as a script would write them ---------------------------------------------------------------------------

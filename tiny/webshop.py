@@ -10,7 +10,7 @@ from data import Skills
 from envs.webshop import VOCABULARY, WebshopEnv
 from envs.webshop_compact import SEARCH
 from envs.webshop_expert import ENTRY, TITLE, Shopper
-from tiny.plays import SLIP, Play, advised_steps
+from tiny.plays import Play, advised_steps, watch
 
 GAMES, PLAYS = 1400, 3
 FLAWS = {"no compare": 0.6, "forgets option": 0.5, "first hit": 0.4}
@@ -24,7 +24,7 @@ and buy it next without look at done not wrong option
 
 
 class Adviser(Shopper):
-    """A Shopper that copes with commands that it would not have given: it goes by the page that is open."""
+    """A Shopper that copes with commands that it would not have given (plays.Adviser): it goes by the open page."""
 
     def reset(self, task: str) -> None:
         super().reset(task)
@@ -36,7 +36,6 @@ class Adviser(Shopper):
         self.advice = ""
 
     def advise(self, observation: str) -> str:
-        """What a good player would do now; `command` is what was done before."""
         if observation != "nothing happens":
             self.page = observation
             if self.command.startswith("search "):
@@ -91,6 +90,9 @@ class Adviser(Shopper):
         words = {"search": "search all words", "open": "open fitting title with fitting price", "next": "next"}
         return words.get(verb, "back one is missing" if verb == "back" else verb)
 
+    def critical(self) -> bool:
+        return not self.advice.startswith("search ")
+
     def careless(self, flaws: set[str]) -> str:
         """What somebody with `flaws` does instead of what is advised."""
         command = self.advice
@@ -116,29 +118,8 @@ def games(count: int) -> list[str]:
     return WebshopEnv().tasks("train")[:count]
 
 
-def play(
-    game: str, rng: random.Random, flaws: set[str], *, skill: str = "", hinted: float = 0.0, slip: float = SLIP
-) -> Play:
-    env, adviser = WebshopEnv(prompt="compact", max_steps=MAX_STEPS), Adviser()
-    observation, info = env.reset(options={"game": game})
-    adviser.reset(info["task"])
-    record, over = Play(info["task"], skill=skill), False
-    while not over:
-        t, advice = len(record.turns), adviser.advise(observation)
-        record.critical.append(not advice.startswith("search "))
-        record.advice_in_words.append(adviser.hint())
-        if rng.random() < slip:
-            command = adviser.slip(info["admissible_actions"], rng)
-            record.slips.add(t)
-        elif rng.random() < hinted:
-            command, record.hints[t] = advice, adviser.hint()
-        else:
-            command = adviser.careless(flaws)
-        record.turns.append((observation, command, advice))
-        adviser.command = command
-        observation, _, bought, truncated, info = env.step(command)
-        over, record.success = bought or truncated, info["won"]
-    return record
+def play(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", **chances: float) -> Play:
+    return watch(WebshopEnv(prompt="compact", max_steps=MAX_STEPS), game, Adviser(), rng, flaws, skill=skill, **chances)
 
 
 # ---- skills, as a script would write them ---------------------------------------------------------------------------
