@@ -7,7 +7,8 @@
     choose VALUE    click on an option
     buy             click[buy now]
 
-A product's page shows its features at once, so the sub-pages have no command.
+A product's page shows its features at once, so the sub-pages have no command. Every page repeats what is wanted, as the
+official ones repeat the instruction, but at its end: a small causal model sees there what the page above lacks.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ PAGE_SIZE = 5  # products a results page
 FILLER_WORDS = "a an the i me my am is are that and with for of to in need needs want find looking im"
 SEARCH = "search <words>"  # how the list of admissible actions shows that any words can be searched for
 FILLER = frozenset(FILLER_WORDS.split())
-PAGE_WORDS = "page results price features chosen bought nothing happens under to"
+PAGE_WORDS = "page results price features chosen bought nothing happens under to wanted"
 COMMAND_WORDS = "search open next previous back choose buy"
+WANTED = " wanted "  # between page and task
 LIMIT = re.compile(r",? and price lower than ([\d.]+) dollars")
 NUMBERS = {*range(1, 12), *range(PRICES.start, 145, 5)}  # places, pages, prices, limits
 
@@ -43,8 +45,18 @@ def task_words(instruction: str) -> str:
 
 
 def page_words(session: Session) -> str:
-    """The open page: results with title and price, a product with price, options and features. After a choice, just
-    what is chosen: the product's page is in the history."""
+    """The open page and the task: results with title and price, a product with price, options and features. After a
+    choice, just what is chosen: the product's page is in the history."""
+    page = _page_words(session)
+    return page + WANTED + task_words(session.goal["instruction_text"]) if session.page in ("results", "item") else page
+
+
+def shown(observation: str) -> str:
+    """The page of an observation, without the task."""
+    return observation.partition(WANTED)[0]
+
+
+def _page_words(session: Session) -> str:
     if session.page == "results":
         products = [
             f"{i} {words(p['Title'])} price {price_words(p['pricing'])}" for i, p in enumerate(session.shown, 1)

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from envs.webshop_catalogue import DEPARTMENTS
+from envs.webshop_compact import shown
 
 FLAWS = {
     "first hit": "opens the first result, whatever its title and price",
@@ -72,11 +73,12 @@ class Shopper:
 
     def act(self, observation: str) -> str:
         """The next compact command."""
-        if observation.startswith("results page"):
-            return self._pick(observation)
-        if " features " in observation:
-            return self._judge(observation)
-        if observation.startswith("chosen"):
+        page = shown(observation)
+        if page.startswith("results page"):
+            return self._pick(page)
+        if " features " in page:
+            return self._judge(page)
+        if page.startswith("chosen"):
             return self._choose()
         return f"search {' '.join([*self.goal.attributes, self.goal.kind, *self.goal.options.values()])}"
 

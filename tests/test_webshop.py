@@ -282,14 +282,15 @@ def test_compact_pages(shop):
     assert limit in ("40", "50", "60")  # above 20: the higher of two of 30, 40, 50, 60
     assert (observation, info["admissible_actions"]) == ("search page", ["search <words>"])
     observation, *_, info = env.step("search hat")
-    assert observation == "results page 1 1 hat number0 price 20 2 hat number1 price 20 to 30"
+    wanted = f" wanted red hat under {limit}"
+    assert observation == f"results page 1 1 hat number0 price 20 2 hat number1 price 20 to 30{wanted}"
     assert info["admissible_actions"] == ["back", "next", "open 1", "open 2"]
     assert env.step("open 3")[0] == "nothing happens"
     observation, *_, info = env.step("open 1")
-    assert observation == "hat number0 price 20 color red blue size small features warm wool made by hand"
+    assert observation == "hat number0 price 20 color red blue size small features warm wool made by hand" + wanted
     assert info["admissible_actions"] == ["back", "buy", "choose red", "choose blue", "choose small"]
-    assert env.step("choose red")[0] == "chosen color red"
-    assert env.step("choose small")[0] == "chosen color red size small"
+    assert env.step("choose red")[0] == "chosen color red" + wanted
+    assert env.step("choose small")[0] == "chosen color red size small" + wanted
     assert env.step("buy")[0] == "bought"
 
 

@@ -8,7 +8,7 @@ import random
 
 from data import Skills
 from envs.webshop import VOCABULARY, WebshopEnv
-from envs.webshop_compact import SEARCH
+from envs.webshop_compact import SEARCH, shown
 from envs.webshop_expert import ENTRY, TITLE, Shopper
 from tiny.plays import Play, advised_steps, watch
 
@@ -37,7 +37,7 @@ class Adviser(Shopper):
 
     def advise(self, observation: str) -> str:
         if observation != "nothing happens":
-            self.page = observation
+            self.page = shown(observation)
             if self.command.startswith("search "):
                 self.searched = self.command
         self.advice = self._advice()
