@@ -119,7 +119,7 @@ class Config:
     kl: float = _(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
     max_grad_norm: float = _(1.0, "gradient clipping, L2 norm")
     token_budget: int = _(4096, "most padded tokens a forward pass (micro-batch)")
-    generate_budget: int = _(262144, "most rows x length of one skill-writing generate call, tokens")
+    generate_budget: int = _(8192, "most rows x length of one skill-writing generate call, tokens; a GPU wants more")
 
     # run
     seed: int = _(0, "seed of everything random")
