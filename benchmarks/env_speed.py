@@ -1,11 +1,11 @@
-"""How fast the two ALFWorld engines are, on the same games and the same actions, in one run on one core; and WebShop.
+"""How fast the two ALFWorld engines are, on the same games and the same actions, in one run on one core; and WebShop and Search.
 
     python benchmarks/env_speed.py
 
 A step is a command, its observation, the list of admissible commands and whether the goal holds. A cold reset of the
 fast engine reads and parses the game file, a cached one finds it parsed; the official engine translates the problem at
-every reset. Ratios are of totals over all games. WebShop's numbers are absolute: its official engine needs Java and
-Flask.
+every reset. Ratios are of totals over all games. The others' numbers are absolute: WebShop's official engine needs Java and
+Flask, that of Search is a retrieval server on a GPU.
 """
 
 from __future__ import annotations
@@ -136,6 +136,22 @@ def webshop_rates(steps: int) -> dict[str, float]:
     return {"searches": len(searches) / seconds(search), "random actions": steps / seconds(click)}
 
 
+def search_rate(steps: int) -> float:
+    """Steps a second on the generated corpus, BM25 in process: each step searches for another training question."""
+    env = make_env("search")
+    tasks = env.tasks("train")[: steps + 1]
+    questions = [env.reset(options={"game": task})[1]["task"] for task in tasks]
+    env.step(f"<search>{questions.pop()}</search>")  # the first search loads what stays loaded
+
+    def search() -> None:
+        for number, question in enumerate(questions):
+            if number % (env.max_steps - 1) == 0:
+                env.reset(options={"game": tasks[0]})
+            env.step(f"<search>{question}</search>")
+
+    return len(questions) / seconds(search)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", type=int, default=6, help="how many games, one kind of task after the other")
@@ -161,6 +177,7 @@ def main() -> None:
     print(f"  at each tenth: {', '.join(str(size - sizes[0]) for size in sizes[1:])}")
     for name, rate in webshop_rates(20_000).items():
         print(f"WebShop, 1000 products: {rate:.0f} {name}/s")
+    print(f"Search, 1107 passages: {search_rate(2000):.0f} searches/s")
 
 
 if __name__ == "__main__":
