@@ -70,6 +70,7 @@ def continuous_generate(model, contexts: list[list[int]], config: GenerationConf
         num_blocks=pages + 1,
         max_batch_tokens=sum(map(len, contexts)),
         max_requests_per_batch=len(contexts),
+        allow_block_sharing=False,  # else prompts would be read in the first call and found again in the next ones
         auto_switch_to_flash=False,  # the same attention as in the other ways
     )
     found = model.generate_batch(
