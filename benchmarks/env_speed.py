@@ -1,11 +1,11 @@
-"""How fast the two ALFWorld engines are, on the same games and the same actions, in one run on one core; and WebShop and Search.
+"""How fast the two ALFWorld engines are, on the same games and actions, in one run on one core; and WebShop and Search.
 
     python benchmarks/env_speed.py
 
 A step is a command, its observation, the list of admissible commands and whether the goal holds. A cold reset of the
 fast engine reads and parses the game file, a cached one finds it parsed; the official engine translates the problem at
-every reset. Ratios are of totals over all games. The others' numbers are absolute: WebShop's official engine needs Java and
-Flask, that of Search is a retrieval server on a GPU.
+every reset. Ratios are of totals over all games. The numbers of the others are absolute: WebShop's official engine
+needs Java and Flask, that of Search is a retrieval server on a GPU.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@
     choose VALUE    click on an option
     buy             click[buy now]
 
-A product's page shows its features at once, so the sub-pages have no command. Every page repeats what is wanted, as the
-official ones repeat the instruction, but at its end: a small causal model sees there what the page above lacks.
+A product's page shows its features at once, so the sub-pages have no command. Pages compare themselves with the task,
+word by word: `over` marks a price above the limit, and `lacks` ends a product's page. A model of two layers does not
+learn to find a missing word in minutes; what to do about it is left to be learnt.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ PAGE_SIZE = 5  # products a results page
 FILLER_WORDS = "a an the i me my am is are that and with for of to in need needs want find looking im"
 SEARCH = "search <words>"  # how the list of admissible actions shows that any words can be searched for
 FILLER = frozenset(FILLER_WORDS.split())
-PAGE_WORDS = "page results price features chosen bought nothing happens under to wanted"
+PAGE_WORDS = "page results price features chosen bought nothing happens under to over lacks"
 COMMAND_WORDS = "search open next previous back choose buy"
-WANTED = " wanted "  # between page and task
+LACKS = " lacks "  # between a product and what the task asks for beyond it
 LIMIT = re.compile(r",? and price lower than ([\d.]+) dollars")
 NUMBERS = {*range(1, 12), *range(PRICES.start, 145, 5)}  # places, pages, prices, limits
 
@@ -45,36 +46,44 @@ def task_words(instruction: str) -> str:
 
 
 def page_words(session: Session) -> str:
-    """The open page and the task: results with title and price, a product with price, options and features. After a
-    choice, just what is chosen: the product's page is in the history."""
-    page = _page_words(session)
-    return page + WANTED + task_words(session.goal["instruction_text"]) if session.page in ("results", "item") else page
+    """The open page: results with title and price; a product with price, options, features, and what it lacks. After a
+    choice, just what is chosen, and what is still to choose: the product's page is in the history."""
+    asked, _, limit = task_words(session.goal["instruction_text"]).partition(" under ")
+    limit = float(limit or "inf")
+    if session.page == "results":
+        products = [
+            f"{i} {words(p['Title'])} price {price_words(p['pricing'], limit)}" for i, p in enumerate(session.shown, 1)
+        ]
+        return " ".join([f"results page {session.number}", *(products or ["nothing"])])
+    if session.page != "item":
+        return "bought" if session.page == "done" else "search page"
+    options = {words(name): [words(value) for value in values] for name, values in session.product["options"].items()}
+    if session.options:
+        chosen = " ".join(f"{words(name)} {words(value)}" for name, value in session.options.items())
+        offered = {word for values in options.values() for value in values for word in value.split()}
+        return f"chosen {chosen}{lacks([word for word in asked.split() if word in offered], chosen)}"
+    features = [words(feature) for feature in session.product["BulletPoints"]]
+    facts = [words(session.product["Title"]), f"price {price_words(session.product['pricing'], limit)}"]
+    page = " ".join(
+        [*facts, *(f"{name} {' '.join(values)}" for name, values in options.items()), "features", *features]
+    )
+    return page + lacks(asked.split(), page)
+
+
+def lacks(asked: list[str], page: str) -> str:
+    """' lacks ' and the words asked for that are not on the page."""
+    has = set(page.split())
+    return LACKS + (" ".join(word for word in asked if word not in has) or "nothing")
 
 
 def shown(observation: str) -> str:
-    """The page of an observation, without the task."""
-    return observation.partition(WANTED)[0]
+    """The page of an observation, without what it lacks."""
+    return observation.partition(LACKS)[0]
 
 
-def _page_words(session: Session) -> str:
-    if session.page == "results":
-        products = [
-            f"{i} {words(p['Title'])} price {price_words(p['pricing'])}" for i, p in enumerate(session.shown, 1)
-        ]
-        return " ".join([f"results page {session.number}", *(products or ["nothing"])])
-    if session.page == "item" and session.options:
-        return "chosen " + " ".join(f"{words(name)} {words(value)}" for name, value in session.options.items())
-    if session.page == "item":
-        product = session.product
-        options = [words(text) for name, values in product["options"].items() for text in (name, *values)]
-        features = [words(feature) for feature in product["BulletPoints"]]
-        facts = [words(product["Title"]), f"price {price_words(product['pricing'])}"]
-        return " ".join([*facts, *options, "features", *features])
-    return "bought" if session.page == "done" else "search page"
-
-
-def price_words(pricing: list[float]) -> str:
-    return " to ".join(f"{price:g}" for price in pricing)
+def price_words(pricing: list[float], limit: float) -> str:
+    """'20 to 30 over': of a range the higher end counts, since the page does not say which price it will be."""
+    return " to ".join(f"{price:g}" for price in pricing) + (" over" if max(pricing) > limit else "")
 
 
 def commands(session: Session) -> dict[str, str]:

@@ -20,8 +20,8 @@ FLAWS = {
     "forgets option": "chooses all options but the last",
     "no options": "chooses no option",
 }
-ENTRY = re.compile(r"(\d+) (\D+) price (\d+)(?: to (\d+))?(?= \d+ [a-z]|$)")
-TITLE = re.compile(r"(\D+) price (\d+)(?: to (\d+))? (.*?) ?features (.*)")
+ENTRY = re.compile(r"(\d+) (\D+) price (\d+)(?: to (\d+))?(?: over)?(?= \d+ [a-z]|$)")
+TITLE = re.compile(r"(\D+) price (\d+)(?: to (\d+))?(?: over)? (.*?) ?features (.*)")
 
 
 @dataclass

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from data import Guidance, Slot
 from envs import make_env
 from envs.webshop import VOCABULARY, WebshopEnv, load_shop
+from envs.webshop_compact import lacks, price_words, shown
+from envs.webshop_expert import TITLE, Shopper
 from envs.webshop_pages import Session
 from rollout import Encoder, rollout
 from router import fill
@@ -282,16 +284,40 @@ def test_compact_pages(shop):
     assert limit in ("40", "50", "60")  # above 20: the higher of two of 30, 40, 50, 60
     assert (observation, info["admissible_actions"]) == ("search page", ["search <words>"])
     observation, *_, info = env.step("search hat")
-    wanted = f" wanted red hat under {limit}"
-    assert observation == f"results page 1 1 hat number0 price 20 2 hat number1 price 20 to 30{wanted}"
+    assert observation == "results page 1 1 hat number0 price 20 2 hat number1 price 20 to 30"
     assert info["admissible_actions"] == ["back", "next", "open 1", "open 2"]
     assert env.step("open 3")[0] == "nothing happens"
     observation, *_, info = env.step("open 1")
-    assert observation == "hat number0 price 20 color red blue size small features warm wool made by hand" + wanted
+    assert observation == "hat number0 price 20 color red blue size small features warm wool made by hand lacks nothing"
     assert info["admissible_actions"] == ["back", "buy", "choose red", "choose blue", "choose small"]
-    assert env.step("choose red")[0] == "chosen color red" + wanted
-    assert env.step("choose small")[0] == "chosen color red size small" + wanted
+    assert env.step("choose red")[0] == "chosen color red lacks nothing"
+    assert env.step("choose small")[0] == "chosen color red size small lacks nothing"
     assert env.step("buy")[0] == "bought"
+
+
+def test_compact_pages_say_what_is_lacking():
+    assert price_words([20.0, 30.0], 30) == "20 to 30"
+    assert price_words([20.0, 30.5], 30) == "20 to 30.5 over"
+    assert lacks(["warm", "red", "hat"], "hat price 20 color blue") == " lacks warm red"
+    assert shown("hat price 20 lacks warm red") == "hat price 20"
+    env, adviser = GENERATED(prompt="compact"), Shopper()
+    seen = set()
+    for game in env.tasks("train")[:40]:
+        observation, info = env.reset(options={"game": game})
+        adviser.reset(info["task"])
+        goal, over = adviser.goal, False
+        while not over:
+            page, _, missing = observation.partition(" lacks ")
+            wanted = [goal.kind, *goal.attributes, *goal.options.values()]
+            if " features " in page:
+                absent = {word for text in wanted for word in text.split()} - set(page.split())
+                assert set(missing.split()) == (absent or {"nothing"})
+                assert (" over " in page) == (not goal.fits(*TITLE.fullmatch(page).groups()[1:3]))
+            elif page.startswith("chosen"):
+                assert set(missing.split()) == (set(goal.options.values()) - set(page.split()) or {"nothing"})
+            seen.add(missing)
+            observation, _, over, *_ = env.step(adviser.act(observation))
+    assert len(seen) > 10
 
 
 def test_compact_parser_takes_admissible_commands_and_searches():

@@ -12,7 +12,7 @@ from envs.webshop_compact import SEARCH, shown
 from envs.webshop_expert import ENTRY, TITLE, Shopper
 from tiny.plays import Play, advised_steps, watch
 
-GAMES, PLAYS = 1400, 3
+GAMES, PLAYS = 1400, 2
 FLAWS = {"no compare": 0.6, "forgets option": 0.5, "first hit": 0.4}
 ALONE_TURNS = 12
 MAX_STEPS = 15
