@@ -76,6 +76,7 @@ def play(
     note: str = "",
     episode_skills: dict[str, str] | None = None,
     processes: int = 1,
+    make_env: Callable[[], TextEnv] | None = None,  # None: the run's own environment
 ) -> list[Trajectory]:
     """Play each of `games` once, as many at a time as a training iteration has episodes in a process."""
     at_once = max(config.tasks * config.rollouts // processes, 1)
@@ -85,7 +86,7 @@ def play(
         trajectories += rollout(
             model,
             encoder,
-            environment(config),
+            make_env or environment(config),
             games[start : start + at_once],
             1,
             max_new_tokens=config.max_new_tokens,

@@ -30,8 +30,9 @@ def bootstrap_interval(
     """Percentile interval of `statistic(*strata)`, each stratum (a method's scores) resampled by itself.
 
     Whole runs are drawn: the scores of a run's splits come from one policy, so they are no independent samples.
+    Bounds are values that were drawn, the next one outwards, so that scores may be infinite.
     """
     rng = np.random.default_rng(seed)
     drawn = [statistic(*(s[rng.integers(len(s), size=len(s))] for s in strata)) for _ in range(samples)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    ordered, outside = np.sort(drawn), int((1 - level) / 2 * (samples - 1))
+    return float(ordered[outside]), float(ordered[-1 - outside])

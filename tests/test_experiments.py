@@ -1,15 +1,24 @@
 """The estimates in hand-computed numbers, and a comparison with runs made by hand; one real run from end to end."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import compare
-from experiments.compare import QUICK, is_there, jobs_of, read_results, run_all, scores, table
+from experiments.compare import QUICK, is_there, jobs_of, read_arms, read_results, run_all
 from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
+from experiments.tables import area, efficiency, episodes_to_reach, scores, table
+from methods import METHODS
 
+ROOT = Path(__file__).parent.parent
+PLAIN = {"grpo": "--algo grpo", "opid": "--algo opid"}
 SUCCESS = {"grpo": 0.4, "opid": 0.6}
 
 
@@ -45,20 +54,21 @@ def test_bootstrap_keeps_the_splits_of_a_run_together():
 @pytest.fixture
 def jobs(tmp_path):
     (tmp_path / "results").mkdir()
-    return jobs_of(["grpo", "opid"], 2, QUICK.split(), tmp_path / "start", tmp_path / "results", tmp_path / "runs")
+    return jobs_of(PLAIN, 2, QUICK.split(), tmp_path / "start", tmp_path / "results", tmp_path / "runs")
 
 
 def pretend(job):
     """What a run leaves that `store` reads."""
     folder = Path(job.config.out)
     folder.mkdir(parents=True)
-    success = {"valid_seen": SUCCESS[job.algo] + 0.1 * job.seed, "valid_unseen": SUCCESS[job.algo]}
+    success = {"valid_seen": SUCCESS[job.arm] + 0.1 * job.seed, "valid_unseen": SUCCESS[job.arm]}
     lines = [
         {"iteration": -1, "success": {"valid_seen": 0.1, "valid_unseen": 0.1}},
         {"iteration": 1, "success": success},
     ]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     metrics = [{"train/success": 0.5, "episodes": 4, "seconds/rollout": 1.5, "seconds/update": 0.5}] * 2
+    metrics = [m | {"advantage/skill_abs": 0.123456} for m in metrics]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
 
 
@@ -78,15 +88,88 @@ def test_results_are_stored_once_and_tabulated(jobs):
     assert (stored["seconds"], stored["episodes"], stored["train"]) == (4.0, 8, [0.5, 0.5])
     assert [point["iteration"] for point in stored["curve"]] == [0, 2]
     assert scores(found["grpo"]).tolist() == [[0.4, 0.4], [0.5, 0.4]]
+    assert stored["signal"] == {"advantage/skill_abs": [0.1235, 0.1235]}
     rows = table(found, "grpo").splitlines()
-    assert rows[2].startswith("| grpo | 2 | 40.0 |")  # 0.4, 0.4 of 0.4 0.4 0.4 0.5
-    assert rows[3].startswith("| opid | 2 | 60.0 |")
+    assert [cell.strip() for cell in rows[0].split("|")][3:6] == ["valid_seen, IQM, %", "95%", "valid_unseen, IQM, %"]
+    assert rows[2].startswith("| grpo | 2 | 45.0 | [40.0, 50.0] | 40.0 | [40.0, 40.0] |")
+    # over training: each split's mean with 0.1, so 0.25 and 0.25 of seed 0, 0.3 and 0.25 of seed 1
+    assert area(found["grpo"]).ravel().tolist() == pytest.approx([0.25, 0.25, 0.3, 0.25])
+    assert "| 25.0 | [25.0, 27.5] |" in rows[2]
+    assert rows[3].startswith("| opid | 2 | 65.0 |")
     assert "| 1.00 | [1.00, 1.00] | 4 |" in rows[3]
+
+
+def curve(*successes):
+    """A run of 10 episodes an iteration, evaluated every second one."""
+    points = [{"iteration": 2 * i, "valid_seen": s, "valid_unseen": s - 0.2} for i, s in enumerate(successes)]
+    return {"curve": points, "train": [0.0] * 4, "episodes": 40}
+
+
+def test_episodes_to_reach_by_hand():
+    run = curve(0.2, 0.6, 0.9)  # means of the splits: 0.1, 0.5, 0.8
+    assert [episodes_to_reach(run, goal) for goal in (0.05, 0.5, 0.7, 0.8, 0.9)] == [0, 20, 40, 40, np.inf]
+    assert episodes_to_reach(curve(0.2, 0.9, 0.3), 0.7) == 20  # the first time counts
+
+
+def test_runs_that_never_reach_a_goal_count_as_such():
+    quick, slow, never = curve(0.2, 0.9, 0.9), curve(0.2, 0.3, 0.9), curve(0.2, 0.3, 0.3)
+    rows = efficiency({"a": [quick, quick, slow, never], "b": [never] * 5}).splitlines()
+    assert rows[0] == "| episodes to reach, IQM [95%] | 50% | 70% | 80% |"
+    assert rows[2].startswith("| a | 30 [20, never], 1 of 4 never |")  # the middle two of 20 20 40 inf
+    assert rows[3] == "| b | 5 of 5 never | 5 of 5 never | 5 of 5 never |"
+
+
+def test_arms_are_runs_of_their_own(jobs, tmp_path):
+    arms = PLAIN | read_arms()
+    assert not read_arms().keys() & METHODS.keys()
+    folders = tmp_path / "start", tmp_path / "results", tmp_path / "runs"
+    made = jobs_of(arms, 1, [*QUICK.split(), "--step-weight", "0.2"], *folders)
+    assert len({json.dumps(compare.settings(job.config)) for job in made}) == len(arms)
+    a = {job.arm: job.config for job in made}
+    assert a["opid"].step_weight == a["opid-k0"].step_weight == 0.2
+    assert a["opid-lambda-0.01"].step_weight == 0.01  # the arm's own flags come last
+    assert made[-1].result.name == f"{made[-1].arm}-seed0.json"
+
+
+def test_unknown_arms_and_methods_are_named(capsys):
+    for wrong in (["--arms", "opid-k9"], ["--methods", "opod"], ["--quick", "--seed", "1"]):
+        with pytest.raises(SystemExit):
+            compare.main(wrong)
+    assert "invalid choice: 'opid-k9' (choose from 'opid-lambda-0.001'" in capsys.readouterr().err
+
+
+STOPPED = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from experiments.children import Children
+
+children = Children()
+with children.stopped_by_signals(), ThreadPoolExecutor(2) as pool:
+    for _ in range(6):
+        pool.submit(children.run, ["sh", "-c", f"echo $$ >> {sys.argv[1]}; exec sleep 60"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_children_and_starts_no_more(tmp_path, number):
+    started = tmp_path / "pids"
+    parent = subprocess.Popen([sys.executable, "-c", STOPPED, str(started)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not started.exists() or len(started.read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.send_signal(number)
+    assert parent.wait(30) == 128 + number
+    pids = started.read_text().split()
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 def test_a_failed_run_is_made_again_and_the_others_are_kept(jobs):
     def launch(job):
-        if job.algo == "opid":
+        if job.arm == "opid":
             raise RuntimeError("opid-seed0 failed: out of memory")
         pretend(job)
 
@@ -98,15 +181,20 @@ def test_a_failed_run_is_made_again_and_the_others_are_kept(jobs):
 def test_a_result_of_other_settings_is_not_mistaken_for_this_run(jobs, tmp_path):
     run_all(jobs[:1], launch=pretend)
     flags = [*QUICK.split(), "--kl", "0.5"]
-    other = jobs_of(["grpo"], 1, flags, tmp_path / "start", tmp_path / "results", tmp_path / "runs")
+    other = jobs_of({"grpo": "--algo grpo"}, 1, flags, tmp_path / "start", tmp_path / "results", tmp_path / "runs")
     with pytest.raises(ValueError, match="other settings of kl"):
         is_there(other[0])
 
 
 def test_quick_comparison_from_end_to_end(tmp_path):
-    argv = ["--quick", "--methods", "grpo", "--seeds", "1"]
+    argv = ["--quick", "--methods", "grpo", "--arms", "opid-k0", "--seeds", "1"]
     text = compare.main([*argv, "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")])
-    assert text.splitlines()[-1].startswith("| grpo | 1 |")
+    assert [line.split(" | ")[0] for line in text.splitlines()][2:4] == ["| grpo", "| opid-k0"]
+    assert text == (tmp_path / "results/table.md").read_text().strip()
+    arm = json.loads((tmp_path / "results/opid-k0-seed0.json").read_text())
+    assert arm["config"]["max_step_skills"] == 0
+    assert len(arm["signal"]["skills/parse_rate"]) == 2
+    assert (tmp_path / "runs/opid-k0-seed0/policy/config.json").exists()
     result = json.loads((tmp_path / "results/grpo-seed0.json").read_text())
     assert [point["iteration"] for point in result["curve"]] == [0, 1, 2]
     assert result["episodes"] == 8

@@ -1,0 +1,50 @@
+"""Child processes that end with their parent: a comparison that is stopped leaves no training behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Children:
+    """Commands under way, each waited for by a thread. Once stopped, nothing new is started."""
+
+    def __init__(self):
+        # Reentrant, since a second signal may come while the first one is handled.
+        self._lock, self._running, self._stopped = threading.RLock(), set(), False
+
+    def run(self, command: list[str], **options) -> subprocess.CompletedProcess:
+        """As `subprocess.run`, output captured as text. Raises RuntimeError after `stop`."""
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("stopped")
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+            self._running.add(child)
+        output, errors = child.communicate()
+        with self._lock:
+            self._running.remove(child)
+        return subprocess.CompletedProcess(command, child.returncode, output, errors)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                child.terminate()
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the children, then this process, with the exit status that a shell expects."""
+
+        def stop(number, frame):
+            self.stop()
+            raise SystemExit(128 + number)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,111 @@
+"""What a comparison reports: tables in Markdown and the learning curves, from the result files of compare.py.
+
+`results` is arm -> the results of its seeds. Estimates are interquartile means over seeds with 95% bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
+
+GOALS = (0.5, 0.7, 0.8)  # held-out success that sample efficiency is counted to
+
+
+def splits_of(results: list[dict]) -> list[str]:
+    """The held-out splits, acting without skills."""
+    return [k for k in results[0]["curve"][-1] if k != "iteration" and not k.endswith("+skill")]
+
+
+def scores(results: list[dict], point: int = -1) -> np.ndarray:
+    """Held-out success of each run at one point of its curve, acting without skills. -> (runs, splits)"""
+    return np.array([[r["curve"][point][split] for split in splits_of(results)] for r in results])
+
+
+def area(results: list[dict]) -> np.ndarray:
+    """Area under each run's curve: the mean over its evaluations, the one before training included. (runs, splits)"""
+    return np.mean([scores(results, point) for point in range(len(results[0]["curve"]))], axis=0)
+
+
+def episodes_to_reach(run: dict, goal: float) -> float:
+    """Episodes played until the first evaluation whose success, mean of the splits, is at least `goal`; inf: never."""
+    an_iteration = run["episodes"] / len(run["train"])
+    for point, at in enumerate(run["curve"]):
+        if scores([run], point).mean() >= goal - 1e-9:  # a mean of shares is rounded
+            return at["iteration"] * an_iteration
+    return float("inf")
+
+
+def percent(own: np.ndarray) -> list[str]:
+    """(runs, splits) -> two cells: interquartile mean in % and its 95% interval."""
+    low, high = bootstrap_interval(interquartile_mean, own)
+    return [f"{100 * interquartile_mean(own):.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]"]
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(results: dict[str, list[dict]], baseline: str) -> str:
+    """One row an arm: final held-out success by split, success over training, and how likely a run of it ends better
+    than one of the baseline."""
+    splits = splits_of(next(iter(results.values())))
+    head = ["method", "seeds", *(cell for split in splits for cell in (f"{split}, IQM, %", "95%"))]
+    head += ["mean over training, IQM, %", "95%", f"P(better than {baseline})", "95%", "seconds a run"]
+    lines = [row(head), "|" + "---|" * len(head)]
+    for arm, runs in results.items():
+        own = scores(runs)  # (runs, splits)
+        cells = [arm, str(len(runs)), *(cell for i in range(len(splits)) for cell in percent(own[:, [i]]))]
+        cells += percent(area(runs))
+        if baseline in results and arm != baseline:
+            pair = own, scores(results[baseline])
+            low, high = bootstrap_interval(probability_of_improvement, *pair)
+            cells += [f"{probability_of_improvement(*pair):.2f}", f"[{low:.2f}, {high:.2f}]"]
+        else:
+            cells += ["-", "-"]
+        lines.append(row([*cells, f"{np.mean([r['seconds'] for r in runs]):.0f}"]))
+    return "\n".join(lines)
+
+
+def efficiency(results: dict[str, list[dict]]) -> str:
+    """One row an arm: episodes until held-out success, mean of the splits, reached each of GOALS. A run that never got
+    there counts as infinitely many."""
+    head = ["episodes to reach, IQM [95%]", *(f"{100 * goal:.0f}%" for goal in GOALS)]
+    lines = [row(head), "|" + "---|" * len(head)]
+    for arm, runs in results.items():
+        reached = [np.array([[episodes_to_reach(run, goal)] for run in runs]) for goal in GOALS]  # (runs, 1) each
+        lines.append(row([arm, *map(_episodes, reached)]))
+    return "\n".join(lines)
+
+
+def _episodes(reached: np.ndarray) -> str:
+    never, runs = int(np.isinf(reached).sum()), len(reached)
+    if never == runs:
+        return f"{never} of {runs} never"
+    estimates = interquartile_mean(reached), *bootstrap_interval(interquartile_mean, reached)
+    middle, low, high = ("never" if np.isinf(e) else f"{e:.0f}" for e in estimates)
+    return f"{middle} [{low}, {high}]" + (f", {never} of {runs} never" if never else "")
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    """Interquartile mean of held-out success by iteration, with its 95% interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for arm, runs in results.items():
+        points = range(len(runs[0]["curve"]))
+        at = [runs[0]["curve"][p]["iteration"] for p in points]
+        bounds = [bootstrap_interval(interquartile_mean, scores(runs, p), samples=500) for p in points]
+        axis.plot(at, [100 * interquartile_mean(scores(runs, p)) for p in points], label=f"{arm} ({len(runs)})")
+        axis.fill_between(at, *(100 * np.array(bounds)).T, alpha=0.15)
+    axis.set(xlabel="iteration", ylabel="held-out success, interquartile mean (%)", ylim=(0, 100))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
