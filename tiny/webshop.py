@@ -12,8 +12,8 @@ from envs.webshop_compact import SEARCH, shown
 from envs.webshop_expert import ENTRY, TITLE, Shopper
 from tiny.plays import Play, advised_steps, watch
 
-GAMES, PLAYS = 1400, 2
-FLAWS = {"no compare": 0.6, "forgets option": 0.5, "first hit": 0.4}
+GAMES, PLAYS = 1400, 1
+FLAWS = {"no compare": 0.7, "forgets option": 0.6, "first hit": 0.4}
 ALONE_TURNS = 12
 MAX_STEPS = 15
 HINTED = 0.25
