@@ -29,10 +29,17 @@ class Children:
         return subprocess.CompletedProcess(command, child.returncode, output, errors)
 
     def stop(self) -> None:
+        """Returns when all have ended: those that take no notice for 10 seconds are killed."""
         with self._lock:
             self._stopped = True
             for child in self._running:
                 child.terminate()
+            for child in self._running:
+                try:
+                    child.wait(10)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    child.wait()
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
