@@ -24,6 +24,13 @@ def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
+def probability_of_superiority(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """P(one of ours (n,) > one of theirs (m,)), ties counted half: the AUC. By ranks, as n x m pairs may be many."""
+    ordered = np.sort(theirs)
+    below, not_above = (np.searchsorted(ordered, ours, side) for side in ("left", "right"))  # (n,) each
+    return float((below + not_above).mean() / (2 * len(theirs)))
+
+
 def bootstrap_interval(
     statistic: Callable[..., float], *strata: np.ndarray, samples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:

@@ -137,7 +137,9 @@ def _tokens_sampled(config: Config) -> tuple[int, int]:
     if not config.uses_skills or config.skill_writer == "openai" or config.method.skills == "script":
         return acting, acting
     writing = min(config.generate_budget, episodes * (config.skill_context_limit or config.context_limit))
-    return max(acting, writing), max(acting, writing)
+    # A policy that writes about the conversations that it has just had still holds all of them (`Sampler.finished`).
+    kept = config.skill_transcript == "conversation" and config.skill_writer == "policy"
+    return acting + writing if kept else max(acting, writing), max(acting, writing)
 
 
 def _kv_bytes(model, config: Config) -> int:

@@ -1,0 +1,214 @@
+"""What the skill advantage says about steps, beside the outcome: python experiments/skill_signal.py [--run RUN_FOLDER]
+
+A policy (the warm start, or a run's last checkpoint) plays one training batch; the configured writer writes skills, the
+configured scorer scores A_skill, all by train.py. Then each step is held against the planner: it is on a shortest plan
+if one step less is left after it. Reported for all guided steps, those of each level, and those of groups without an
+outcome signal (all rollouts equal), where the skills are all that there is:
+
+    AUC        P(A_skill, mean over a step's tokens, is higher on a step of a shortest plan than on another one)
+    agreement  share of steps where A_skill and A_ep have the same sign, of those where neither is 0
+    |A|        mean size a token in nats (A_skill) and of A_ep
+
+RESULTS/NAME.json holds the numbers. Flags of train.py are taken, too, such as --tasks 64 --scorer old.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+
+from advantage import outcome_of
+from config import Config, parse_args
+from data import Batch, Guidance, Trajectory
+from envs.alfworld import AlfworldEnv
+from envs.alfworld_expert import shortest_plan
+from evaluate import environment
+from experiments.estimates import bootstrap_interval, probability_of_superiority
+from experiments.runs import ROOT, commit, config_of, write_result
+from experiments.tables import row
+from router import route
+from train import Run
+
+
+@dataclass(frozen=True)
+class Guided:
+    """One step that a skill was scored on."""
+
+    level: str  # "episode" or "step"; with --routing additive also "episode+step"
+    group: int
+    silent: bool  # all rollouts of its task had the same outcome
+    on_plan: bool | None  # None: there was no plan to be on
+    skill: float  # A_skill, mean over the step's tokens
+    size: float  # |A_skill|, mean over the step's tokens
+    tokens: int
+    outcome: float  # A_ep
+
+
+# ---- one batch ------------------------------------------------------------------------------------------------------
+
+
+def batch_of(config: Config, run: Path | None) -> tuple[Config, list[Trajectory], list, Batch]:
+    """Play, write, route and score one iteration of training -> (settings, trajectories, routes, batch).
+
+    With `run` it is the one after its newest checkpoint: the policy as trained, the reference as the run had it.
+    """
+    if config.env != "alfworld" or not config.levels:
+        raise ValueError(f"needs ALFWorld and a method that scores skills, not --algo {config.algo} --env {config.env}")
+    with tempfile.TemporaryDirectory() as folder:
+        if run is not None:
+            newest = max((run / "checkpoints").glob("[0-9]*.pt"), default=None)
+            if newest is None:
+                raise FileNotFoundError(f"{run} holds no checkpoint")
+            (Path(folder) / "checkpoints").mkdir()
+            (Path(folder) / "checkpoints" / newest.name).symlink_to(newest.absolute())
+        config = replace(config, out=folder, resume=run is not None, eval_every=0, tracker="none")
+        training = Run(config)
+        training.start(iteration := training.log.first_iteration)
+        trajectories = training.rollout()
+        skills = training.write_skills(trajectories)
+        routes = [route(s, len(t.steps), config.routing) for s, t in zip(skills, trajectories, strict=True)]
+        return config, trajectories, routes, training.score(trajectories, routes, iteration)
+
+
+def on_shortest_plan(env: AlfworldEnv, trajectory: Trajectory) -> list[bool | None]:
+    """For each step, whether it left one step less to the goal; None where no plan was known before it."""
+
+    def left() -> int | None:
+        try:
+            return len(shortest_plan(env.engine))
+        except ValueError:
+            return None
+
+    env.reset(options={"game": trajectory.game})
+    before, marks = left(), []
+    for step in trajectory.steps:
+        env.step(step.action)
+        after = left()
+        marks.append(None if before is None else after == before - 1)
+        before = after
+    return marks
+
+
+def silent_groups(trajectories: list[Trajectory]) -> dict[int, bool]:
+    """Group -> whether all its rollouts had the same outcome."""
+    rewards: dict[int, set[float]] = {}
+    for trajectory in trajectories:
+        rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
+    return {group: len(seen) == 1 for group, seen in rewards.items()}
+
+
+def guided_steps(
+    config: Config, trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]], batch: Batch
+) -> list[Guided]:
+    env, silent = environment(replace(config, engine="fast"))(), silent_groups(trajectories)
+    outcome, _ = outcome_of(config, trajectories)  # (B,)
+    steps, b = [], 0
+    for trajectory, guidances in zip(trajectories, routes, strict=True):
+        for on_plan, guidance in zip(on_shortest_plan(env, trajectory), guidances, strict=True):
+            shift = batch.skill_advantages[b][~batch.skill_advantages[b].isnan()]  # (tokens,)
+            if len(shift):
+                level = "+".join(g.level for g in guidance if g.level in config.levels)
+                means = shift.mean().item(), shift.abs().mean().item()
+                group = trajectory.group
+                steps.append(Guided(level, group, silent[group], on_plan, *means, len(shift), outcome[b].item()))
+            b += 1
+    return steps
+
+
+# ---- what is said about it ------------------------------------------------------------------------------------------
+
+
+def auc(steps: list[Guided]) -> float:
+    """P(A_skill of a step on a shortest plan > that of another step), ties counted half; NaN without both kinds."""
+    on, off = (np.array([s.skill for s in steps if s.on_plan is kind]) for kind in (True, False))  # (n,), (m,)
+    return probability_of_superiority(on, off) if len(on) and len(off) else math.nan
+
+
+def auc_interval(steps: list[Guided], samples: int = 200) -> tuple[float, float]:
+    """95% bootstrap interval; whole task groups are drawn, as steps of one game are no independent samples."""
+    by_group: dict[int, list[Guided]] = {}
+    for step in steps:
+        by_group.setdefault(step.group, []).append(step)
+
+    def statistic(groups: np.ndarray) -> float:
+        return auc([step for group in groups for step in by_group[group]])
+
+    return bootstrap_interval(statistic, np.array(list(by_group)), samples=samples) if steps else (math.nan, math.nan)
+
+
+def describe(steps: list[Guided]) -> dict[str, float | None]:
+    """The numbers of one table row; None where there is nothing to count."""
+    planned = [s.on_plan for s in steps if s.on_plan is not None]
+    agree = [s.skill * s.outcome > 0 for s in steps if s.skill * s.outcome != 0]
+    tokens = sum(s.tokens for s in steps)
+    low, high = auc_interval(steps)
+    numbers = {
+        "steps": len(steps),
+        "on_plan": np.mean(planned) if planned else math.nan,
+        "auc": auc(steps),
+        "auc_low": low,
+        "auc_high": high,
+        "agreement": np.mean(agree) if agree else math.nan,
+        "skill_abs": sum(s.size * s.tokens for s in steps) / tokens if tokens else math.nan,
+        "outcome_abs": sum(abs(s.outcome) * s.tokens for s in steps) / tokens if tokens else math.nan,
+    }
+    return {name: None if math.isnan(value) else float(value) for name, value in numbers.items()}
+
+
+def rows_of(steps: list[Guided]) -> dict[str, dict]:
+    levels = sorted({s.level for s in steps})
+    chosen: dict[str, Callable[[Guided], bool]] = {"all": lambda s: True}
+    chosen |= {level: lambda s, level=level: s.level == level for level in levels}
+    chosen |= {"no outcome signal": lambda s: s.silent, "outcome signal": lambda s: not s.silent}
+    return {name: describe([s for s in steps if keep(s)]) for name, keep in chosen.items()}
+
+
+def table(result: dict) -> str:
+    head = ["guided steps", "number", "on a shortest plan, %", "AUC", "95%", "agreement, %", "|A_skill|", "|A_ep|"]
+    lines = [row(head), "|" + "---|" * len(head)]
+    for name, numbers in result["rows"].items():
+        n = {key: math.nan if value is None else value for key, value in numbers.items()}
+        cells = [name, f"{n['steps']:.0f}", f"{100 * n['on_plan']:.1f}", f"{n['auc']:.3f}"]
+        cells += [f"[{n['auc_low']:.3f}, {n['auc_high']:.3f}]", f"{100 * n['agreement']:.1f}"]
+        lines.append(row([*cells, f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]).replace("nan", "-"))
+    shares = f"success {100 * result['success']:.1f}%, groups without outcome signal {100 * result['silent']:.1f}%"
+    return f"{result['name']}: {shares} of {result['groups']}\n\n" + "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--run", type=Path, help="run folder whose newest checkpoint plays (default: the warm start)")
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results" / "signal")
+    parser.add_argument("--name", help="of the result file (default: the run folder's, else start)")
+    args, flags = parser.parse_known_args(argv)
+    config = config_of(args.run, flags) if args.run else parse_args(flags)
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("out", "resume", "model")}
+    config, trajectories, routes, batch = batch_of(config, args.run)
+    silent = silent_groups(trajectories)
+    result = {
+        "name": args.name or (args.run.name if args.run else "start"),
+        "commit": commit(),
+        "config": settings,
+        "success": float(np.mean([t.success for t in trajectories])),
+        "groups": len(silent),
+        "silent": sum(silent.values()) / len(silent),
+        "rows": rows_of(guided_steps(config, trajectories, routes, batch)),
+    }
+    write_result(args.results / f"{result['name']}.json", result)
+    print(text := table(result))
+    return text
+
+
+if __name__ == "__main__":
+    main()
