@@ -8,9 +8,9 @@ tokens in all.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -21,6 +21,7 @@ from data import Guidance, Trajectory
 from head import token_logprobs
 from rollout import Encoder
 from router import guided_messages
+from tree import tree_attention, tree_inputs, tree_obstacle
 
 
 @dataclass
@@ -112,43 +113,10 @@ def _common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def tree_inputs(sequences: list[Sequence], length: int, device) -> dict[str, Tensor]:
-    """What tells a model of branches: attention_mask (S, 1, L, L), True where a query sees a key; position_ids (S, L).
-
-    The mask takes S x L x L bytes, at most token_budget ^ 2 of them: 256 MiB for 16384.
-    """
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril().repeat(len(sequences), 1, 1, 1)
-    positions = torch.zeros(len(sequences), length, dtype=torch.long)  # padding comes last, so that nothing sees it
-    for s, sequence in enumerate(sequences):
-        positions[s, : len(sequence.trunk)] = torch.arange(len(sequence.trunk))
-        for point, start, size in sequence.branches:
-            positions[s, start : start + size] = torch.arange(point, point + size)
-            mask[s, 0, start : start + size, point:start] = False  # the rest of the trunk, and earlier branches
-    return {"attention_mask": mask, "position_ids": positions.to(device)}
-
-
 @cache
 def _notice(text: str) -> None:
     """Log it once."""
     logging.getLogger(__name__).warning(text)
-
-
-def tree_obstacle(model) -> str | None:
-    """Why this model cannot score branches in one pass with their trunk; None where it can."""
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa":
-        return "its attention is not 'sdpa', which takes a mask of any form"
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    layers = set(getattr(config, "layer_types", None) or ["sliding" if any(windows) else "full_attention"])
-    if layers != {"full_attention"}:
-        return f"it has layers that are not full attention ({', '.join(sorted(layers - {'full_attention'}))})"
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(core, "_is_stateful", False) or "position_ids" not in inspect.signature(core.forward).parameters:
-        return "it is recurrent, or takes no position ids"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        return f"its {rope['rope_type']} position embedding depends on the length of the whole input"
-    return None
 
 
 def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,9 +140,10 @@ def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> t
             columns += range(size)
             targets += sequence.ids[start : start + size]
     inputs = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
-    if any(sequence.branches for sequence in sequences):
-        inputs |= tree_inputs(sequences, length, device)
-    logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)  # (N,)
+    branched = any(sequence.branches for sequence in sequences)
+    inputs |= tree_inputs(sequences, length, device) if branched else {}
+    with tree_attention(model) if branched else nullcontext():
+        logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)
     return logprobs, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
 

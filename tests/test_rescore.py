@@ -18,6 +18,7 @@ from data import Skills
 from envs.alfworld import AlfworldEnv
 from models import add_lora, frozen_copy
 from rescore import (
+    Sequence,
     graft,
     guided_contexts,
     guided_steps,
@@ -27,12 +28,11 @@ from rescore import (
     response_logprobs,
     sequence_logprobs,
     skill_logprobs,
-    tree_inputs,
     tree_logprobs,
-    tree_obstacle,
 )
 from rollout import Encoder, rollout
 from router import route
+from tree import tree_attention, tree_inputs, tree_obstacle
 
 
 class Bigram(torch.nn.Module):
@@ -206,9 +206,14 @@ def test_graft_hangs_a_branch_where_the_contexts_part():
     assert tree.responses == [(0, 2, 1), (1, 4, 2), (3, 9, 2)]
     inputs = tree_inputs([tree], 12, "cpu")
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 0]]
+    assert inputs["attention_mask"].shape == (1, 1, 6, 12)  # the trunk needs none
     seen = inputs["attention_mask"][0, 0].int().tolist()
-    assert seen[5] == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]  # the trunk never sees a branch
-    assert seen[7] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0]  # a branch: the trunk up to its point, itself up to here
+    assert seen[1] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0]  # a branch: the trunk up to its point, itself up to here
+    assert seen[4] == [1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0]
+    longer = Sequence([1] * 9, [], [])
+    seen = tree_inputs([longer, tree], 12, "cpu")["attention_mask"][:, 0].int().tolist()
+    assert seen[1][1] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert seen[0][2] == [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]  # the shortest trunk decides where masks begin
 
 
 @pytest.mark.parametrize(
@@ -313,6 +318,19 @@ def test_lora_reference_scores_branches_with_the_adapters_off(llama, played):
     for got, want in zip(tree_logprobs(reference, contexts, responses, branches), expected, strict=True):
         assert_same(got, want)
     assert (tree_logprobs(model, contexts, responses, branches)[1] - expected[1]).abs().nan_to_num().max() > 1e-2
+
+
+def test_only_a_pass_with_branches_changes_how_a_model_attends(llama):
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        before = llama(input_ids=ids).logits
+        with pytest.raises(ValueError, match="inside"), tree_attention(llama):
+            assert llama.config._attn_implementation == "opid_tree"
+            assert (llama(input_ids=ids).logits - before).abs().max() < 1e-6  # plainly causal where there is no mask
+            raise ValueError("inside")
+    assert llama.config._attn_implementation == "sdpa"
+    llama._supports_attention_backend = False
+    assert "AttentionInterface" in tree_obstacle(llama)
 
 
 def other_models(vocabulary):

@@ -1,0 +1,83 @@
+"""What a model has to be told of branches beside their trunk in one forward pass. Used by rescore.py alone.
+
+Shapes: S sequences of padded length L, the longest branches' part M; heads and head size as the model has them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "opid_tree"  # of our attention, in transformers' table
+
+
+def tree_inputs(sequences: list, length: int, device) -> dict[str, Tensor]:
+    """attention_mask (S, 1, M, L) of the last M positions, True where a query sees a key; position_ids (S, L).
+
+    The positions before them are in every sequence's trunk, where a query sees all that came before: no mask is needed,
+    and `causal_then_masked` gives them none. That takes M x L bytes a sequence instead of L x L, and half the time.
+    """
+    first = min(len(sequence.trunk) for sequence in sequences)  # L - M
+    mask = torch.ones(length - first, length, dtype=torch.bool, device=device).tril(first)
+    mask = mask.repeat(len(sequences), 1, 1, 1)  # (S, 1, M, L)
+    positions = torch.zeros(len(sequences), length, dtype=torch.long)  # padding comes last, so that nothing sees it
+    for s, sequence in enumerate(sequences):
+        positions[s, : len(sequence.trunk)] = torch.arange(len(sequence.trunk))
+        for point, start, size in sequence.branches:
+            positions[s, start : start + size] = torch.arange(point, point + size)
+            # neither the rest of the trunk nor earlier branches
+            mask[s, 0, start - first : start - first + size, point:start] = False
+    return {"attention_mask": mask, "position_ids": positions.to(device)}
+
+
+def causal_then_masked(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    """transformers' SDPA, once for the queries without a mask and once for the last M, which have one.
+
+    query (S, heads, L, size), key and value (S, kv heads, L, size), attention_mask (S, 1, M, L) -> (S, L, heads, size)
+    """
+    plain = query.shape[2] - (0 if attention_mask is None else attention_mask.shape[2])
+    before = [states[:, :, :plain] for states in (query, key, value)]
+    parts = [sdpa_attention_forward(module, *before, None, **options)[0]]
+    if attention_mask is not None:
+        parts += [sdpa_attention_forward(module, query[:, :, plain:], key, value, attention_mask, **options)[0]]
+    return torch.cat(parts, 1), None
+
+
+AttentionInterface.register(NAME, causal_then_masked)
+
+
+@contextmanager
+def tree_attention(model) -> Iterator[None]:
+    """The model's layers use `causal_then_masked` inside."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def tree_obstacle(model) -> str | None:
+    """Why this model cannot score branches in one pass with their trunk; None where it can."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return "its attention is not 'sdpa', which takes a mask of any form"
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    layers = set(getattr(config, "layer_types", None) or ["sliding" if any(windows) else "full_attention"])
+    if layers != {"full_attention"}:
+        return f"it has layers that are not full attention ({', '.join(sorted(layers - {'full_attention'}))})"
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(core, "_supports_attention_backend", False):
+        return "it does not take its attention from transformers' AttentionInterface"
+    if getattr(core, "_is_stateful", False) or "position_ids" not in inspect.signature(core.forward).parameters:
+        return "it is recurrent, or takes no position ids"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        return f"its {rope['rope_type']} position embedding depends on the length of the whole input"
+    return None
