@@ -7,7 +7,8 @@ out (it warms up, and measures the noise floor), and prints the median seconds o
     python benchmarks/iteration.py --model random        # a tiny random model, to try the benchmark
 
 `--trl` also times the update alone beside that of TRL's GRPOTrainer (trl==1.16.0, put into benchmarks/.trl-venv): the
-same model and the same prompt and completion ids, one optimizer step, with peak memory. See trl_update.py.
+same model and the same prompt and completion ids, one optimizer step, with peak memory. See trl_update.py. `--trl-only`
+leaves the iterations out.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--env", default="alfworld", help="as for train.py")
     parser.add_argument("--repeats", type=int, default=3, help="iterations of which the median is taken")
     parser.add_argument("--trl", action="store_true", help="time the update beside TRL's as well")
+    parser.add_argument("--trl-only", action="store_true", help="that, and nothing else")
     parser.add_argument("more", nargs="*", help="flags for train.py, after --")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -70,12 +72,14 @@ def main() -> None:
         model, more = args.model, args.more
         if args.model == "random":
             model, more = random_model(folder / "model"), ["--prompt", "compact", *args.more]
-        found = {}
-        for algo in ("opid", "grpo"):
-            train(settings(model, args.env, algo, args.repeats, folder / algo, more))
-            found[algo] = phases(folder / algo)
-        print(f"{args.model}, {args.env}: medians of {args.repeats} iterations\n{table(found['opid'], found['grpo'])}")
-        if args.trl:
+        if not args.trl_only:
+            found = {}
+            for algo in ("opid", "grpo"):
+                train(settings(model, args.env, algo, args.repeats, folder / algo, more))
+                found[algo] = phases(folder / algo)
+            medians = table(found["opid"], found["grpo"])
+            print(f"{args.model}, {args.env}: medians of {args.repeats} iterations\n{medians}")
+        if args.trl or args.trl_only:
             from benchmarks.trl_update import compare
 
             compare(settings(model, args.env, "grpo", args.repeats, folder / "trl", more), args.repeats, folder)

@@ -56,7 +56,11 @@ def compare(config, repeats: int, folder: Path) -> None:
     print(f"\nupdate alone: {len(steps)} steps, {tokens} completion tokens, medians of {repeats}")
     for name, python in (("ours", sys.executable), ("trl", trl_python())):
         command = [python, str(Path(__file__)), name, str(folder / "work.json")]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            hint = "out of memory, most likely: try a smaller --token-budget" if done.returncode == -9 else "see above"
+            print(f"{name:<6}failed with status {done.returncode} ({hint})", flush=True)
+            continue
         seconds, peak = json.loads(done.stdout.splitlines()[-1])
         print(f"{name:<6}{seconds:>9.3f} s{peak:>10.0f} MiB at most", flush=True)
 
