@@ -18,7 +18,7 @@ from envs.search_text import shown_passages, words
 from tiny.plays import Play, advised_steps, watch
 
 GAMES, PLAYS = 2000, 4
-FLAWS = {"one_hop": 0.8, "whole_question": 0.6, "distractor": 0.4, "guess": 0.2}
+FLAWS = {"one_hop": 0.7, "whole_question": 0.6, "distractor": 0.5, "guess": 0.2}
 ALONE_TURNS = MAX_STEPS = 5  # two searches and the answer, and room for two slips
 HINTED = 0.4
 SKILL_WORDS = "first then never answer search again before whole question without from read doc with same name it done"
