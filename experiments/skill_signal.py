@@ -38,6 +38,8 @@ from experiments.tables import row
 from router import route
 from train import Run
 
+ROUNDING = 1e-6  # |A_ep| of a group of equal outcomes, where their mean is not exact
+
 
 @dataclass(frozen=True)
 class Guided:
@@ -148,7 +150,7 @@ def auc_interval(steps: list[Guided], samples: int = 200) -> tuple[float, float]
 def describe(steps: list[Guided]) -> dict[str, float | None]:
     """The numbers of one table row; None where there is nothing to count."""
     planned = [s.on_plan for s in steps if s.on_plan is not None]
-    agree = [s.skill * s.outcome > 0 for s in steps if s.skill * s.outcome != 0]
+    agree = [s.skill * s.outcome > 0 for s in steps if s.skill and abs(s.outcome) > ROUNDING]
     tokens = sum(s.tokens for s in steps)
     low, high = auc_interval(steps)
     numbers = {
