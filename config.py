@@ -199,6 +199,12 @@ class Config:
         """Zero weights take the same path as GRPO: no skill is written, nothing is re-scored."""
         return bool(self.levels) or self.method.acting
 
+    @property
+    def keeps_conversations(self) -> bool:
+        """Whether the policy writes about the conversations that it has just had, going on from their cache."""
+        asks = self.uses_skills and self.method.skills != "script"
+        return asks and self.skill_transcript == "conversation" and self.skill_writer == "policy"
+
     def mix(self, iteration: int) -> float:
         """RLSD's mu: from `rlsd_mix` at iteration 0 in a line to 0 at `rlsd_iterations`."""
         return self.rlsd_mix * (max(0.0, 1 - iteration / self.rlsd_iterations) if self.rlsd_iterations else 1.0)

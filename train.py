@@ -100,8 +100,8 @@ class Run:
         games = self.rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
         sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-        goes_on = config.uses_skills and config.skill_transcript == "conversation" and config.skill_writer == "policy"
-        self.sampler = Sampler(self.model, self.tokenizer, **sampling, keep_finished=True) if goes_on else None
+        keep = config.keeps_conversations
+        self.sampler = Sampler(self.model, self.tokenizer, **sampling, keep_finished=True) if keep else None
         with self._phase("rollout"), self._bar("rollout") as bar, self.accelerator.autocast():
             trajectories, metrics = rollout(
                 self.model,

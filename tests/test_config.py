@@ -123,3 +123,18 @@ def test_rlsd_lets_go_of_the_skill_in_a_line():
 def test_prompt_follows_the_model():
     assert Config().prompt == "compact"
     assert Config(model="smollm2").prompt == "official"
+
+
+@pytest.mark.parametrize(
+    ("changed", "keeps"),
+    [
+        ({}, True),
+        ({"algo": "grpo"}, False),
+        ({"algo": "opid-oracle"}, False),  # a script writes
+        ({"skill_writer": "reference"}, False),
+        ({"skill_transcript": "prompt"}, False),
+    ],
+)
+def test_conversations_are_kept_for_a_policy_that_goes_on_from_them(changed, keeps):
+    asked = {"skill_transcript": "conversation", "skill_writer": "policy"}
+    assert Config(**asked | changed).keeps_conversations is keeps

@@ -138,7 +138,7 @@ def _tokens_sampled(config: Config) -> tuple[int, int]:
         return acting, acting
     writing = min(config.generate_budget, episodes * (config.skill_context_limit or config.context_limit))
     # A policy that writes about the conversations that it has just had still holds all of them (`Sampler.finished`).
-    kept = config.skill_transcript == "conversation" and config.skill_writer == "policy"
+    kept = config.keeps_conversations
     return acting + writing if kept else max(acting, writing), max(acting, writing)
 
 
