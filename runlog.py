@@ -31,6 +31,11 @@ FREE = {
 FREE |= {"token_budget", "generate_budget", "learning_rate"}  # what one changes after running out of memory or a NaN
 
 
+def read_lines(path: Path) -> list[dict]:
+    """metrics.jsonl, evaluations.jsonl or samples.jsonl. Raises FileNotFoundError where it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 class RunLog:
     """Files under `config.out`. Only the main process writes."""
 

@@ -14,7 +14,6 @@ leaves the iterations out.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import Config, parse_args
 from models import save_policy
+from runlog import read_lines
 from train import train
 
 PHASES = ("rollout", "skills", "rescore", "update")
@@ -46,7 +46,7 @@ def settings(model: str, env: str, algo: str, repeats: int, out: Path, more: lis
 
 def phases(out: Path) -> dict[str, float]:
     """Median seconds of each phase over the iterations of a run, the first left out; 0 where a phase is not there."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+    records = read_lines(out / "metrics.jsonl")[1:]
     return {phase: statistics.median(r.get(f"seconds/{phase}", 0.0) for r in records) for phase in PHASES}
 
 

@@ -80,6 +80,9 @@ class Shopper:
             return self._judge(page)
         if page.startswith("chosen"):
             return self._choose()
+        return self._query()
+
+    def _query(self) -> str:
         return f"search {' '.join([*self.goal.attributes, self.goal.kind, *self.goal.options.values()])}"
 
     def _pick(self, page: str) -> str:

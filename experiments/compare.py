@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import Config, parse_args
 from evaluate import games_of
 from experiments.children import Children
-from experiments.runs import ROOT, commit, write_result
+from experiments.runs import ROOT, commit, settings, write_result
 from experiments.tables import draw, efficiency, table
 from methods import METHODS
 from models import load_model, save_policy
-from runlog import replace
+from runlog import read_lines, replace
 
 METHODS_COMPARED = tuple(name for name, method in METHODS.items() if not method.teacher)  # no larger model at hand
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
@@ -73,11 +73,6 @@ def jobs_of(arms: dict[str, str], seeds: int, flags: list[str], start: Path, res
     return jobs
 
 
-def settings(config: Config) -> dict:
-    """What makes two runs the same run: everything but where they lie."""
-    return {k: v for k, v in config.to_dict().items() if k not in ("out", "resume", "model")}
-
-
 def is_there(job: Job) -> bool:
     """Whether the run was made before. Raises ValueError where its file holds a run of other settings."""
     if not job.result.exists():
@@ -100,10 +95,6 @@ def launch(job: Job, children: Children) -> None:
     done = children.run(command, cwd=ROOT, env=environment)
     if done.returncode:
         raise RuntimeError(f"{job.name} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def store(job: Job, version: str) -> None:

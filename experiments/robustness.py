@@ -24,7 +24,7 @@ from config import Config
 from evaluate import environment, evaluate
 from experiments.perturb import CHANGES, Change, Perturbed
 from experiments.runs import ROOT, arm_of, commit, config_of, write_result
-from experiments.tables import percent, row
+from experiments.tables import row, split_cells, split_titles
 from models import load_model
 from rollout import Encoder
 
@@ -75,14 +75,13 @@ def result_of(run: Path, flags: list[str], temperatures: list[float], file: Path
 def table(results: list[dict]) -> str:
     """One row an arm and a condition: interquartile mean over seeds and its 95% interval, by split."""
     splits = list(next(iter(results[0]["success"].values())))
-    head = ["method", "condition", "seeds", *(cell for split in splits for cell in (f"{split}, IQM, %", "95%"))]
+    head = ["method", "condition", "seeds", *split_titles(splits)]
     lines = [row(head), "|" + "---|" * len(head)]
     for arm in dict.fromkeys(r["arm"] for r in results):
         runs = [r["success"] for r in results if r["arm"] == arm]
         for condition in runs[0]:
             own = np.array([[run[condition][split] for split in splits] for run in runs])  # (runs, splits)
-            cells = [cell for i in range(len(splits)) for cell in percent(own[:, [i]])]
-            lines.append(row([arm, condition, str(len(runs)), *cells]))
+            lines.append(row([arm, condition, str(len(runs)), *split_cells(own)]))
     return "\n".join(lines)
 
 

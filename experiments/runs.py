@@ -18,6 +18,11 @@ def commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
+def settings(config: Config) -> dict:
+    """What makes two runs the same run: everything but where they lie."""
+    return {k: v for k, v in config.to_dict().items() if k not in ("out", "resume", "model")}
+
+
 def write_result(path: Path, result: dict) -> None:
     """Complete or absent; lists stay on their field's line."""
     fields = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())

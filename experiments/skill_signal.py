@@ -33,7 +33,7 @@ from envs.alfworld import AlfworldEnv
 from envs.alfworld_expert import shortest_plan
 from evaluate import environment
 from experiments.estimates import bootstrap_interval, probability_of_superiority
-from experiments.runs import ROOT, commit, config_of, write_result
+from experiments.runs import ROOT, commit, config_of, settings, write_result
 from experiments.tables import row
 from router import route
 from train import Run
@@ -195,13 +195,13 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--name", help="of the result file (default: the run folder's, else start)")
     args, flags = parser.parse_known_args(argv)
     config = config_of(args.run, flags) if args.run else parse_args(flags)
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("out", "resume", "model")}
+    asked = settings(config)
     config, trajectories, routes, batch = batch_of(config, args.run)
     silent = silent_groups(trajectories)
     result = {
         "name": args.name or (args.run.name if args.run else "start"),
         "commit": commit(),
-        "config": settings,
+        "config": asked,
         "success": float(np.mean([t.success for t in trajectories])),
         "groups": len(silent),
         "silent": sum(silent.values()) / len(silent),

@@ -44,6 +44,16 @@ def percent(own: np.ndarray) -> list[str]:
     return [f"{100 * interquartile_mean(own):.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]"]
 
 
+def split_titles(splits: list[str]) -> list[str]:
+    """Above what `split_cells` fills."""
+    return [title for split in splits for title in (f"{split}, IQM, %", "95%")]
+
+
+def split_cells(own: np.ndarray) -> list[str]:
+    """(runs, splits) -> the two cells of `percent` for each split by itself."""
+    return [cell for i in range(own.shape[1]) for cell in percent(own[:, [i]])]
+
+
 def row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -52,13 +62,12 @@ def table(results: dict[str, list[dict]], baseline: str) -> str:
     """One row an arm: final held-out success by split, success over training, and how likely a run of it ends better
     than one of the baseline."""
     splits = splits_of(next(iter(results.values())))
-    head = ["method", "seeds", *(cell for split in splits for cell in (f"{split}, IQM, %", "95%"))]
+    head = ["method", "seeds", *split_titles(splits)]
     head += ["mean over training, IQM, %", "95%", f"P(better than {baseline})", "95%", "seconds a run"]
     lines = [row(head), "|" + "---|" * len(head)]
     for arm, runs in results.items():
         own = scores(runs)  # (runs, splits)
-        cells = [arm, str(len(runs)), *(cell for i in range(len(splits)) for cell in percent(own[:, [i]]))]
-        cells += percent(area(runs))
+        cells = [arm, str(len(runs)), *split_cells(own), *percent(area(runs))]
         if baseline in results and arm != baseline:
             pair = own, scores(results[baseline])
             low, high = bootstrap_interval(probability_of_improvement, *pair)

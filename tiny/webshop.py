@@ -79,9 +79,6 @@ class Adviser(Shopper):
         chosen = self.page.split() if self.page.startswith("chosen") else []
         return next((f"choose {value}" for value in self.there if value not in chosen), "buy")
 
-    def _query(self) -> str:
-        return f"search {' '.join([*self.goal.attributes, self.goal.kind, *self.goal.options.values()])}"
-
     def hint(self) -> str:
         """The advice in general words: no product, no value, no place on the page."""
         verb, _, value = self.advice.partition(" ")
