@@ -3,7 +3,7 @@
 An arm is a method by its defaults (--methods), or a variant named in experiments/arms.toml (--arms opid-k0 ...).
 
 Every run starts from the same warm-started weights; runs of one seed meet the same tasks in the same iteration, and all
-play the same number of episodes. Two runs at a time, one thread each. A finished run is one file,
+play the same number of episodes. --at-once runs at a time, one thread each. A finished run is one file,
 experiments/results/NAME.json (config, commit, curve, seconds), and is never made again; its folder, with the final
 policy, stays under --runs. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs, too, and goes on from their
 checkpoints. Seeds are 0 to N - 1, all of them reported: table.md and comparison.png beside the result files.
@@ -36,7 +36,6 @@ from runlog import read_lines, replace
 METHODS_COMPARED = tuple(name for name, method in METHODS.items() if not method.teacher)  # no larger model at hand
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
 QUICK += " --mini-batch 8 --eval-every 1 --skill-tokens 8"
-AT_ONCE = 2
 # Where the signal comes from: the metrics that a result file keeps of every iteration.
 SIGNAL = ("advantage/outcome_abs", "advantage/skill_abs", "skills/parse_rate", "guided/episode", "guided/step")
 
@@ -114,8 +113,9 @@ def store(job: Job, version: str) -> None:
     write_result(job.result, result)
 
 
-def run_all(jobs: list[Job], launch: Callable[[Job], None]) -> None:
-    """Make every run that is not there. Where one fails the others go on, and the first error is raised at the end."""
+def run_all(jobs: list[Job], launch: Callable[[Job], None], at_once: int = 2) -> None:
+    """Make every run that is not there, `at_once` at a time. Where one fails the others go on, and the first error is
+    raised at the end."""
     version = commit()
     missing = [job for job in jobs if not is_there(job)]
 
@@ -124,7 +124,7 @@ def run_all(jobs: list[Job], launch: Callable[[Job], None]) -> None:
         store(job, version)
         print(f"{job.name} done", flush=True)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(make, job) for job in missing]
     for future in futures:
         future.result()
@@ -166,11 +166,14 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--methods", nargs="*", choices=METHODS_COMPARED, help="default: all, with --arms none")
     parser.add_argument("--arms", nargs="+", default=[], choices=known, help="variants of experiments/arms.toml")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 10, with --quick 2)")
+    parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--baseline", default="grpo", help="the method or arm that others are compared with")
     parser.add_argument("--results", type=Path, help="folder of the result files, the table and the figure")
     parser.add_argument("--runs", type=Path, help="folder of the run folders and the starting weights")
     parser.add_argument("--quick", action="store_true", help="an untrained model and two iterations: does it all work?")
     args, flags = parser.parse_known_args(argv)  # what is left goes to every run, such as --iterations 100
+    if args.at_once < 1:
+        parser.error(f"--at-once is {args.at_once}, must be 1 or more")
     if taken := {"--algo", "--seed", "--model", "--prompt", "--out"} & set(flags):
         parser.error(f"{taken.pop()} differs from run to run: see --methods, --seeds and --runs")
     methods = args.methods if args.methods is not None else [] if args.arms else METHODS_COMPARED
@@ -184,7 +187,7 @@ def main(argv: list[str] | None = None) -> str:
     jobs = jobs_of(arms, args.seeds or (2 if args.quick else 10), flags, start, results, runs)
     children = Children()
     with children.stopped_by_signals():
-        run_all(jobs, lambda job: launch(job, children))
+        run_all(jobs, lambda job: launch(job, children), args.at_once)
     return report(read_results(jobs), args.baseline, results)
 
 

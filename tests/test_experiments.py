@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -140,6 +141,7 @@ def test_unknown_arms_and_methods_are_named(capsys):
 
 STOPPED = """
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from experiments.children import Children
 
@@ -165,6 +167,22 @@ def test_a_signal_ends_the_children_and_starts_no_more(tmp_path, number):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_as_many_runs_at_a_time_as_told(jobs, at_once):
+    running, most = [], []
+    all_started = threading.Barrier(at_once)  # times out where fewer run
+
+    def launch(job):
+        running.append(job.name)
+        most.append(len(running))
+        all_started.wait(30)
+        pretend(job)
+        running.remove(job.name)
+
+    run_all(jobs, launch, at_once)
+    assert max(most) == at_once
 
 
 def test_a_failed_run_is_made_again_and_the_others_are_kept(jobs):
