@@ -134,6 +134,14 @@ def merge(mask: Tensor, *scores: Tensor) -> Tensor:
     return total
 
 
+def silent_groups(trajectories: list[Trajectory]) -> dict[int, bool]:
+    """Group -> whether all its rollouts earned the same, so that the outcome says nothing about its steps."""
+    rewards: dict[int, set[float]] = {}
+    for trajectory in trajectories:
+        rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
+    return {group: len(seen) == 1 for group, seen in rewards.items()}
+
+
 def outcome_of(config: Config, trajectories: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
     """-> (A_ep of each step, and beside it the step-relative advantage of a method that has one (B,); metrics)."""
     steps = [step for trajectory in trajectories for step in trajectory.steps]
@@ -144,12 +152,14 @@ def outcome_of(config: Config, trajectories: list[Trajectory]) -> tuple[Tensor, 
     groups = torch.tensor([trajectories[i].group for i in owner])  # (B,)
     options = {"normalize": config.normalize}
     outcome = outcome_advantage(rewards - penalties, groups, owner, **options, over=config.group_over)  # (B,)
+    silent = silent_groups(trajectories).values()
+    metrics = {"advantage/silent_groups": sum(silent) / len(silent)}
     if not config.method.states:
-        return outcome, {}
+        return outcome, metrics
     left = torch.tensor([n for t in trajectories for n in reversed(range(len(t.steps)))])  # (B,)
     states = state_groups(groups, [step.observation for step in steps])  # (B,)
     relative = step_relative_advantage(rewards, penalties, left, states, gamma=config.gamma, **options)  # (B,)
-    metrics = {"advantage/state_group_size": len(states) / len(states.unique())}
+    metrics["advantage/state_group_size"] = len(states) / len(states.unique())
     return outcome + config.state_weight * relative, metrics
 
 
@@ -168,14 +178,14 @@ def advantages_of(
     if method.shift == "scale":
         shift = skill_advantages.nan_to_num()  # (B, R)
         return rescale(outcome, shift, mask, mix=config.mix(iteration), clip=config.rlsd_clip), skill_advantages
-    added = shifts if method.shift == "add" else {}
+    added, fade = shifts if method.shift == "add" else {}, config.fade(iteration)
     advantages = combine(
         outcome if method.outcome else torch.zeros_like(outcome),
         added.get("teacher", added.get("episode")),
         added.get("step"),
         mask,
-        episode_weight=1.0 if method.teacher else config.episode_weight,
-        step_weight=config.step_weight,
+        episode_weight=1.0 if method.teacher else fade * config.episode_weight,
+        step_weight=fade * config.step_weight,
         skill_clip=config.skill_clip,
     )  # (B, R)
     return advantages, skill_advantages

@@ -21,6 +21,7 @@ POSITIVE = (
 NOT_NEGATIVE = ("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
 NOT_NEGATIVE += ("lr_halving", "eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
 NOT_NEGATIVE += ("state_weight", "gate_beta", "rlsd_clip", "rlsd_iterations", "distill_weight")
+NOT_NEGATIVE += ("skill_iterations",)
 
 DISTILL_WEIGHTS = {"gated": 0.01, "ungated": 0.01, "k3": 0.001}  # of the SDAR release's ALFWorld scripts
 
@@ -40,6 +41,7 @@ class Config:
     routing: str = _("critical-first", "which skill guides a step", MODES)
     episode_weight: float = _(0.1, "lambda_ep: weight of A_skill on episode-guided tokens (paper: 0.001)")
     step_weight: float = _(0.1, "lambda_step: weight of A_skill on step-guided tokens (paper: 0.001)")
+    skill_iterations: int = _(0, "iterations in which both lambdas fall to 0, in a line; 0: they stay (paper)")
     skill_clip: float | None = _(None, "bound of |A_skill| a token, in nats; none: unbounded (paper)")
     state_weight: float = _(1.0, "gigpo: weight of the step-relative advantage")
     gamma: float = _(0.95, "gigpo: discount a step of the return that state groups compare")
@@ -52,9 +54,9 @@ class Config:
     scorer: str = _(
         "reference", "weights that score the skill-augmented context (paper: old)", ("old", "reference", "ema")
     )
-    ema_decay: float = _(0.99, "decay of the EMA weights, an iteration, for --scorer ema")
+    ema_decay: float = _(0.99, "decay of the EMA weights, an iteration, for --scorer ema, --skill-writer ema")
     skill_writer: str = _(
-        "reference", "weights that write the skills (paper: policy)", ("policy", "reference", "openai")
+        "reference", "weights that write the skills (paper: policy)", ("policy", "reference", "ema", "openai")
     )
     max_step_skills: int = _(5, "K: most step skills a trajectory")
     normalize: str = _("mean_std", "outcome advantage: group mean and std, or mean only", ("mean_std", "mean"))
@@ -207,10 +209,25 @@ class Config:
 
     def mix(self, iteration: int) -> float:
         """RLSD's mu: from `rlsd_mix` at iteration 0 in a line to 0 at `rlsd_iterations`."""
-        return self.rlsd_mix * (max(0.0, 1 - iteration / self.rlsd_iterations) if self.rlsd_iterations else 1.0)
+        return self.rlsd_mix * _left(iteration, self.rlsd_iterations)
+
+    def fade(self, iteration: int) -> float:
+        """What both lambdas are multiplied by: from 1 at iteration 0 in a line to 0 at `skill_iterations`."""
+        return _left(iteration, self.skill_iterations)
+
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether a run needs weights that follow the policy's slowly."""
+        writes = self.uses_skills and self.method.skills != "script" and self.skill_writer == "ema"
+        return writes or (bool(self.levels) and self.scorer == "ema")
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def _left(iteration: int, iterations: int) -> float:
+    """From 1 at iteration 0 in a line to 0 at `iterations`, where that is not 0."""
+    return max(0.0, 1 - iteration / iterations) if iterations else 1.0
 
 
 def flag(name: str) -> str:

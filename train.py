@@ -70,7 +70,7 @@ class Run:
         self.reference, self.ema, self.teacher = frozen_copy(self.model), None, None
         if config.teacher:
             self.teacher = load_teacher(config.teacher, tokenizer, dtype=config.dtype).to(self.accelerator.device)
-        if config.scorer == "ema":
+        if config.keeps_ema:
             self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -123,14 +123,15 @@ class Run:
     # ---- 2. skill extraction -------------------------------------------------------------------------------------
 
     def write_skills(self, trajectories: list[Trajectory]) -> list[Skills | None]:
-        """Hindsight skills, by the current weights, the frozen ones or an endpoint; None for each if unused."""
+        """Hindsight skills, by one of this run's models or an endpoint; None for each if unused."""
         config = self.config
         if not config.uses_skills:
             return [None] * len(trajectories)
         if config.method.skills == "script":
             return [scripted_skills(trajectory, config.max_step_skills) for trajectory in trajectories]
         recall = {"recall": self.sampler.recall} if self.sampler else {}  # keys and values are the policy's alone
-        write = writer_of(config, self.model, self.reference, self.encoder, trajectories, **recall)
+        weights = {"policy": self.model, "reference": self.reference, "ema": self.ema}
+        write = writer_of(config, weights, self.encoder, trajectories, **recall)
         with self._phase("skills"), self.accelerator.autocast():
             skills, metrics = write_skills(
                 trajectories,

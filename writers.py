@@ -22,13 +22,12 @@ from skills import ConversationWriter, Writer
 
 def writer_of(
     config: Config,
-    policy,
-    reference,
+    weights: dict,  # --skill-writer -> the local model of that name
     encoder: Encoder,
     trajectories: list[Trajectory],
     recall: Callable[[list[int]], Held | None] = lambda keys: None,
 ) -> Writer | ConversationWriter:
-    """The skill writer: current weights, frozen ones or an endpoint. `recall`: see conversation_writer."""
+    """The skill writer: one of the local models, or an endpoint. `recall`: see conversation_writer."""
     sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
     if config.skill_writer == "openai":
         return openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
@@ -37,7 +36,7 @@ def writer_of(
         "context_limit": config.skill_context_limit or config.context_limit,
         "batch_tokens": config.generate_budget,
     }
-    author = policy if config.skill_writer == "policy" else reference
+    author = weights[config.skill_writer]
     if config.skill_transcript == "prompt":
         return model_writer(author, encoder.tokenizer, **sampling)
     return conversation_writer(author, encoder, trajectories, recall=recall, **sampling)

@@ -37,7 +37,8 @@ METHODS_COMPARED = tuple(name for name, method in METHODS.items() if not method.
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
 QUICK += " --mini-batch 8 --eval-every 1 --skill-tokens 8"
 # Where the signal comes from: the metrics that a result file keeps of every iteration.
-SIGNAL = ("advantage/outcome_abs", "advantage/skill_abs", "skills/parse_rate", "guided/episode", "guided/step")
+SIGNAL = ("advantage/outcome_abs", "advantage/silent_groups", "advantage/skill_abs", "skills/parse_rate")
+SIGNAL += ("guided/episode", "guided/step")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from advantage import outcome_of
+from advantage import outcome_of, silent_groups
 from config import Config, parse_args
 from data import Batch, Guidance, Trajectory
 from envs.alfworld import AlfworldEnv
@@ -98,14 +98,6 @@ def on_shortest_plan(env: AlfworldEnv, trajectory: Trajectory) -> list[bool | No
         marks.append(None if before is None else after == before - 1)
         before = after
     return marks
-
-
-def silent_groups(trajectories: list[Trajectory]) -> dict[int, bool]:
-    """Group -> whether all its rollouts had the same outcome."""
-    rewards: dict[int, set[float]] = {}
-    for trajectory in trajectories:
-        rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
-    return {group: len(seen) == 1 for group, seen in rewards.items()}
 
 
 def guided_steps(

@@ -1,5 +1,6 @@
 """What tests share: a tiny random model for speed, the real small model for truth, generated games."""
 
+import hypothesis
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -7,6 +8,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from envs.alfworld import AlfworldEnv, generate_games
 from models import load_model
 from tiny.warmstart import tiny_model, tiny_tokenizer
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one must not fail a test
+hypothesis.settings.load_profile("any machine")
 
 SMALL = {
     "hidden_size": 48,

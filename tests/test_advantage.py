@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from advantage import (
@@ -12,6 +12,7 @@ from advantage import (
     outcome_advantage,
     outcome_of,
     rescale,
+    silent_groups,
     skill_advantage,
     state_groups,
     step_relative_advantage,
@@ -149,10 +150,16 @@ def test_gigpo_adds_the_step_relative_part_to_the_outcome():
     trajectories = [played(0, 10.0, "hall", "bed"), played(0, 0.0, "hall", "desk", penalty=1.0)]
     plain, metrics = outcome_of(Config(algo="grpo", normalize="mean"), trajectories)
     assert plain.tolist() == [5.25, 5.25, -5.75, -4.75]  # returns 10 10 -1 0, mean 4.75
-    assert not metrics
+    assert metrics == {"advantage/silent_groups": 0}
     both, metrics = outcome_of(Config(algo="gigpo", normalize="mean", gamma=0.5, state_weight=2.0), trajectories)
     assert both.tolist() == [5.25 + 2 * 3, 5.25, -5.75 - 2 * 3, -4.75]  # G in the hall: 5 and -1, mean 2
-    assert metrics == {"advantage/state_group_size": 4 / 3}
+    assert metrics == {"advantage/silent_groups": 0, "advantage/state_group_size": 4 / 3}
+
+
+def test_groups_whose_rollouts_are_equal_are_silent():
+    trajectories = [played(group, reward, "hall") for group, reward in [(0, 10.0), (0, 10.0), (1, 0.0), (1, 10.0)]]
+    assert silent_groups(trajectories) == {0: True, 1: False}
+    assert outcome_of(Config(), trajectories)[1] == {"advantage/silent_groups": 0.5}
 
 
 def test_rescale_by_hand():
@@ -167,7 +174,6 @@ def test_rescale_by_hand():
 normal = st.floats(-100, 100, width=32, allow_subnormal=False)  # a tenth of the smallest subnormal number is 0
 
 
-@settings(deadline=None)  # a busy machine must not fail it
 @given(st.lists(values, min_size=1, max_size=9), normal, st.floats(0, 1), st.floats(0, 0.9))
 def test_rescale_never_turns_a_sign(shifts, outcome, mix, clip):
     outcome, shift = torch.tensor([outcome]), torch.tensor([shifts])
@@ -207,6 +213,17 @@ def test_what_enters_the_advantage_of_each_method(algo, expected):
     got, skill_advantages = advantages_of(config, 0, torch.tensor([2.0, -1.0]), old, scored if config.levels else {})
     assert torch.allclose(got, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
     assert skill_advantages.isnan().tolist() == ([[False, False], [False, True]] if config.levels else [[True] * 2] * 2)
+
+
+def test_the_skill_term_fades_in_a_line_to_grpo():
+    config = Config(episode_weight=0.5, step_weight=1.0, skill_iterations=4)
+    old, outcome = torch.tensor([[-1.0], [-2.0]]), torch.tensor([2.0, -1.0])
+    scored = {"episode": torch.tensor([[-0.6], [NAN]]), "step": torch.tensor([[NAN], [-1.0]])}  # shifts 0.4 and 1
+    expected = {0: [2 + 0.5 * 0.4, -1 + 1], 1: [2 + 0.75 * 0.5 * 0.4, -1 + 0.75], 4: [2, -1], 9: [2, -1]}
+    for iteration, wanted in expected.items():
+        advantages, skills = advantages_of(config, iteration, outcome, old, scored)
+        assert torch.allclose(advantages[:, 0], torch.tensor(wanted, dtype=torch.float32))
+        assert torch.allclose(skills[:, 0], torch.tensor([0.4, 1.0]))  # what is logged stays what it was
 
 
 def test_opd_is_the_teachers_shift_and_nothing_else():

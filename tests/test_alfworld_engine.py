@@ -621,7 +621,7 @@ VERBS = ["go to", "open", "close", "take", "move", "clean", "heat", "cool", "use
 WORDS = [*VERBS, "inventory", "help", "from", "to", "with", "in/on"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_any_command_is_answered_and_an_inadmissible_one_changes_nothing(engine, data):
     engine.reset()
@@ -637,7 +637,7 @@ def test_any_command_is_answered_and_an_inadmissible_one_changes_nothing(engine,
             assert engine.snapshot() == before and engine.admissible_commands() == admissible
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(choices=st.lists(st.integers(0, 10**6), max_size=40))
 def test_nothing_gets_lost_and_a_restored_state_plays_on_alike(engine, choices):
     engine.reset()

@@ -120,6 +120,14 @@ def test_rlsd_lets_go_of_the_skill_in_a_line():
     assert Config(algo="rlsd", rlsd_iterations=0).mix(1000) == 0.5
 
 
+def test_weights_that_follow_slowly_are_kept_where_they_score_or_write():
+    assert not Config().keeps_ema
+    assert Config(scorer="ema").keeps_ema
+    assert Config(skill_writer="ema").keeps_ema
+    assert not Config(algo="opid-oracle", skill_writer="ema").keeps_ema
+    assert not Config(algo="grpo", scorer="ema", skill_writer="ema").keeps_ema
+
+
 def test_prompt_follows_the_model():
     assert Config().prompt == "compact"
     assert Config(model="smollm2").prompt == "official"

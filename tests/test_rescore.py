@@ -96,7 +96,7 @@ def test_nothing_to_score_is_an_error(contexts, responses, message):
 tokens = st.lists(st.integers(0, 4), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(1, 40)
 )
@@ -284,7 +284,7 @@ def test_a_branch_cannot_be_seen_by_the_trunk_or_by_another(llama, played):
     assert [row % 5 for row in moved.nonzero().flatten().tolist()] == [1] * 6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.lists(st.tuples(tokens, tokens), min_size=1, max_size=4), st.integers(1, 60))
 def test_any_tree_scores_what_its_rows_score_alone(data, turns, budget):
     contexts, responses, branches, history = [], [], [], []

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Guidance, Skills, Slot
@@ -70,7 +70,6 @@ def test_chat_puts_the_episode_skill_first_and_the_step_skill_last():
     assert guided_messages(prompts, STEP, "chat") == [*plain[:2], "seen\nS:open it\n"]
 
 
-@settings(deadline=None)  # a busy machine must not fail it
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 99))
 def test_shuffled_skills_are_all_used_once_and_come_from_another_task(tasks, rollouts, seed):
     groups = [task for task in range(tasks) for _ in range(rollouts)]

@@ -74,7 +74,7 @@ def test_index_is_kept_and_made_anew_for_another_corpus(tmp_path):
     assert not [left for left in tmp_path.iterdir() if left.is_dir() and not (left / "offsets.npy").is_file()]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=8))
 def test_any_passage_comes_back_as_it_was_written(tmp_path, texts):
     path = corpus(tmp_path, [f"word{i} {text}" for i, text in enumerate(texts)])

@@ -24,7 +24,6 @@ from experiments.skill_signal import (
     describe,
     on_shortest_plan,
     rows_of,
-    silent_groups,
 )
 from models import load_model, save_policy
 from rescore import response_logprobs
@@ -79,12 +78,6 @@ def test_description_by_hand():
     assert (rows["step"]["auc"], rows["episode"]["auc"]) == (1.0, None)
     assert (rows["no outcome signal"]["steps"], rows["no outcome signal"]["agreement"]) == (1, None)
     assert describe([])["skill_abs"] is None
-
-
-def test_groups_whose_rollouts_are_equal_are_silent():
-    played = [(0, 10.0), (0, 10.0), (1, 0.0), (1, 10.0), (2, 0.0), (2, 0.0)]
-    trajectories = [Trajectory("", group, [], reward > 0, reward) for group, reward in played]
-    assert silent_groups(trajectories) == {0: True, 1: False, 2: True}
 
 
 @pytest.mark.parametrize("prompt", ["compact", "official"])

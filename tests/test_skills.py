@@ -142,7 +142,7 @@ _pieces = st.sampled_from([*_punctuation, *_words, "null", "1e999", "NaN", "\ud8
 _answers = st.text(max_size=60) | st.lists(_pieces, max_size=40).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_answers, st.integers(0, 4), st.integers(0, 3))
 @example("{" * 5000 + "episode_skill", 3, 3)
 @example("episode_skill" + '{"a":' * 5000, 3, 3)
@@ -166,7 +166,7 @@ _skill = st.text(st.characters(codec="utf-8"), max_size=30).map(lambda text: f"a
 _skills = st.builds(Skills, _skill | st.just(""), _skill, st.dictionaries(st.integers(0, 9), _skill, max_size=5))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_skills, st.sampled_from(["%s", "```json\n%s\n```", "Sure, here's it:\n\n%s\n\nIs that {all}?"]), st.booleans())
 def test_round_trip(written, around, ascii_only):
     answer = {"episode_summary": written.summary, "episode_skill": written.episode, "step_skills": written.steps}

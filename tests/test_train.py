@@ -20,7 +20,7 @@ import train as train_module
 import writers
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
-from train import train
+from train import Run, train
 
 SMALL = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
 SMALL += "--mini-batch 8 --learning-rate 1e-3"
@@ -145,10 +145,30 @@ def test_the_policy_goes_on_from_its_own_cache_and_another_writer_reads(random_t
         return write
 
     monkeypatch.setattr(writers, "conversation_writer", writer)
-    for name in ("policy", "reference"):
+    for name in ("policy", "reference", "ema"):
         train(config(tmp_path, name, iterations=1, skill_transcript="conversation", skill_writer=name))
         assert lines(tmp_path / name)[0]["skills/parse_rate"] == 1
-    assert recalled == [True, None]
+    assert recalled == [True, None, None]
+
+
+@pytest.mark.parametrize("name", ["policy", "reference", "ema"])
+def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path, monkeypatch):
+    authors = []
+
+    def writer(model, tokenizer, **answering):
+        authors.append(next(model.parameters()).detach().clone())
+        return lambda prompts: ['{"episode_skill": "open every closed place"}'] * len(prompts)
+
+    monkeypatch.setattr(writers, "model_writer", writer)
+    run = Run(config(tmp_path, name, skill_writer=name, ema_decay=0.5))
+    start = next(run.reference.parameters()).clone()
+    with torch.no_grad():
+        next(run.model.parameters()).add_(1.0)  # the policy has moved away
+        if run.ema:
+            next(run.ema.parameters()).add_(0.5)
+    run.start(0)
+    run.write_skills(run.rollout())
+    assert torch.equal(authors[0], start + {"policy": 1.0, "reference": 0.0, "ema": 0.5}[name])
 
 
 def test_resume_goes_on_exactly(random_tiny, tmp_path):

@@ -181,7 +181,7 @@ def test_the_official_search_commands(shop, command, count):
     assert f"(Total results: {count})" in env.step(f"search[{command}]")[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.one_of(st.integers(0, 20), st.text(max_size=12)), max_size=20))
 def test_any_actions_keep_the_session_sound(choices):
     env = GENERATED()

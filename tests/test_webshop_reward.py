@@ -130,7 +130,7 @@ def test_nouns_with_spacy(monkeypatch):
 TEXT = st.text("ab redlightblue", max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     own=st.lists(TEXT, max_size=3),
     attributes=st.lists(TEXT, min_size=1, max_size=3),

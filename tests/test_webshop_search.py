@@ -49,7 +49,7 @@ def test_only_documents_with_a_word_in_common_are_found_equals_in_order():
     assert index.search("nothing known") == index.search("") == index.search("the of") == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     texts=st.lists(st.text("abc ", min_size=1, max_size=12), min_size=1, max_size=12).filter(
         lambda texts: any(map(tokens, texts))

@@ -53,7 +53,7 @@ def plan(config: Config) -> list[Part]:
         Part("weights", weights, "always", f"{config.dtype}"),
         Part("reference copy", 0 if config.lora_rank else weights, "always", "none with LoRA: adapters off"),
         Part("teacher", _teacher(config), "always", "--teacher"),
-        Part("EMA copy", weights if config.scorer == "ema" else 0, "always", "--scorer ema"),
+        Part("EMA copy", weights if config.keeps_ema else 0, "always", "--scorer ema, --skill-writer ema"),
         Part("optimizer", 2 * trained, "always", "AdamW: two moments a trained weight"),
         Part("KV cache", cached * _kv_bytes(architecture, config), "sampling", f"{cached:,} tokens at most"),
         Part("reading prompts", read * _reading(architecture, config), "sampling", f"{read:,} tokens in one go"),
