@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> str:
 
 
 def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
-    text = f"{table(found, baseline)}\n\n{efficiency(found)}"
+    text = f"{table(found, baseline)}\n\n{efficiency(found, baseline)}"
     (results / "table.md").write_text(text + "\n")
     draw(found, results / "comparison.png")
     print(text)

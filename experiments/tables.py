@@ -38,6 +38,27 @@ def episodes_to_reach(run: dict, goal: float) -> float:
     return float("inf")
 
 
+def curves(results: list[dict]) -> np.ndarray:
+    """Held-out success of each run at each evaluation, mean of the splits. -> (runs, points)"""
+    points = range(len(results[0]["curve"]))
+    return np.stack([scores(results, point).mean(axis=1) for point in points], axis=1)
+
+
+def points_to_reach(curve: np.ndarray, goal: float) -> float:
+    """First point at which the interquartile mean of runs (runs, points) is at least `goal`; inf: never."""
+    reached = [interquartile_mean(at) >= goal - 1e-9 for at in curve.T]
+    return float(reached.index(True)) if True in reached else float("inf")
+
+
+def share_of_points(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How much of what they needed we need to reach their final success: both by the first point of the interquartile
+    mean of the runs (runs, points). With evaluations at equal distances this is a share of episodes. nan: they never
+    rose above their start."""
+    goal = interquartile_mean(theirs[:, -1])
+    needed = points_to_reach(theirs, goal)
+    return points_to_reach(ours, goal) / needed if needed else float("nan")
+
+
 def percent(own: np.ndarray) -> list[str]:
     """(runs, splits) -> two cells: interquartile mean in % and its 95% interval."""
     low, high = bootstrap_interval(interquartile_mean, own)
@@ -78,15 +99,27 @@ def table(results: dict[str, list[dict]], baseline: str) -> str:
     return "\n".join(lines)
 
 
-def efficiency(results: dict[str, list[dict]]) -> str:
-    """One row an arm: episodes until held-out success, mean of the splits, reached each of GOALS. A run that never got
-    there counts as infinitely many."""
+def efficiency(results: dict[str, list[dict]], baseline: str) -> str:
+    """One row an arm: episodes until held-out success, mean of the splits, reached each of GOALS; a run that never got
+    there counts as infinitely many. And the share of the baseline's episodes after which an arm is where it ends."""
     head = ["episodes to reach, IQM [95%]", *(f"{100 * goal:.0f}%" for goal in GOALS)]
+    head += [f"share of {baseline}'s episodes to its final success, %", "95%"]
     lines = [row(head), "|" + "---|" * len(head)]
     for arm, runs in results.items():
         reached = [np.array([[episodes_to_reach(run, goal)] for run in runs]) for goal in GOALS]  # (runs, 1) each
-        lines.append(row([arm, *map(_episodes, reached)]))
+        cells = [arm, *map(_episodes, reached)]
+        if baseline in results and arm != baseline:
+            pair = curves(runs), curves(results[baseline])
+            low, high = bootstrap_interval(share_of_points, *pair)
+            cells += [_share(share_of_points(*pair)), f"[{_share(low)}, {_share(high)}]"]
+        else:
+            cells += ["-", "-"]
+        lines.append(row(cells))
     return "\n".join(lines)
+
+
+def _share(share: float) -> str:
+    return "never" if np.isinf(share) else "-" if np.isnan(share) else f"{100 * share:.0f}"
 
 
 def _episodes(reached: np.ndarray) -> str:

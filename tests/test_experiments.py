@@ -15,7 +15,7 @@ import pytest
 from experiments import compare
 from experiments.compare import QUICK, is_there, jobs_of, read_arms, read_results, run_all
 from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
-from experiments.tables import area, efficiency, episodes_to_reach, scores, table
+from experiments.tables import area, efficiency, episodes_to_reach, scores, share_of_points, table
 from methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -114,10 +114,30 @@ def test_episodes_to_reach_by_hand():
 
 def test_runs_that_never_reach_a_goal_count_as_such():
     quick, slow, never = curve(0.2, 0.9, 0.9), curve(0.2, 0.3, 0.9), curve(0.2, 0.3, 0.3)
-    rows = efficiency({"a": [quick, quick, slow, never], "b": [never] * 5}).splitlines()
-    assert rows[0] == "| episodes to reach, IQM [95%] | 50% | 70% | 80% |"
+    rows = efficiency({"a": [quick, quick, slow, never], "b": [never] * 5}, "b").splitlines()
+    assert rows[0].startswith("| episodes to reach, IQM [95%] | 50% | 70% | 80% | share of b's episodes to its final")
     assert rows[2].startswith("| a | 30 [20, never], 1 of 4 never |")  # the middle two of 20 20 40 inf
-    assert rows[3] == "| b | 5 of 5 never | 5 of 5 never | 5 of 5 never |"
+    assert rows[3] == "| b | 5 of 5 never | 5 of 5 never | 5 of 5 never | - | - |"
+
+
+def test_share_of_the_baselines_episodes_by_hand():
+    slow = np.array([[0.1, 0.2, 0.3, 0.5, 0.5], [0.1, 0.2, 0.3, 0.3, 0.5]])  # means: 0.1 0.2 0.3 0.4 0.5
+    quick = np.array([[0.1, 0.4, 0.6, 0.6, 0.6]])  # 0.5 at the second point, where slow takes four
+    assert share_of_points(quick, slow) == 0.5
+    assert share_of_points(slow, slow) == 1.0
+    assert share_of_points(slow, quick) == np.inf
+    assert np.isnan(share_of_points(quick, np.array([[0.4, 0.1]])))  # they lost by training: nothing to reach
+
+
+def test_the_share_is_in_the_table_with_its_interval():
+    slow, quick, never = curve(0.2, 0.4, 0.6, 0.9), curve(0.2, 0.9, 0.9, 0.9), curve(0.2, 0.2, 0.2, 0.2)
+    found = {"grpo": [slow] * 5, "opid": [quick] * 5, "opsd": [never] * 5}
+    rows = efficiency(found, "grpo").splitlines()
+    assert [row.split("|")[-3:-1] for row in rows[2:]] == [
+        [" - ", " - "],
+        [" 33 ", " [33, 33] "],
+        [" never ", " [never, never] "],
+    ]
 
 
 def test_arms_are_runs_of_their_own(jobs, tmp_path):
