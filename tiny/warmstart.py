@@ -202,7 +202,7 @@ def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) 
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+        bar.set_postfix(refresh=False, loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
     return sum(losses[-50:]) / len(losses[-50:])
 
 
