@@ -50,13 +50,17 @@ def outcome_advantage(
     return advantages
 
 
-def skill_advantage(skill_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+def skill_advantage(skill_logprobs: Tensor, base_logprobs: Tensor, mask: Tensor) -> Tensor:
     """A_skill = (log pi(y | h with skill) - log pi_old(y | h)) * m. All (B, R) -> (B, R).
+
+    `base_logprobs` is the second term. Where the scorer is not the sampling policy, the difference also holds how far
+    the two are apart without any skill, a pull towards the scorer; `--shift-base scorer` takes log pi(y | h) of the
+    scorer instead, and what is left is the skill's own doing.
 
     Positive where the skill makes the sampled token likelier (praise), negative where it makes it less likely (blame).
     Exactly 0 off the mask and where either side is NaN, that is, not scored.
     """
-    shift = skill_logprobs - old_logprobs  # (B, R)
+    shift = skill_logprobs - base_logprobs  # (B, R)
     return torch.where(mask.bool() & ~shift.isnan(), shift, torch.zeros_like(shift)).detach()
 
 
@@ -169,10 +173,12 @@ def advantages_of(
     outcome: Tensor,  # (B,) of outcome_of
     old: Tensor,  # (B, R) log pi_old(y | h), NaN off the mask
     scored: dict[str, Tensor],  # (B, R) each, log-probs by level: "episode", "step", or "teacher" for a larger model
+    base: Tensor | None = None,  # (B, R) log-probs that `scored` is compared with; None: old
 ) -> tuple[Tensor, Tensor]:
     """-> (what the update uses (B, R), A_skill before weighting (B, R), NaN where nothing was scored)."""
     mask, method = ~old.isnan(), config.method  # (B, R)
-    shifts = {level: skill_advantage(logprobs, old, mask) for level, logprobs in scored.items()}  # (B, R) each
+    base = old if base is None else base
+    shifts = {level: skill_advantage(logprobs, base, mask) for level, logprobs in scored.items()}  # (B, R) each
     known = [shift.masked_fill(scored[level].isnan(), float("nan")) for level, shift in shifts.items()]
     skill_advantages = merge(mask, *known)  # (B, R)
     if method.shift == "scale":

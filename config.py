@@ -16,7 +16,7 @@ from router import MODES
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
     *("token_budget", "generate_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
-    *("temperature", "learning_rate", "max_grad_norm"),
+    *("temperature", "learning_rate", "max_grad_norm", "eval_batch"),
 )
 NOT_NEGATIVE = ("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
 NOT_NEGATIVE += ("lr_halving", "eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
@@ -53,6 +53,12 @@ class Config:
     teacher: str | None = _(None, "opd: the larger model, named as --model is; it must have the same tokenizer")
     scorer: str = _(
         "reference", "weights that score the skill-augmented context (paper: old)", ("old", "reference", "ema")
+    )
+    shift_base: str = _(
+        "old",
+        "what the skill-augmented log-prob is compared with: the sampling policy's (paper), or the scorer's own, both "
+        "of the plain context; the same with --scorer old",
+        ("old", "scorer"),
     )
     ema_decay: float = _(0.99, "decay of the EMA weights, an iteration, for --scorer ema, --skill-writer ema")
     skill_writer: str = _(
@@ -130,6 +136,7 @@ class Config:
     resume: bool = _(False, "go on from the newest checkpoint in --out")
     eval_every: int = _(10, "iterations between evaluations; 0: only at the end")
     eval_temperature: float = _(0.4, "sampling temperature of evaluation")
+    eval_batch: int | None = _(None, "held-out games played at a time; none: as many as an iteration has episodes")
     save_every: int = _(10, "iterations between checkpoints")
     keep_checkpoints: int = _(2, "newest checkpoints to keep")
     sample_every: int = _(5, "iterations between samples.jsonl records")
@@ -144,7 +151,7 @@ class Config:
             if not _is_of(value, typing.get_type_hints(Config)[f.name]):
                 raise ValueError(f"{flag(f.name)} must be {f.type}, not {value!r}")
         for name in POSITIVE:
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, not {getattr(self, name)}")
         for name in NOT_NEGATIVE:
             if (getattr(self, name) or 0) < 0:
@@ -178,7 +185,7 @@ class Config:
             )
         if method.skills == "shuffled" and self.tasks < 2:
             raise ValueError(f"--algo {self.algo} takes skills from other tasks: --tasks must be at least 2")
-        for name in ("gamma", "rlsd_mix"):
+        for name in ("gamma", "rlsd_mix", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
         if self.distill_weight is None and method.distill:
@@ -195,6 +202,17 @@ class Config:
         if method.skills is None or method.acting:
             return ()
         return tuple(level for level, weight in weights.items() if weight != 0 or method.shift != "add")
+
+    @property
+    def base(self) -> str:
+        """Whose log-probs of the plain contexts A_skill is the difference to."""
+        return self.scorer if self.shift_base == "scorer" and self.levels else "old"
+
+    @property
+    def plain_scores(self) -> list[str]:
+        """Whose log-probs of the plain contexts an update needs."""
+        needed = ["old", self.base, *["reference"] * (self.kl > 0), *["teacher"] * self.method.teacher]
+        return list(dict.fromkeys(needed))
 
     @property
     def uses_skills(self) -> bool:

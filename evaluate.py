@@ -78,8 +78,8 @@ def play(
     processes: int = 1,
     make_env: Callable[[], TextEnv] | None = None,  # None: the run's own environment
 ) -> list[Trajectory]:
-    """Play each of `games` once, as many at a time as a training iteration has episodes in a process."""
-    at_once = max(config.tasks * config.rollouts // processes, 1)
+    """Play each of `games` once, `--eval-batch` at a time over all `processes`."""
+    at_once = max((config.eval_batch or config.tasks * config.rollouts) // processes, 1)
     trajectories: list[Trajectory] = []
     bar = tqdm(range(0, len(games), at_once), desc=f"evaluate {note}", leave=False, disable=None)
     for start in bar:

@@ -61,7 +61,8 @@ class RunLog:
         if not self.config.resume:
             raise ValueError(f"{self.folder} already holds a run: pass --resume to go on with it, or another --out")
         now = self.config.to_dict()
-        changed = [flag(name) for name in now if name not in FREE and before.get(name) != now[name]]
+        before = Config().to_dict() | before  # a flag that came later: the run had its default
+        changed = [flag(name) for name in now if name not in FREE and before[name] != now[name]]
         if changed:
             raise ValueError(f"{self.folder} holds a run with other settings of {', '.join(changed)}: cannot resume it")
 

@@ -163,7 +163,8 @@ class Run:
                 self.metrics["advantage/noise_floor"] = noise
         outcome, metrics = outcome_of(config, trajectories)  # (B,)
         mask = ~plain["old"].isnan()  # (B, R)
-        advantages, skill_advantages = advantages_of(config, iteration, outcome, plain["old"], scored)
+        base = plain[config.base]  # (B, R)
+        advantages, skill_advantages = advantages_of(config, iteration, outcome, plain["old"], scored, base)
         self.metrics |= metrics | {f"guided/{k}": (~v.isnan()).any(1).float().mean().item() for k, v in scored.items()}
         self.metrics |= advantage_metrics(outcome, skill_advantages, mask)
         teacher = merge(mask, *scored.values()) if config.method.distill else None  # (B, R)
@@ -185,7 +186,7 @@ class Run:
             contexts,
             responses,
             guided,
-            plain=["old", *["reference"] * (config.kl > 0), *["teacher"] * config.method.teacher],
+            plain=config.plain_scores,
             scorer=config.scorer,
             progress=self._bar_of,
             temperature=config.temperature,

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import Config, parse_args
 from evaluate import games_of
 from experiments.children import Children
-from experiments.runs import ROOT, commit, settings, write_result
+from experiments.runs import ROOT, commit, fingerprint, settings, write_result
 from experiments.tables import draw, efficiency, table
 from methods import METHODS
 from models import load_model, save_policy
@@ -74,12 +74,15 @@ def jobs_of(arms: dict[str, str], seeds: int, flags: list[str], start: Path, res
 
 
 def is_there(job: Job) -> bool:
-    """Whether the run was made before. Raises ValueError where its file holds a run of other settings."""
+    """Whether the run was made before. Raises ValueError where its file holds a run of other settings or weights."""
     if not job.result.exists():
         return False
-    stored, wanted = json.loads(job.result.read_text())["config"], settings(job.config)
-    if changed := [k for k in wanted if k in stored and stored[k] != wanted[k]]:  # a flag that came later is no change
+    result, wanted = json.loads(job.result.read_text()), settings(job.config)
+    stored = settings(Config()) | result["config"]  # of a flag that came later the run had the default
+    if changed := [name for name in wanted if stored[name] != wanted[name]]:
         raise ValueError(f"{job.result} holds a run with other settings of {', '.join(changed)}: use another --results")
+    if result["start"] != fingerprint(Path(job.config.model)):
+        raise ValueError(f"{job.result} holds a run from other starting weights: use another --results and --runs")
     return True
 
 
@@ -105,6 +108,7 @@ def store(job: Job, version: str) -> None:
         "name": job.name,
         "config": settings(job.config),
         "commit": version,
+        "start": fingerprint(Path(job.config.model)),
         "curve": [{"iteration": e["iteration"] + 1, **e["success"]} for e in evaluations],
         "train": [m["train/success"] for m in metrics],
         "episodes": sum(m["episodes"] for m in metrics),
@@ -153,7 +157,7 @@ def prepare(runs: Path, quick: bool, flags: list[str]) -> Path:
             tokenizer = tiny_tokenizer()
             model = tiny_model(len(tokenizer), seed=0, width=48)
         else:
-            model, tokenizer = load_model("tiny", seed=0)
+            model, tokenizer = load_model("tiny", env=config.env, seed=0)
         start.parent.mkdir(parents=True, exist_ok=True)
         replace(start, lambda temporary: save_policy(model, tokenizer, temporary))
     return start
@@ -175,10 +179,13 @@ def main(argv: list[str] | None = None) -> str:
     args, flags = parser.parse_known_args(argv)  # what is left goes to every run, such as --iterations 100
     if args.at_once < 1:
         parser.error(f"--at-once is {args.at_once}, must be 1 or more")
-    if taken := {"--algo", "--seed", "--model", "--prompt", "--out"} & set(flags):
+    given = {flag.partition("=")[0] for flag in flags}
+    if taken := {"--algo", "--seed", "--model", "--prompt", "--out"} & given:
         parser.error(f"{taken.pop()} differs from run to run: see --methods, --seeds and --runs")
     methods = args.methods if args.methods is not None else [] if args.arms else METHODS_COMPARED
     arms = {name: f"--algo {name}" for name in methods} | {name: known[name] for name in args.arms}
+    if args.baseline not in {"grpo", *arms}:  # without grpo among them, no arm is compared with another
+        parser.error(f"--baseline {args.baseline} is none of the methods and arms: {', '.join(arms)}")
     place = "quick" if args.quick else "results"
     results = (args.results or ROOT / "experiments" / place).absolute()
     runs = (args.runs or ROOT / "runs" / f"compare-{place}").absolute()
@@ -187,9 +194,13 @@ def main(argv: list[str] | None = None) -> str:
     start = prepare(runs, args.quick, flags)
     jobs = jobs_of(arms, args.seeds or (2 if args.quick else 10), flags, start, results, runs)
     children = Children()
-    with children.stopped_by_signals():
-        run_all(jobs, lambda job: launch(job, children), args.at_once)
-    return report(read_results(jobs), args.baseline, results)
+    try:
+        with children.stopped_by_signals():
+            run_all(jobs, lambda job: launch(job, children), args.at_once)
+    finally:  # one run that failed leaves the others' table
+        found = read_results(jobs)
+        text = report(found, args.baseline, results) if found else ""
+    return text
 
 
 def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:

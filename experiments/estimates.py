@@ -37,9 +37,14 @@ def bootstrap_interval(
     """Percentile interval of `statistic(*strata)`, each stratum (a method's scores) resampled by itself.
 
     Whole runs are drawn: the scores of a run's splits come from one policy, so they are no independent samples.
-    Bounds are values that were drawn, the next one outwards, so that scores may be infinite.
+    Bounds are values that were drawn, the next one outwards, so that scores may be infinite. Samples that the statistic
+    is not defined for (NaN) are left out; without any other the interval is NaN. With three runs or fewer it is too
+    narrow: 95% intervals of equal methods miss in a tenth of the cases and more.
     """
     rng = np.random.default_rng(seed)
     drawn = [statistic(*(s[rng.integers(len(s), size=len(s))] for s in strata)) for _ in range(samples)]
-    ordered, outside = np.sort(drawn), int((1 - level) / 2 * (samples - 1))
+    ordered = np.sort([value for value in drawn if not np.isnan(value)])
+    if not len(ordered):
+        return float("nan"), float("nan")
+    outside = int((1 - level) / 2 * (len(ordered) - 1))
     return float(ordered[outside]), float(ordered[-1 - outside])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -21,6 +22,14 @@ def commit() -> str:
 def settings(config: Config) -> dict:
     """What makes two runs the same run: everything but where they lie."""
     return {k: v for k, v in config.to_dict().items() if k not in ("out", "resume", "model")}
+
+
+def fingerprint(model: Path) -> str:
+    """Of the weights in a folder: results of other starting weights are not to be compared."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def write_result(path: Path, result: dict) -> None:

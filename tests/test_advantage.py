@@ -215,6 +215,14 @@ def test_what_enters_the_advantage_of_each_method(algo, expected):
     assert skill_advantages.isnan().tolist() == ([[False, False], [False, True]] if config.levels else [[True] * 2] * 2)
 
 
+def test_the_shift_is_the_difference_to_its_base():
+    """By the scorer's own plain log-prob -1.4 the skill praises with 0.4 what the policy's -0.5 would have blamed."""
+    old, base, scored = torch.tensor([[-0.5, NAN]]), torch.tensor([[-1.4, NAN]]), {"step": torch.tensor([[-1.0, NAN]])}
+    config, outcome = Config(step_weight=2.0), torch.tensor([1.0])
+    assert torch.allclose(advantages_of(config, 0, outcome, old, scored, base)[0], torch.tensor([[1.8, 0.0]]))
+    assert torch.allclose(advantages_of(config, 0, outcome, old, scored)[0], torch.tensor([[0.0, 0.0]]))
+
+
 def test_the_skill_term_fades_in_a_line_to_grpo():
     config = Config(episode_weight=0.5, step_weight=1.0, skill_iterations=4)
     old, outcome = torch.tensor([[-1.0], [-2.0]]), torch.tensor([2.0, -1.0])

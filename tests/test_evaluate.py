@@ -6,7 +6,7 @@ import torch
 from config import Config
 from data import Trajectory
 from evaluate import environment, eval_splits, evaluate, format_table, games_of, success_by_type, wilson
-from rollout import Encoder
+from rollout import Encoder, rollout
 
 
 def played(task_type, *outcomes):
@@ -78,6 +78,15 @@ def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, token
     assert torch.equal(torch.get_rng_state(), before)
     assert [[s.response for s in t.steps] for t in runs[0]] == [[s.response for s in t.steps] for t in runs[1]]
     assert [t.game for t in runs[0]] == games_of(config, "valid_unseen")
+
+
+@pytest.mark.parametrize("batch, sizes", [(None, [4, 1]), (2, [2, 2, 1]), (64, [5])])
+def test_games_are_played_in_batches_of_the_size_asked_for(batch, sizes, llama, tokenizer, monkeypatch):
+    config = Config(eval_games=5, max_steps=1, max_new_tokens=6, tasks=2, rollouts=2, eval_batch=batch)
+    played, original = [], rollout
+    monkeypatch.setattr("evaluate.rollout", lambda *a, **k: (played.append(len(a[3])), original(*a, **k))[1])
+    evaluate(llama, Encoder(tokenizer, "chat"), config, ["valid_unseen"])
+    assert played == sizes
 
 
 def test_processes_share_the_games_of_a_split(llama, tokenizer):

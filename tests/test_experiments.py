@@ -126,7 +126,10 @@ def test_share_of_the_baselines_episodes_by_hand():
     assert share_of_points(quick, slow) == 0.5
     assert share_of_points(slow, slow) == 1.0
     assert share_of_points(slow, quick) == np.inf
-    assert np.isnan(share_of_points(quick, np.array([[0.4, 0.1]])))  # they lost by training: nothing to reach
+    assert share_of_points(slow, np.array([[0.1, 0.0]])) == 1  # they lost by training: both are there from the start
+    assert share_of_points(np.array([[0.0, 0.3]]), np.array([[0.3, 0.2]])) == np.inf
+    ends = np.array([[0.1, 0.4, 0.2, 0.2, 0.2, 0.2, 0.6, 0.4]])  # the last quarter's mean is 0.5, of the last alone 0.4
+    assert share_of_points(np.array([[0.1, 0.4, 0.5]]), ends) == 2 / 6
 
 
 def test_the_share_is_in_the_table_with_its_interval():
@@ -152,11 +155,20 @@ def test_arms_are_runs_of_their_own(jobs, tmp_path):
     assert made[-1].result.name == f"{made[-1].arm}-seed0.json"
 
 
-def test_unknown_arms_and_methods_are_named(capsys):
-    for wrong in (["--arms", "opid-k9"], ["--methods", "opod"], ["--quick", "--seed", "1"]):
-        with pytest.raises(SystemExit):
-            compare.main(wrong)
-    assert "invalid choice: 'opid-k9' (choose from 'opid-lambda-0.001'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        (["--arms", "opid-k9"], "invalid choice: 'opid-k9' (choose from 'opid-lambda-0.001'"),
+        (["--methods", "opod"], "invalid choice: 'opod'"),
+        (["--seeds", "2", "--seed", "1"], "--seed differs from run to run"),
+        (["--algo=opid"], "--algo differs from run to run"),
+        (["--methods", "grpo", "--baseline", "opid"], "--baseline opid is none of the methods and arms: grpo"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(wrong, error, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--quick", *wrong])
+    assert error in capsys.readouterr().err
 
 
 STOPPED = """
@@ -216,12 +228,51 @@ def test_a_failed_run_is_made_again_and_the_others_are_kept(jobs):
     assert [is_there(job) for job in jobs[:2]] == [True, False]
 
 
+def test_a_failed_run_leaves_the_table_of_the_others(tmp_path, monkeypatch):
+    def launch(job, children):
+        if job.arm == "opid":
+            raise RuntimeError("opid-seed0 failed: the loss is nan")
+        pretend(job)
+
+    monkeypatch.setattr(compare, "launch", launch)
+    folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    with pytest.raises(RuntimeError, match="the loss is nan"):
+        compare.main(["--quick", "--seeds", "1", "--methods", "grpo", "opid", *folders])
+    assert "| grpo | 1 |" in (tmp_path / "results/table.md").read_text()
+
+
+def test_bootstrap_leaves_out_what_is_not_defined():
+    scores = np.array([[np.nan], [0.2], [0.4]])
+    low, high = bootstrap_interval(lambda s: s.mean(), scores, samples=200)
+    assert 0.2 - 1e-9 <= low <= high <= 0.4 + 1e-9
+    assert np.isnan(bootstrap_interval(lambda s: np.nan, scores, samples=20)).all()
+
+
 def test_a_result_of_other_settings_is_not_mistaken_for_this_run(jobs, tmp_path):
     run_all(jobs[:1], launch=pretend)
     flags = [*QUICK.split(), "--kl", "0.5"]
     other = jobs_of({"grpo": "--algo grpo"}, 1, flags, tmp_path / "start", tmp_path / "results", tmp_path / "runs")
     with pytest.raises(ValueError, match="other settings of kl"):
         is_there(other[0])
+
+
+def test_a_result_of_before_a_flag_was_made_with_its_default(jobs):
+    run_all(jobs[:1], launch=pretend)
+    result = json.loads(jobs[0].result.read_text())
+    del result["config"]["skill_iterations"]
+    jobs[0].result.write_text(json.dumps(result))
+    assert is_there(jobs[0])
+    jobs[0].config.skill_iterations = 10
+    with pytest.raises(ValueError, match="other settings of skill_iterations"):
+        is_there(jobs[0])
+
+
+def test_a_result_from_other_starting_weights_is_not_mistaken_for_this_run(jobs, tmp_path):
+    run_all(jobs[:1], launch=pretend)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/model.safetensors").write_bytes(b"others")
+    with pytest.raises(ValueError, match="other starting weights"):
+        is_there(jobs[0])
 
 
 def test_quick_comparison_from_end_to_end(tmp_path):

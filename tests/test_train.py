@@ -133,6 +133,23 @@ def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, rand
         assert abs(ours["advantage/skill_mean"]) > 1e-3
 
 
+@pytest.mark.parametrize("changes", [{"scorer": "old"}, {"scorer": "reference"}, {"scorer": "ema", "kl": 0.0}])
+def test_a_skill_that_changes_nothing_shifts_nothing(changes, random_tiny, tmp_path, monkeypatch):
+    """With the plain contexts in the place of the guided ones; the policy as base adds its distance to the scorer."""
+
+    def plain_contexts(encoder, trajectories, routes, level, *, context_limit):
+        return [step.context for trajectory in trajectories for step in trajectory.steps], 0
+
+    monkeypatch.setattr(scoring, "guided_contexts", plain_contexts)
+    means = {}
+    for base in ("scorer", "old"):
+        train(c := config(tmp_path, base, iterations=2, learning_rate=0.01, shift_base=base, **changes))
+        means[base] = [line["advantage/skill_abs"] for line in lines(c.out)]
+    assert means["scorer"] == pytest.approx([0, 0], abs=1e-4)
+    assert means["old"][0] == pytest.approx(0, abs=1e-4)
+    assert (means["old"][1] > 1e-3) is (changes["scorer"] != "old")
+
+
 def test_the_policy_goes_on_from_its_own_cache_and_another_writer_reads(random_tiny, tmp_path, monkeypatch):
     recalled = []
 
@@ -191,6 +208,18 @@ def test_a_folder_with_another_run_is_refused(random_tiny, tmp_path):
         train(c)
     with pytest.raises(ValueError, match="--tasks"):
         train(config(tmp_path, "run", iterations=1, tasks=3, resume=True))
+
+
+def test_a_run_from_before_a_flag_had_its_default(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1))
+    written = Path(c.out, "config.json")
+    settings = json.loads(written.read_text())
+    del settings["skill_iterations"]
+    written.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="other settings of --skill-iterations"):
+        train(config(tmp_path, "run", iterations=2, resume=True, skill_iterations=5))
+    train(config(tmp_path, "run", iterations=2, resume=True))
+    assert len(lines(c.out)) == 2
 
 
 def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
