@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,6 +200,15 @@ def test_resume_goes_on_exactly(random_tiny, tmp_path):
     train(halves)
     assert lines(whole.out) == lines(halves.out)
     assert same(weights(whole.out), weights(halves.out))
+
+
+def test_every_logged_metric_is_explained(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1, algo="gigpo"))
+    train(d := config(tmp_path, "other", iterations=1, algo="sdar"))
+    explained = Path(__file__).parent.with_name("README.md").read_text()
+    for name in {*lines(c.out)[0], *lines(d.out)[0]} - {"iteration", "episodes"}:
+        name = re.sub("^eval/.*/", "eval/<split>/", re.sub("^seconds/.*", "seconds/<phase>", name))
+        assert f"`{name}`" in explained or ("`guided/*_too_long`" in explained and name.endswith("_too_long")), name
 
 
 def test_a_folder_with_another_run_is_refused(random_tiny, tmp_path):
