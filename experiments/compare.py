@@ -6,7 +6,8 @@ Every run starts from the same warm-started weights; runs of one seed meet the s
 play the same number of episodes. --at-once runs at a time, one thread each. A finished run is one file,
 experiments/results/NAME.json (config, commit, curve, seconds), and is never made again; its folder, with the final
 policy, stays under --runs. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs, too, and goes on from their
-checkpoints. Seeds are 0 to N - 1, all of them reported: table.md and comparison.png beside the result files.
+checkpoints. Seeds are 0 to N - 1, all of them reported: table.md and comparison.png beside the result files. --report
+makes these again from the files of the named arms, whatever seeds there are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,16 @@ def read_results(jobs: list[Job]) -> dict[str, list[dict]]:
     return results
 
 
+def stored(results: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
+    """Arm -> the results of all seeds that lie in a folder, whoever made them."""
+    found = {arm: sorted(results.glob(f"{arm}-seed*.json"), key=_seed) for arm in arms}
+    return {arm: [json.loads(path.read_text()) for path in paths] for arm, paths in found.items() if paths}
+
+
+def _seed(path: Path) -> int:
+    return int(path.stem.rpartition("-seed")[2])
+
+
 def prepare(runs: Path, quick: bool, flags: list[str]) -> Path:
     """The folder of the weights that every run starts from; and games, so that no two runs generate them at once."""
     config = parse_args(flags)
@@ -175,6 +186,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--baseline", default="grpo", help="the method or arm that others are compared with")
     parser.add_argument("--results", type=Path, help="folder of the result files, the table and the figure")
     parser.add_argument("--runs", type=Path, help="folder of the run folders and the starting weights")
+    parser.add_argument("--report", action="store_true", help="make no runs: table and figure of those that are there")
     parser.add_argument("--quick", action="store_true", help="an untrained model and two iterations: does it all work?")
     args, flags = parser.parse_known_args(argv)  # what is left goes to every run, such as --iterations 100
     if args.at_once < 1:
@@ -189,6 +201,8 @@ def main(argv: list[str] | None = None) -> str:
     place = "quick" if args.quick else "results"
     results = (args.results or ROOT / "experiments" / place).absolute()
     runs = (args.runs or ROOT / "runs" / f"compare-{place}").absolute()
+    if args.report:
+        return report(stored(results, arms), args.baseline, results)
     flags = [*(QUICK.split() if args.quick else []), *flags]
     results.mkdir(parents=True, exist_ok=True)
     start = prepare(runs, args.quick, flags)
@@ -204,6 +218,9 @@ def main(argv: list[str] | None = None) -> str:
 
 
 def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
+    """Raises ValueError where there is nothing to report."""
+    if not found:
+        raise ValueError(f"{results} holds no result of these arms")
     text = f"{table(found, baseline)}\n\n{efficiency(found, baseline)}"
     (results / "table.md").write_text(text + "\n")
     draw(found, results / "comparison.png")

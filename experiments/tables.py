@@ -82,15 +82,15 @@ def row(cells: list[str]) -> str:
 
 
 def table(results: dict[str, list[dict]], baseline: str) -> str:
-    """One row an arm: final held-out success by split, success over training, and how likely a run of it ends better
+    """One row an arm: final held-out success by split and over all splits, success over training, and how likely a run of it ends better
     than one of the baseline."""
     splits = splits_of(next(iter(results.values())))
-    head = ["method", "seeds", *split_titles(splits)]
+    head = ["method", "seeds", *split_titles(splits), "held-out success, IQM, %", "95%"]
     head += ["mean over training, IQM, %", "95%", f"P(better than {baseline})", "95%", "seconds a run"]
     lines = [row(head), "|" + "---|" * len(head)]
     for arm, runs in results.items():
         own = scores(runs)  # (runs, splits)
-        cells = [arm, str(len(runs)), *split_cells(own), *percent(area(runs))]
+        cells = [arm, str(len(runs)), *split_cells(own), *percent(own), *percent(area(runs))]
         if baseline in results and arm != baseline:
             pair = own, scores(results[baseline])
             low, high = bootstrap_interval(probability_of_improvement, *pair)

@@ -93,6 +93,9 @@ def test_results_are_stored_once_and_tabulated(jobs):
     rows = table(found, "grpo").splitlines()
     assert [cell.strip() for cell in rows[0].split("|")][3:6] == ["valid_seen, IQM, %", "95%", "valid_unseen, IQM, %"]
     assert rows[2].startswith("| grpo | 2 | 45.0 | [40.0, 50.0] | 40.0 | [40.0, 40.0] |")
+    assert (
+        "| 40.0 | [40.0, 45.0] |" in rows[2]
+    )  # over both: of 40 40 40 50 the middle two; seed 1 drawn twice, 40 and 50
     # over training: each split's mean with 0.1, so 0.25 and 0.25 of seed 0, 0.3 and 0.25 of seed 1
     assert area(found["grpo"]).ravel().tolist() == pytest.approx([0.25, 0.25, 0.3, 0.25])
     assert "| 25.0 | [25.0, 27.5] |" in rows[2]
@@ -115,7 +118,9 @@ def test_episodes_to_reach_by_hand():
 def test_runs_that_never_reach_a_goal_count_as_such():
     quick, slow, never = curve(0.2, 0.9, 0.9), curve(0.2, 0.3, 0.9), curve(0.2, 0.3, 0.3)
     rows = efficiency({"a": [quick, quick, slow, never], "b": [never] * 5}, "b").splitlines()
-    assert rows[0].startswith("| episodes to reach, IQM [95%] | 50% | 60% | 70% | 80% | share of b's episodes to its final")
+    assert rows[0].startswith(
+        "| episodes to reach, IQM [95%] | 50% | 60% | 70% | 80% | share of b's episodes to its final"
+    )
     assert rows[2].startswith("| a | 30 [20, never], 1 of 4 never |")  # the middle two of 20 20 40 inf
     assert rows[3] == "| b |" + " 5 of 5 never |" * 4 + " - | - |"
 
@@ -226,6 +231,16 @@ def test_a_failed_run_is_made_again_and_the_others_are_kept(jobs):
     with pytest.raises(RuntimeError, match="out of memory"):
         run_all(jobs[:2], launch=launch)
     assert [is_there(job) for job in jobs[:2]] == [True, False]
+
+
+def test_a_report_takes_all_seeds_that_are_there(jobs, tmp_path):
+    run_all([jobs[0], jobs[2], jobs[3]], launch=pretend)  # both seeds of grpo, seed 1 of opid
+    argv = ["--report", "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "nowhere"), "--methods"]
+    text = compare.main([*argv, "opid", "grpo", "sdar"])
+    assert [line[: line.index("|", 9)] for line in text.splitlines()[2:4]] == ["| opid | 1 ", "| grpo | 2 "]
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(ValueError, match="no result of these arms"):
+        compare.main([*argv, "sdar"])
 
 
 def test_a_failed_run_leaves_the_table_of_the_others(tmp_path, monkeypatch):
