@@ -82,8 +82,8 @@ def row(cells: list[str]) -> str:
 
 
 def table(results: dict[str, list[dict]], baseline: str) -> str:
-    """One row an arm: final held-out success by split and over all splits, success over training, and how likely a run of it ends better
-    than one of the baseline."""
+    """One row an arm: final held-out success by split and over all, success over training, and how likely a run of it
+    ends better than one of the baseline."""
     splits = splits_of(next(iter(results.values())))
     head = ["method", "seeds", *split_titles(splits), "held-out success, IQM, %", "95%"]
     head += ["mean over training, IQM, %", "95%", f"P(better than {baseline})", "95%", "seconds a run"]
@@ -147,7 +147,8 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
         bounds = [bootstrap_interval(interquartile_mean, scores(runs, p), samples=500) for p in points]
         axis.plot(at, [100 * interquartile_mean(scores(runs, p)) for p in points], label=f"{arm} ({len(runs)})")
         axis.fill_between(at, *(100 * np.array(bounds)).T, alpha=0.15)
-    axis.set(xlabel="iteration", ylabel="held-out success, interquartile mean (%)", ylim=(0, 100))
+    axis.set(xlabel="iteration", ylabel="held-out success, interquartile mean (%)")
+    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
