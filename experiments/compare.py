@@ -174,7 +174,8 @@ def prepare(runs: Path, quick: bool, flags: list[str]) -> Path:
     return start
 
 
-def main(argv: list[str] | None = None) -> str:
+def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str], dict[str, str]]:
+    """-> (options, flags of train.py that go to every run, arm -> its flags)."""
     known = read_arms()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -198,6 +199,11 @@ def main(argv: list[str] | None = None) -> str:
     arms = {name: f"--algo {name}" for name in methods} | {name: known[name] for name in args.arms}
     if args.baseline not in {"grpo", *arms}:  # without grpo among them, no arm is compared with another
         parser.error(f"--baseline {args.baseline} is none of the methods and arms: {', '.join(arms)}")
+    return args, flags, arms
+
+
+def main(argv: list[str] | None = None) -> str:
+    args, flags, arms = read_command_line(argv)
     place = "quick" if args.quick else "results"
     results = (args.results or ROOT / "experiments" / place).absolute()
     runs = (args.runs or ROOT / "runs" / f"compare-{place}").absolute()
