@@ -105,7 +105,7 @@ def efficiency(results: dict[str, list[dict]], baseline: str) -> str:
     """One row an arm: episodes until held-out success, mean of the splits, reached each of GOALS; a run that never got
     there counts as infinitely many. And the share of the baseline's episodes after which an arm is where it ends."""
     head = ["episodes to reach, IQM [95%]", *(f"{100 * goal:.0f}%" for goal in GOALS)]
-    head += [f"share of {baseline}'s episodes to its final success, %", "95%"]
+    head += [f"episodes to {baseline}'s final level, % of its own", "95%"]
     lines = [row(head), "|" + "---|" * len(head)]
     for arm, runs in results.items():
         reached = [np.array([[episodes_to_reach(run, goal)] for run in runs]) for goal in GOALS]  # (runs, 1) each

@@ -118,9 +118,7 @@ def test_episodes_to_reach_by_hand():
 def test_runs_that_never_reach_a_goal_count_as_such():
     quick, slow, never = curve(0.2, 0.9, 0.9), curve(0.2, 0.3, 0.9), curve(0.2, 0.3, 0.3)
     rows = efficiency({"a": [quick, quick, slow, never], "b": [never] * 5}, "b").splitlines()
-    assert rows[0].startswith(
-        "| episodes to reach, IQM [95%] | 50% | 60% | 70% | 80% | share of b's episodes to its final"
-    )
+    assert rows[0].startswith("| episodes to reach, IQM [95%] | 50% | 60% | 70% | 80% | episodes to b's final level")
     assert rows[2].startswith("| a | 30 [20, never], 1 of 4 never |")  # the middle two of 20 20 40 inf
     assert rows[3] == "| b |" + " 5 of 5 never |" * 4 + " - | - |"
 
