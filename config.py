@@ -248,6 +248,13 @@ def _left(iteration: int, iterations: int) -> float:
     return max(0.0, 1 - iteration / iterations) if iterations else 1.0
 
 
+def changed(before: dict, now: dict) -> list[str]:
+    """The settings of `now` that a run with the settings `before` did not have. Of a flag that came later it had the
+    default."""
+    had = Config().to_dict() | before
+    return [name for name in now if had[name] != now[name]]
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

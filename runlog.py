@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from config import Config, flag
+from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
 from models import save_policy
 
@@ -60,11 +60,9 @@ class RunLog:
         """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume."""
         if not self.config.resume:
             raise ValueError(f"{self.folder} already holds a run: pass --resume to go on with it, or another --out")
-        now = self.config.to_dict()
-        before = Config().to_dict() | before  # a flag that came later: the run had its default
-        changed = [flag(name) for name in now if name not in FREE and before[name] != now[name]]
-        if changed:
-            raise ValueError(f"{self.folder} holds a run with other settings of {', '.join(changed)}: cannot resume it")
+        others = [flag(name) for name in changed(before, self.config.to_dict()) if name not in FREE]
+        if others:
+            raise ValueError(f"{self.folder} holds a run with other settings of {', '.join(others)}: cannot resume it")
 
     def _drop_from(self, path: Path, iteration: int) -> None:
         """Cut off what was written after the checkpoint that the run resumes from (a half-written line included)."""

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from config import Config, parse_args
+from config import Config, changed, parse_args
 from evaluate import games_of
 from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
@@ -44,12 +44,13 @@ SIGNAL += ("guided/episode", "guided/step")
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm and a seed, its settings, and where its result and its run folder lie."""
+    """One run: an arm and a seed, its settings, which weights it starts from, and where its result lies."""
 
     arm: str
     seed: int
     config: Config
     result: Path
+    start: str  # fingerprint
 
     @property
     def name(self) -> str:
@@ -64,13 +65,13 @@ def read_arms() -> dict[str, str]:
 def jobs_of(arms: dict[str, str], seeds: int, flags: list[str], start: Path, results: Path, runs: Path) -> list[Job]:
     """Seed by seed, so that a comparison stopped early holds all arms on the same seeds. An arm's flags override
     `flags`, which go to every run."""
-    jobs = []
+    jobs, weights = [], fingerprint(start)
     for seed in range(seeds):
         for arm, own in arms.items():
             name = f"{arm}-seed{seed}"
             fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", str(runs / name)]
             config = parse_args([*flags, *shlex.split(own), *fixed, "--resume"])
-            jobs.append(Job(arm, seed, config, results / f"{name}.json"))
+            jobs.append(Job(arm, seed, config, results / f"{name}.json", weights))
     return jobs
 
 
@@ -78,11 +79,10 @@ def is_there(job: Job) -> bool:
     """Whether the run was made before. Raises ValueError where its file holds a run of other settings or weights."""
     if not job.result.exists():
         return False
-    result, wanted = json.loads(job.result.read_text()), settings(job.config)
-    stored = settings(Config()) | result["config"]  # of a flag that came later the run had the default
-    if changed := [name for name in wanted if stored[name] != wanted[name]]:
-        raise ValueError(f"{job.result} holds a run with other settings of {', '.join(changed)}: use another --results")
-    if result["start"] != fingerprint(Path(job.config.model)):
+    result = json.loads(job.result.read_text())
+    if others := changed(result["config"], settings(job.config)):
+        raise ValueError(f"{job.result} holds a run with other settings of {', '.join(others)}: use another --results")
+    if result["start"] != job.start:
         raise ValueError(f"{job.result} holds a run from other starting weights: use another --results and --runs")
     return True
 
@@ -109,7 +109,7 @@ def store(job: Job, version: str) -> None:
         "name": job.name,
         "config": settings(job.config),
         "commit": version,
-        "start": fingerprint(Path(job.config.model)),
+        "start": job.start,
         "curve": [{"iteration": e["iteration"] + 1, **e["success"]} for e in evaluations],
         "train": [m["train/success"] for m in metrics],
         "episodes": sum(m["episodes"] for m in metrics),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,8 @@ def area(results: list[dict]) -> np.ndarray:
 
 def episodes_to_reach(run: dict, goal: float) -> float:
     """Episodes played until the first evaluation whose success, mean of the splits, is at least `goal`; inf: never."""
-    an_iteration = run["episodes"] / len(run["train"])
-    for point, at in enumerate(run["curve"]):
-        if scores([run], point).mean() >= goal - 1e-9:  # a mean of shares is rounded
-            return at["iteration"] * an_iteration
-    return float("inf")
+    point, an_iteration = points_to_reach(curves([run]), goal), run["episodes"] / len(run["train"])
+    return point if np.isinf(point) else run["curve"][int(point)]["iteration"] * an_iteration
 
 
 def curves(results: list[dict]) -> np.ndarray:
@@ -46,7 +44,7 @@ def curves(results: list[dict]) -> np.ndarray:
 
 def points_to_reach(curve: np.ndarray, goal: float) -> float:
     """First point at which the interquartile mean of runs (runs, points) is at least `goal`; inf: never."""
-    reached = [interquartile_mean(at) >= goal - 1e-9 for at in curve.T]
+    reached = [interquartile_mean(at) >= goal - 1e-9 for at in curve.T]  # a mean of shares is rounded
     return float(reached.index(True)) if True in reached else float("inf")
 
 
@@ -77,6 +75,22 @@ def split_cells(own: np.ndarray) -> list[str]:
     return [cell for i in range(own.shape[1]) for cell in percent(own[:, [i]])]
 
 
+def against(
+    theirs: list[dict] | None,
+    ours: list[dict],
+    values: Callable[[list[dict]], np.ndarray],
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    show: Callable[[float], str],
+) -> list[str]:
+    """Two cells: `statistic` of our `values` and those of the baseline, and its 95% interval; "-" for the baseline
+    itself, or where there is none."""
+    if theirs is None or theirs is ours:
+        return ["-", "-"]
+    pair = values(ours), values(theirs)
+    low, high = bootstrap_interval(statistic, *pair)
+    return [show(statistic(*pair)), f"[{show(low)}, {show(high)}]"]
+
+
 def row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -91,12 +105,7 @@ def table(results: dict[str, list[dict]], baseline: str) -> str:
     for arm, runs in results.items():
         own = scores(runs)  # (runs, splits)
         cells = [arm, str(len(runs)), *split_cells(own), *percent(own), *percent(area(runs))]
-        if baseline in results and arm != baseline:
-            pair = own, scores(results[baseline])
-            low, high = bootstrap_interval(probability_of_improvement, *pair)
-            cells += [f"{probability_of_improvement(*pair):.2f}", f"[{low:.2f}, {high:.2f}]"]
-        else:
-            cells += ["-", "-"]
+        cells += against(results.get(baseline), runs, scores, probability_of_improvement, "{:.2f}".format)
         lines.append(row([*cells, f"{np.mean([r['seconds'] for r in runs]):.0f}"]))
     return "\n".join(lines)
 
@@ -110,13 +119,7 @@ def efficiency(results: dict[str, list[dict]], baseline: str) -> str:
     for arm, runs in results.items():
         reached = [np.array([[episodes_to_reach(run, goal)] for run in runs]) for goal in GOALS]  # (runs, 1) each
         cells = [arm, *map(_episodes, reached)]
-        if baseline in results and arm != baseline:
-            pair = curves(runs), curves(results[baseline])
-            low, high = bootstrap_interval(share_of_points, *pair)
-            cells += [_share(share_of_points(*pair)), f"[{_share(low)}, {_share(high)}]"]
-        else:
-            cells += ["-", "-"]
-        lines.append(row(cells))
+        lines.append(row([*cells, *against(results.get(baseline), runs, curves, share_of_points, _share)]))
     return "\n".join(lines)
 
 

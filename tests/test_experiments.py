@@ -93,9 +93,8 @@ def test_results_are_stored_once_and_tabulated(jobs):
     rows = table(found, "grpo").splitlines()
     assert [cell.strip() for cell in rows[0].split("|")][3:6] == ["valid_seen, IQM, %", "95%", "valid_unseen, IQM, %"]
     assert rows[2].startswith("| grpo | 2 | 45.0 | [40.0, 50.0] | 40.0 | [40.0, 40.0] |")
-    assert (
-        "| 40.0 | [40.0, 45.0] |" in rows[2]
-    )  # over both: of 40 40 40 50 the middle two; seed 1 drawn twice, 40 and 50
+    # over both: of 40 40 40 50 the middle two; where seed 1 is drawn twice, of 40 40 50 50
+    assert "| 40.0 | [40.0, 45.0] |" in rows[2]
     # over training: each split's mean with 0.1, so 0.25 and 0.25 of seed 0, 0.3 and 0.25 of seed 1
     assert area(found["grpo"]).ravel().tolist() == pytest.approx([0.25, 0.25, 0.3, 0.25])
     assert "| 25.0 | [25.0, 27.5] |" in rows[2]
@@ -284,8 +283,9 @@ def test_a_result_from_other_starting_weights_is_not_mistaken_for_this_run(jobs,
     run_all(jobs[:1], launch=pretend)
     (tmp_path / "start").mkdir()
     (tmp_path / "start/model.safetensors").write_bytes(b"others")
+    folders = tmp_path / "start", tmp_path / "results", tmp_path / "runs"
     with pytest.raises(ValueError, match="other starting weights"):
-        is_there(jobs[0])
+        is_there(jobs_of(PLAIN, 1, QUICK.split(), *folders)[0])
 
 
 def test_quick_comparison_from_end_to_end(tmp_path):
