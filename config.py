@@ -9,8 +9,8 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from baselines.methods import METHODS, Method
 from envs import ENVIRONMENTS
-from methods import METHODS, Method
 from router import MODES
 
 POSITIVE = (

@@ -19,7 +19,8 @@ from data import Trajectory
 from envs import TextEnv, make_env
 from envs.alfworld import SPLITS, TASK_TYPES, cached_games, list_games
 from envs.search import DATA_SOURCES, GENERATED_SOURCES
-from rollout import Encoder, rollout
+from lm.encoder import Encoder
+from rollout import rollout
 
 EVAL_SPLITS = ("valid_seen", "valid_unseen")
 TABLES = (TASK_TYPES, DATA_SOURCES, GENERATED_SOURCES)  # task type -> column, for each kind of table
@@ -147,7 +148,7 @@ def evaluate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    from models import load_model
+    from tiny.loading import load_model
 
     config = parse_args(argv)
     run = Path(config.model).parent / "config.json"

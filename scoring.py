@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from data import Guidance, Trajectory
+from lm.encoder import Encoder
 from rescore import guided_contexts, guided_logprobs, tree_logprobs
-from rollout import Encoder
 
 
 def guided_by_level(

@@ -20,19 +20,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from advantage import advantage_metrics, advantages_of, merge, outcome_of
+from baselines.losses import distillation_loss, k3, policy_loss
+from baselines.teacher import load_teacher
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate, format_table, games_of
-from losses import distillation_loss, k3, policy_loss
-from models import add_lora, frozen_copy, load_model, load_teacher
-from rescore import Sequence, layout_noise, micro_batches, pack, sequence_logprobs
-from rollout import Encoder, rollout
+from lm.encoder import Encoder
+from lm.loading import add_lora, frozen_copy
+from lm.packing import Sequence, micro_batches, pack
+from lm.sampler import Sampler
+from lm.writers import scripted_skills, writer_of
+from rescore import layout_noise, sequence_logprobs
+from rollout import rollout
 from router import route, shuffle_skills
 from runlog import RunLog, peak_mib
-from sampler import Sampler
 from scoring import guided_by_level, score
 from skills import lessons, remember, write_skills
-from writers import scripted_skills, writer_of
+from tiny.loading import load_model
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
@@ -325,7 +329,7 @@ def learning_rate(config: Config, iteration: int) -> float:
 def main() -> None:
     config = parse_args()
     if config.plan:
-        from tools.plan import format_plan, plan
+        from runlog.plan import format_plan, plan
 
         print(format_plan(plan(config)))
     else:

@@ -29,9 +29,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.generation import endless
 from benchmarks.score import load, play
-from head import CHUNK, has_plain_head
-from rescore import Sequence, pack, sequence_logprobs
-from rollout import Encoder
+from lm.encoder import Encoder
+from lm.logprobs import CHUNK, has_plain_head
+from lm.packing import Sequence, pack
+from rescore import sequence_logprobs
 
 # Kinds of operators by a part of their names, the first that fits; those of the last kind by their whole names.
 KINDS = {

@@ -23,9 +23,10 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from envs import alfworld_files, make_env
-from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game
-from envs.alfworld_games import generate_games
+from envs import make_env
+from envs.alfworld import files as alfworld_files
+from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
+from envs.alfworld.games import generate_games
 
 REPEATS = 50  # of the fast engine's measurements, which are over too soon otherwise
 EPISODES = 10_000  # for the growth of memory

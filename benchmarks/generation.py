@@ -29,8 +29,9 @@ from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConf
 
 from benchmarks.score import load
 from envs.alfworld import AlfworldEnv, cached_games
-from rollout import Encoder, Episode
-from sampler import plain_sampling
+from lm.encoder import Encoder
+from lm.sampler import plain_sampling
+from rollout import Episode
 
 PAGE = 256  # tokens of a page of the paged cache
 

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import Config, parse_args
-from models import save_policy
+from lm.loading import save_policy
 from runlog import read_lines
 from train import train
 

@@ -26,7 +26,7 @@ def case(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from head import CHUNK, chunked_logprobs, whole_logprobs
+    from lm.logprobs import CHUNK, chunked_logprobs, whole_logprobs
     from runlog import peak_mib
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from benchmarks.score import LIMIT, load, play, rows
+from lm.encoder import Encoder
 from rescore import guided_logprobs, response_logprobs, tree_logprobs
-from rollout import Encoder
 
 PRECISIONS = {
     "float32": (torch.float32, False),

@@ -26,8 +26,9 @@ import torch
 
 from benchmarks.score import load
 from envs.alfworld import AlfworldEnv, cached_games
-from rollout import Encoder, rollout
-from sampler import Sampler
+from lm.encoder import Encoder
+from lm.sampler import Sampler
+from rollout import rollout
 
 WAYS = {"re-read": {"reuse_cache": False}, "cached": {"compact_at": 1.0}, "compacted": {}}
 

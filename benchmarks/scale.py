@@ -33,9 +33,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.efficiency import clock
 from benchmarks.rollout import exponent
-from rescore import micro_batches, pack, response_logprobs, sequence_logprobs
+from lm.packing import micro_batches, pack
+from lm.sampler import Sampler
+from rescore import response_logprobs, sequence_logprobs
 from runlog import peak_mib
-from sampler import Sampler
 
 PHASES = ("rollout", "scoring", "update")
 AXES = ("episodes", "turns", "tokens", "vocabulary")

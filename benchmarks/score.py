@@ -25,10 +25,12 @@ import torch
 
 from data import Skills, Trajectory
 from envs.alfworld import AlfworldEnv, cached_games
-from models import load_model
-from rescore import graft, guided_contexts, guided_logprobs, pack, response_logprobs, tree_logprobs
-from rollout import Encoder, rollout
+from lm.encoder import Encoder
+from lm.packing import graft, pack
+from rescore import guided_contexts, guided_logprobs, response_logprobs, tree_logprobs
+from rollout import rollout
 from router import route
+from tiny.loading import load_model
 
 LIMIT = 8192  # tokens: of a context in the episode, and of a forward pass
 SKILL = "look in every closed place once, take the thing as soon as it is seen, and go straight to where it belongs"

@@ -17,9 +17,9 @@ import torch
 
 from data import Step, Trajectory
 from envs.alfworld import AlfworldEnv, cached_games
-from models import load_model
+from lm.writers import model_writer
 from skills import write_skills
-from writers import model_writer
+from tiny.loading import load_model
 
 PREFILLS = ("", "{", '{"episode_summary": "')
 

@@ -24,10 +24,11 @@ import torch
 
 from benchmarks.score import load
 from envs.alfworld import AlfworldEnv, cached_games
-from rollout import Encoder, rollout
-from sampler import Sampler
+from lm.encoder import Encoder
+from lm.sampler import Sampler
+from lm.writers import conversation_writer, model_writer
+from rollout import rollout
 from skills import analysis_prompt
-from writers import conversation_writer, model_writer
 
 STEP_SKILLS = 5
 

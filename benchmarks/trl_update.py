@@ -30,8 +30,10 @@ def compare(config, repeats: int, folder: Path) -> None:
     import torch
 
     from evaluate import environment, games_of
-    from models import load_model, save_policy
-    from rollout import Encoder, rollout
+    from lm.encoder import Encoder
+    from lm.loading import save_policy
+    from rollout import rollout
+    from tiny.loading import load_model
 
     model, tokenizer = load_model(config.model, dtype=config.dtype, seed=config.seed)
     save_policy(model, tokenizer, folder / "policy")  # plain from_pretrained loads it, whatever it came from
@@ -100,7 +102,8 @@ def ours(work: dict) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rescore import micro_batches, pack, response_logprobs, sequence_logprobs
+    from lm.packing import micro_batches, pack
+    from rescore import response_logprobs, sequence_logprobs
     from train import policy_loss
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,9 +22,9 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from envs.webshop_catalogue import sample_product
-from envs.webshop_data import process
-from envs.webshop_search import Index, cached_index
+from envs.webshop.catalogue import sample_product
+from envs.webshop.data import process
+from envs.webshop.search import Index, cached_index
 
 QUERIES = 200
 

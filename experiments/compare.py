@@ -25,14 +25,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from baselines.methods import METHODS
 from config import Config, changed, parse_args
 from evaluate import games_of
 from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
 from experiments.tables import draw, efficiency, table
-from methods import METHODS
-from models import load_model, save_policy
-from runlog import read_lines, replace
+from lm.loading import save_policy, write_whole
+from runlog import read_lines
+from tiny.loading import load_model
 
 METHODS_COMPARED = tuple(name for name, method in METHODS.items() if not method.teacher)  # no larger model at hand
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
@@ -170,7 +171,7 @@ def prepare(runs: Path, quick: bool, flags: list[str]) -> Path:
         else:
             model, tokenizer = load_model("tiny", env=config.env, seed=0)
         start.parent.mkdir(parents=True, exist_ok=True)
-        replace(start, lambda temporary: save_policy(model, tokenizer, temporary))
+        write_whole(start, lambda temporary: save_policy(model, tokenizer, temporary))
     return start
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from random import Random
 
 from envs import TextEnv
-from envs.alfworld_engine import listing
+from envs.alfworld.engine import listing
 
 # "you see a pen 1, a cd 2, and a mug 1" and, to the end of a compact observation, "see pen cd 2 mug"
 OFFICIAL_LIST = re.compile(r"(?<=you see )a \w+ \d+(?:, (?:and )?a \w+ \d+)+")

@@ -25,8 +25,8 @@ from evaluate import environment, evaluate
 from experiments.perturb import CHANGES, Change, Perturbed
 from experiments.runs import ROOT, arm_of, commit, config_of, write_result
 from experiments.tables import row, split_cells, split_titles
-from models import load_model
-from rollout import Encoder
+from lm.encoder import Encoder
+from tiny.loading import load_model
 
 SEED = 0  # of the changes
 

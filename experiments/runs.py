@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from config import Config, parse_args
-from runlog import replace
+from lm.loading import write_whole
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +36,7 @@ def write_result(path: Path, result: dict) -> None:
     """Complete or absent; lists stay on their field's line."""
     fields = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda temporary: temporary.write_text(f"{{\n{fields}\n}}\n"))
+    write_whole(path, lambda temporary: temporary.write_text(f"{{\n{fields}\n}}\n"))
 
 
 def arm_of(run: Path) -> str:

@@ -30,7 +30,7 @@ from advantage import outcome_of, silent_groups
 from config import Config, parse_args
 from data import Batch, Guidance, Trajectory
 from envs.alfworld import AlfworldEnv
-from envs.alfworld_expert import shortest_plan
+from envs.alfworld.expert import shortest_plan
 from evaluate import environment
 from experiments.estimates import bootstrap_interval, probability_of_superiority
 from experiments.runs import ROOT, commit, config_of, settings, write_result

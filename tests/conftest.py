@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from envs.alfworld import AlfworldEnv, generate_games
-from models import load_model
+from tiny.loading import load_model
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one must not fail a test

@@ -8,7 +8,7 @@ import pytest
 from data import Guidance, Slot
 from envs import make_env
 from envs.alfworld import AlfworldEnv, list_games, words
-from envs.alfworld_engine import GameFileError
+from envs.alfworld.engine import GameFileError
 from router import fill
 
 # The authors' templates (agent_system/environments/prompts/alfworld.py), with their fields filled for two cases.

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.alfworld_engine import FastEngine, GameFileError, TextWorldEngine, load_game
-from envs.alfworld_files import TASK_TYPES, Goal
-from envs.alfworld_games import generate_games, mangle
+from envs.alfworld.engine import FastEngine, GameFileError, TextWorldEngine, load_game
+from envs.alfworld.files import TASK_TYPES, Goal
+from envs.alfworld.games import generate_games, mangle
 from tools.compare_engines import compare, describe
 
-DATA = Path(__file__).parents[1] / "envs" / "alfworld_data"
+DATA = Path(__file__).parents[1] / "envs" / "alfworld" / "data"
 DOMAIN = (DATA / "alfred.pddl").read_text()
 GRAMMAR = (DATA / "alfred.twl2").read_text()
 FULL = os.environ.get("COMPARE_ENGINES") == "full"  # 120 games of 50 steps, some minutes

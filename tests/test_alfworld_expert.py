@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
-from envs.alfworld_engine import FastEngine, load_game
-from envs.alfworld_expert import Explorer, names_after_you_see, parse_task, plan, shortest_plan
-from envs.alfworld_games import generate_games, likely_places, world_of, write_game
-from envs.alfworld_rooms import FACTS, TASK_TYPES, TOOLS, kind_of, sample_room
+from envs.alfworld.engine import FastEngine, load_game
+from envs.alfworld.expert import Explorer, names_after_you_see, parse_task, plan, shortest_plan
+from envs.alfworld.games import generate_games, likely_places, world_of, write_game
+from envs.alfworld.rooms import FACTS, TASK_TYPES, TOOLS, kind_of, sample_room
 
 
 def tiny_game(folder, index: int) -> FastEngine:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game
-from envs.alfworld_games import generate_games, mangle, world_of
-from envs.alfworld_rooms import FACTS, SIZES, SPLITS, TASK_TYPES, kind_of, likely_places, sample_room
+from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
+from envs.alfworld.games import generate_games, mangle, world_of
+from envs.alfworld.rooms import FACTS, SIZES, SPLITS, TASK_TYPES, kind_of, likely_places, sample_room
 
 COUNT = 60
 

@@ -17,8 +17,8 @@ from benchmarks.memory import measure
 from benchmarks.noise import scores_of, summary
 from benchmarks.rollout import WAYS, exponent, played
 from benchmarks.score import difference, load, play, rows, ways
-from rescore import Sequence
-from rollout import Encoder
+from lm.encoder import Encoder
+from lm.packing import Sequence
 from tiny.warmstart import tiny_model
 
 ROOT = Path(__file__).parent.parent

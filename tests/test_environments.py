@@ -9,7 +9,8 @@ import pytest
 import envs
 from data import Guidance, Slot
 from envs import ENVIRONMENTS, make_env
-from rollout import Encoder, rollout
+from lm.encoder import Encoder
+from rollout import rollout
 from router import fill
 
 DOCS = Path(__file__).parent.parent / "docs" / "environments.md"

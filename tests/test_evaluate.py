@@ -6,7 +6,8 @@ import torch
 from config import Config
 from data import Trajectory
 from evaluate import environment, eval_splits, evaluate, format_table, games_of, success_by_type, wilson
-from rollout import Encoder, rollout
+from lm.encoder import Encoder
+from rollout import rollout
 
 
 def played(task_type, *outcomes):

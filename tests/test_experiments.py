@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from baselines.methods import METHODS
 from experiments import compare
 from experiments.compare import QUICK, is_there, jobs_of, read_arms, read_results, run_all
 from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
 from experiments.tables import area, efficiency, episodes_to_reach, scores, share_of_points, table
-from methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"grpo": "--algo grpo", "opid": "--algo opid"}

@@ -5,10 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import head
-from head import chunked_logprobs, has_plain_head, token_logprobs, whole_logprobs
-from models import add_lora, frozen_copy
-from rescore import pack, response_logprobs, sequence_logprobs
+from lm import logprobs as head
+from lm.loading import add_lora, frozen_copy
+from lm.logprobs import chunked_logprobs, has_plain_head, token_logprobs, whole_logprobs
+from lm.packing import pack
+from rescore import response_logprobs, sequence_logprobs
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 97, "pad_token_id": 0, "eos_token_id": 4}

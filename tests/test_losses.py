@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from advantage import combine, rescale, skill_advantage
-from losses import distillation_loss, k3, policy_loss
+from baselines.losses import distillation_loss, k3, policy_loss
 
 NAN = float("nan")
 

@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-import models
 import train as train_module
-import writers
+from baselines import teacher
+from baselines.methods import METHODS
 from config import Config, parse_args
 from data import Skills, Step, Trajectory
 from envs.alfworld import AlfworldEnv, words
-from envs.alfworld_engine import FastEngine, load_game
-from envs.alfworld_expert import shortest_plan
-from methods import METHODS
-from rollout import Encoder, rollout
+from envs.alfworld.engine import FastEngine, load_game
+from envs.alfworld.expert import shortest_plan
+from lm import writers
+from lm.encoder import Encoder
+from lm.writers import scripted_skills
+from rollout import rollout
 from skills import lessons, remember
 from tiny.warmstart import tiny_model
 from train import train
-from writers import scripted_skills
 
 FLAGS = "--tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 1 --iterations 1 "
 FLAGS += "--mini-batch 8 --learning-rate 1e-3 --eval-every 0 --save-every 1 --invalid-penalty 1 --scorer old"
@@ -34,7 +35,7 @@ def run(monkeypatch, llama, tokenizer, tmp_path):
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     other = tiny_model(len(tokenizer), seed=5, width=48)
-    monkeypatch.setattr(models, "load_model", lambda *a, **k: (other, tokenizer))
+    monkeypatch.setattr(teacher, "load_model", lambda *a, **k: (other, tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
     monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
@@ -105,9 +106,9 @@ def test_whose_skills_guide(run, monkeypatch):
 def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch, tokenizer, llama):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["entirely-new"])
-    monkeypatch.setattr(models, "load_model", lambda *a, **k: (llama, other))
+    monkeypatch.setattr(teacher, "load_model", lambda *a, **k: (llama, other))
     with pytest.raises(ValueError, match="--teacher big has another tokenizer"):
-        models.load_teacher("big", tokenizer, dtype="float32")
+        teacher.load_teacher("big", tokenizer, dtype="float32")
 
 
 # ---- skills by a script ------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import add_lora, frozen_copy, load_model, save_policy
+from lm.loading import add_lora, frozen_copy, save_policy
+from tiny.loading import load_model
 
 
 def test_smollm2_is_dense_trainable_and_answers(smollm2):

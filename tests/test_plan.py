@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import tools.plan as planning
+import runlog.plan as planning
 from config import Config
-from models import load_config
+from runlog.plan import format_plan, peak, plan
+from tiny.loading import load_config
 from tiny.warmstart import tiny_model, tiny_tokenizer
-from tools.plan import format_plan, peak, plan
 
 ROOT = Path(__file__).parent.parent
 WORDS = len(tiny_tokenizer())

@@ -16,23 +16,21 @@ from transformers import (
 import rescore
 from data import Skills
 from envs.alfworld import AlfworldEnv
-from models import add_lora, frozen_copy
+from lm.branches import tree_attention, tree_inputs, tree_obstacle
+from lm.encoder import Encoder
+from lm.loading import add_lora, frozen_copy
+from lm.packing import Sequence, graft, micro_batches, pack
 from rescore import (
-    Sequence,
-    graft,
     guided_contexts,
     guided_steps,
     layout_noise,
-    micro_batches,
-    pack,
     response_logprobs,
     sequence_logprobs,
     skill_logprobs,
     tree_logprobs,
 )
-from rollout import Encoder, rollout
+from rollout import rollout
 from router import route
-from tree import tree_attention, tree_inputs, tree_obstacle
 
 
 class Bigram(torch.nn.Module):

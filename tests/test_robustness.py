@@ -10,7 +10,7 @@ from envs.alfworld import AlfworldEnv, words
 from experiments import robustness
 from experiments.perturb import OTHER_WORDS, Perturbed, reworded, shuffled
 from experiments.runs import arm_of
-from models import save_policy
+from lm.loading import save_policy
 from tiny.alfworld import vocabulary
 from tiny.warmstart import tiny_model
 

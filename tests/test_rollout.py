@@ -10,8 +10,10 @@ from transformers import GenerationConfig
 
 from data import Guidance
 from envs.alfworld import AlfworldEnv, words
+from lm.encoder import Encoder
+from lm.sampler import Sampler, generate, plain_sampling
 from rescore import guided_context, response_logprobs
-from rollout import Encoder, Sampler, generate, plain_sampling, rollout
+from rollout import rollout
 
 STRIPPING = (  # a template that drops earlier thoughts, as some do
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'].split('</think>')[-1] }}<end>"

@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from data import Guidance, Slot
 from envs import make_env
 from envs.search import RetrieverError, SearchEnv, read_action, vocabulary
-from envs.search_retrievers import Passage
-from envs.search_server import make_server
-from rollout import Encoder, Sampler, rollout
+from envs.search.retrievers import Passage
+from envs.search.server import make_server
+from lm.encoder import Encoder
+from lm.sampler import Sampler
+from rollout import rollout
 from router import fill
 
 # The authors' templates (agent_system/environments/prompts/search.py), with their fields filled for two cases.

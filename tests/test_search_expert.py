@@ -5,8 +5,8 @@ from random import Random
 import pytest
 
 from envs.search import SearchEnv, vocabulary
-from envs.search_expert import FLAWS, SearchExpert
-from envs.search_facts import SPLITS, generated_questions
+from envs.search.expert import FLAWS, SearchExpert
+from envs.search.facts import SPLITS, generated_questions
 
 
 def play(env, game, flaws=frozenset()):

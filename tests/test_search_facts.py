@@ -3,9 +3,9 @@
 import pytest
 
 from envs.search import generated_corpus
-from envs.search_facts import HOPS, SPLITS, facts, generated_questions, passages, plain, with_article
-from envs.search_retrievers import BM25Retriever
-from envs.search_text import exact_match, passage_words, words
+from envs.search.facts import HOPS, SPLITS, facts, generated_questions, passages, plain, with_article
+from envs.search.retrievers import BM25Retriever
+from envs.search.text import exact_match, passage_words, words
 
 EVERY = [question for split in SPLITS for question in generated_questions()[split]]
 TWO_HOP = [question for question in EVERY if len(question.hops) == 2]

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from envs.search_questions import Question, load_questions
+from envs.search.questions import Question, load_questions
 
 
 def write(path, rows):

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from envs.search import main
-from envs.search_retrievers import (
+from envs.search.__main__ import main
+from envs.search.retrievers import (
     BM25Retriever,
     CachedRetriever,
     CorpusError,
@@ -25,7 +25,7 @@ from envs.search_retrievers import (
     index_folder,
     read_corpus,
 )
-from envs.search_server import make_server
+from envs.search.server import make_server
 
 TEXTS = ['"Lima"\nLima is the capital of Peru.', '"Peru"\nPeru lies by the Pacific.', '"Oslo"\nOslo is in Norway. Øre!']
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.search import exact_match
-from envs.search_text import compact_results, normalize, official_results, passage_words, shown_passages, words
+from envs.search.text import compact_results, normalize, official_results, passage_words, shown_passages, words
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 from config import Config, flag
 from data import Step, Trajectory
 from envs.alfworld import AlfworldEnv, words
-from envs.alfworld_engine import FastEngine, load_game
-from envs.alfworld_expert import shortest_plan
+from envs.alfworld.engine import FastEngine, load_game
+from envs.alfworld.expert import shortest_plan
 from experiments import skill_signal
 from experiments.estimates import probability_of_improvement, probability_of_superiority
 from experiments.runs import config_of
@@ -25,8 +25,9 @@ from experiments.skill_signal import (
     on_shortest_plan,
     rows_of,
 )
-from models import load_model, save_policy
+from lm.loading import save_policy
 from rescore import response_logprobs
+from tiny.loading import load_model
 from tiny.warmstart import tiny_model
 from train import train
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rescore
 import scoring
 import train as train_module
-import writers
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
+from lm import writers
 from train import Run, train
 
 SMALL = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "

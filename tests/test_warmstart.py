@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from envs.alfworld import AlfworldEnv
-from envs.alfworld_engine import load_game
+from envs.alfworld.engine import load_game
 from skills import parse_skills
 from tiny.alfworld import hindsight, hint, novice, reciter, watch
 from tiny.warmstart import Demonstrator, skills_json, tiny_model, warm_start

@@ -6,10 +6,10 @@ import pytest
 
 from config import Config, read_recipe
 from envs.search import SearchEnv
-from envs.search_questions import GENERATE, load_questions
-from envs.search_text import words
+from envs.search.questions import GENERATE, load_questions
+from envs.search.text import words
 from envs.webshop import WebshopEnv
-from envs.webshop_expert import read_goal
+from envs.webshop.expert import read_goal
 from skills import parse_skills
 from tiny import search, webshop
 from tiny.plays import Play, script

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from data import Guidance, Slot
 from envs import make_env
 from envs.webshop import VOCABULARY, WebshopEnv, load_shop
-from envs.webshop_compact import lacks, price_words, shown
-from envs.webshop_expert import TITLE, Shopper
-from envs.webshop_pages import Session
-from rollout import Encoder, rollout
+from envs.webshop.compact import lacks, price_words, shown
+from envs.webshop.expert import TITLE, Shopper
+from envs.webshop.pages import Session
+from lm.encoder import Encoder
+from rollout import rollout
 from router import fill
 
 CHATML = (

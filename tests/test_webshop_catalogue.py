@@ -8,11 +8,11 @@ import pytest
 from rapidfuzz import fuzz
 
 from envs.webshop import VOCABULARY, WebshopEnv
-from envs.webshop_catalogue import DEPARTMENTS, KINDS, generate_catalogue, held_out
-from envs.webshop_compact import words
-from envs.webshop_data import load_shop
-from envs.webshop_expert import FLAWS, Goal, Shopper, read_goal
-from envs.webshop_reward import alike, plain_color
+from envs.webshop.catalogue import DEPARTMENTS, KINDS, generate_catalogue, held_out
+from envs.webshop.compact import words
+from envs.webshop.data import load_shop
+from envs.webshop.expert import FLAWS, Goal, Shopper, read_goal
+from envs.webshop.rewards import alike, plain_color
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from envs.webshop_data import NO_LIMIT, draw_limit, load_shop, process, read_options, read_pricing, split
+from envs.webshop.data import NO_LIMIT, draw_limit, load_shop, process, read_options, read_pricing, split
 
 
 def record(asin="B1", **changes):

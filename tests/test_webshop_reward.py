@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs import webshop_reward
 from envs.webshop import reward
-from envs.webshop_reward import alike, attribute_matches, nouns, option_matches, plain_color, type_score
+from envs.webshop import rewards as webshop_reward
+from envs.webshop.rewards import alike, attribute_matches, nouns, option_matches, plain_color, type_score
 
 PRODUCT = {
     "name": "acorn hiking jacket",

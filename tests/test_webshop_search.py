@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs import webshop_search
-from envs.webshop_search import Index, build, cached_index, document, tokens
+from envs.webshop import search as webshop_search
+from envs.webshop.search import Index, build, cached_index, document, tokens
 
 PRODUCT = {"asin": "B1", "Title": "Red Hat", "Description": "Warm.", "BulletPoints": ["soft", "hidden"]}
 PRODUCTS = [

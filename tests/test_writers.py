@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-import writers
-from writers import model_writer, openai_writer
+from lm import writers
+from lm.writers import model_writer, openai_writer
 
 # --- a local model ---
 
@@ -75,8 +75,9 @@ def played():
     """(model, encoder, trajectories, the sampler that played them and kept their rows); episodes end at 2, 4, 4, 4
     turns, since one context limit is reached earlier."""
     from envs.alfworld import AlfworldEnv, cached_games
-    from rollout import Encoder, rollout
-    from sampler import Sampler
+    from lm.encoder import Encoder
+    from lm.sampler import Sampler
+    from rollout import rollout
     from tiny.warmstart import tiny_model, tiny_tokenizer
 
     words = tiny_tokenizer()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from data import Skills, Trajectory
 from envs.alfworld import cached_games, room_of, words
-from envs.alfworld_engine import FastEngine, load_game
-from envs.alfworld_expert import TOOLS, Explorer, kind_of
-from envs.alfworld_rooms import DATA, FACTS, likely_places
+from envs.alfworld.engine import FastEngine, load_game
+from envs.alfworld.expert import TOOLS, Explorer, kind_of
+from envs.alfworld.rooms import DATA, FACTS, likely_places
 from tiny.plays import SLIP, Play, advised_steps
 
 GAMES, PLAYS = 1900, 2

@@ -12,9 +12,9 @@ from functools import lru_cache
 from data import Skills
 from envs.search import SearchEnv
 from envs.search import vocabulary as environment_words
-from envs.search_expert import SearchExpert, worded_like
-from envs.search_facts import HOPS, TITLES, facts
-from envs.search_text import shown_passages, words
+from envs.search.expert import SearchExpert, worded_like
+from envs.search.facts import HOPS, TITLES, facts
+from envs.search.text import shown_passages, words
 from tiny.plays import Play, advised_steps, watch
 
 GAMES, PLAYS = 2000, 4

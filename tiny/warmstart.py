@@ -24,10 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import Guidance, Skills, Step, Trajectory
 from envs import make_env
-from rescore import Sequence, micro_batches, sequence_logprobs
-from rollout import Encoder
+from lm.encoder import Encoder
+from lm.loading import write_whole
+from lm.packing import Sequence, micro_batches
+from rescore import sequence_logprobs
 from router import fill
-from runlog import replace
 from skills import analysis_prompt
 from tiny.plays import STEP_SKILLS, Play, script
 
@@ -222,7 +223,7 @@ def cache_folder(env: str, seed: int, tokenizer, cache: str | Path) -> Path:
     root = Path(__file__).parent
     envs = root.with_name("envs")
     sources = [root / name for name in ("warmstart.py", "plays.py", f"{env}.py")]
-    sources += [envs / "prompts.py", *envs.glob(f"{env}*.py"), *envs.glob(f"{env}_data/*")]
+    sources += [envs / "prompts.py", *(envs / env).glob("*.py"), *(envs / env).glob("data/*")]
     key = hashlib.sha256(f"{env} {seed} {sorted(tokenizer.get_vocab())}".encode())
     for path in sorted(sources):
         key.update(path.read_bytes())
@@ -236,5 +237,5 @@ def warm_started(env: str = "alfworld", seed: int = 0, cache: str | Path = "cach
     if not folder.is_dir():
         model = tiny_model(len(tokenizer), seed)
         warm_start(model, demonstrations(tokenizer, seed, env=env), seed)
-        replace(folder, model.save_pretrained)
+        write_whole(folder, model.save_pretrained)
     return LlamaForCausalLM.from_pretrained(folder), tokenizer

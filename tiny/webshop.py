@@ -8,8 +8,8 @@ import random
 
 from data import Skills
 from envs.webshop import VOCABULARY, WebshopEnv
-from envs.webshop_compact import SEARCH, shown
-from envs.webshop_expert import ENTRY, TITLE, Shopper
+from envs.webshop.compact import SEARCH, shown
+from envs.webshop.expert import ENTRY, TITLE, Shopper
 from tiny.plays import Play, advised_steps, watch
 
 GAMES, PLAYS = 1400, 1

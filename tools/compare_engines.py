@@ -25,9 +25,9 @@ from random import Random
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game  # noqa: E402
-from envs.alfworld_expert import shortest_plan  # noqa: E402
-from envs.alfworld_games import generate_games  # noqa: E402
+from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game  # noqa: E402
+from envs.alfworld.expert import shortest_plan  # noqa: E402
+from envs.alfworld.games import generate_games  # noqa: E402
 
 JUNK = 0.1  # share of the random steps that send something inadmissible
 DULL = ("go to ", "examine ", "look", "inventory", "help")  # chosen less often, or little else would happen

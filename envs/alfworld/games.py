@@ -1,6 +1,6 @@
 """Makes ALFWorld games without a download: `generate_games(folder, split, count, seed)`.
 
-alfworld_rooms.py says what is where and what is to be done; here it becomes files in the official layout and format
+rooms.py says what is where and what is to be done; here it becomes files in the official layout and format
 (json_2.1.1/<split>/<task>/<trial>/game.tw-pddl), which the official engine plays as well. Their rules (alfred.pddl) and
 texts (alfred.twl2) are alfworld's, unchanged.
 """
@@ -11,8 +11,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from envs.alfworld_expert import World, plan
-from envs.alfworld_rooms import DATA, FACTS, SIZES, SPLITS, TOOLS, Room, kind_of, likely_places, sample_room
+from envs.alfworld.expert import World, plan
+from envs.alfworld.rooms import DATA, FACTS, SIZES, SPLITS, TOOLS, Room, kind_of, likely_places, sample_room
 
 __all__ = ["generate_games", "likely_places"]
 

@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from random import Random
 
-from envs.webshop_data import read_pricing
+from envs.webshop.data import read_pricing
 
 BRAND_WORDS = """
 acorn bluff cedar delta ember fable grove harbor isle juniper kestrel lotus maple nimbus onyx pebble quartz ridge sable

@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from envs.alfworld_engine import FastEngine
+    from envs.alfworld.engine import FastEngine
 
 TOOLS = {  # kind of task -> what to do to the thing, with which kind of receptacle
     "pick_clean_then_place_in_recep": ("clean", "sinkbasin"),
@@ -166,7 +166,7 @@ def finish(route: Route, thing: str, end: str, tool: str) -> None:
 class Explorer:
     """Acts on the task and the observations alone.
 
-    `places(kind of thing)` lists kinds of receptacle, likeliest first (envs.alfworld_games.likely_places); among those
+    `places(kind of thing)` lists kinds of receptacle, likeliest first (envs.alfworld.games.likely_places); among those
     of one kind `rng` decides. The goal's own kind is searched last: what is there already is rarely wanted.
     `move` is the command's wording (`Game.texts.put_command`; the game's `help` tells it too).
     """

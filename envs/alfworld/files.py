@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from envs.alfworld_pddl import MARKS, Formula, Goal, Problem, ground, parse_problem, summarise
+from envs.alfworld.pddl import MARKS, Formula, Goal, Problem, ground, parse_problem, summarise
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -152,7 +152,7 @@ def _load_game(path: str, changed: int) -> Game:
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, IndexError) as error:
         raise GameFileError(f"{path}: not a game file ({error}); {again}") from error
     except ValueError as error:
-        raise GameFileError(f"{path}: {error}; use a file made by alfworld or by envs.alfworld_games") from error
+        raise GameFileError(f"{path}: {error}; use a file made by alfworld or by envs.alfworld.games") from error
 
 
 def display_names(problem: Problem) -> dict[str, str]:

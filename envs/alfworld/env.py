@@ -1,7 +1,7 @@
-"""ALFWorld as a text environment: game files, prompts, action parser. Two engines play it, see alfworld_engine.py.
+"""ALFWorld as a text environment: game files, prompts, action parser. Two engines play it, see engine.py.
 
 Games are the official files (`game.tw-pddl` under DATA/json_2.1.1/SPLIT/, as `alfworld-download` lays them out) or
-generated ones in the same format (alfworld_games.py), so nobody needs a download to start.
+generated ones in the same format (games.py), so nobody needs a download to start.
 
 Prompts. "official": the words of the authors' release (agent_system/environments/prompts/alfworld.py), responses
 `<think>...</think><action>...</action>`. "compact": the same observations less their filler words, responses are bare
@@ -16,11 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from data import Prompt
-from envs.alfworld_engine import FastEngine, TextWorldEngine, load_game
-from envs.alfworld_games import generate_games
+from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
+from envs.alfworld.games import generate_games
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
-
-__all__ = ["SPLITS", "TASK_TYPES", "AlfworldEnv", "cached_games", "generate_games", "list_games"]
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 import re
 from random import Random
 
-from envs.search_facts import HOPS, facts
-from envs.search_text import shown_passages, words
+from envs.search.facts import HOPS, facts
+from envs.search.text import shown_passages, words
 
 # What a novice may do wrong.
 FLAWS = {

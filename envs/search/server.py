@@ -6,7 +6,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from envs.search_retrievers import Retriever
+from envs.search.retrievers import Retriever
 
 DEFAULT_TOPK = 3
 

@@ -16,9 +16,10 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from config import Config
-from head import CHUNK
-from models import add_lora, load_config
+from lm.loading import add_lora
+from lm.logprobs import CHUNK
 from runlog import peak_mib
+from tiny.loading import load_config
 
 MIB = 2**20
 LENGTH = 32  # tokens of a row on which activations are counted; short, so that its mask does not count

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import re
 
-from envs.webshop_catalogue import PRICES, catalogue_words
-from envs.webshop_pages import BACK, BUY, NEXT, PREVIOUS, Session
+from envs.webshop.catalogue import PRICES, catalogue_words
+from envs.webshop.pages import BACK, BUY, NEXT, PREVIOUS, Session
 
 PAGE_SIZE = 5  # products a results page
 FILLER_WORDS = "a an the i me my am is are that and with for of to in need needs want find looking im"

@@ -10,8 +10,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from envs.webshop_catalogue import DEPARTMENTS
-from envs.webshop_compact import shown
+from envs.webshop.catalogue import DEPARTMENTS
+from envs.webshop.compact import shown
 
 FLAWS = {
     "first hit": "opens the first result, whatever its title and price",

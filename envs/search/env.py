@@ -1,8 +1,8 @@
 """Search-based QA as a text environment (the protocol of Search-R1): search, read, answer; prompts, parser, reward.
 
 Each turn is a search or the answer. A search brings the top 3 passages; the answer ends the episode, and so does the
-last turn. Reward 1 for an exact match with a golden answer, else 0. Questions: search_questions.py; passages:
-search_retrievers.py; the generated default: search_facts.py.
+last turn. Reward 1 for an exact match with a golden answer, else 0. Questions: questions.py; passages:
+retrievers.py; the generated default: facts.py.
 
 Prompts. "official": the words of the authors' release (agent_system/environments/prompts/search.py), responses
 `<think>...</think><search>...</search>` or `<answer>...</answer>`. "compact": lower-case words, responses are bare
@@ -13,45 +13,25 @@ python -m envs.search serve --corpus FILE --port 8000     # BM25 over a corpus, 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import re
-import sys
 from functools import lru_cache
 from pathlib import Path
 
-if not __package__:  # run as a script: python envs/search.py
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from data import Prompt, Slot
 from envs.prompts import COMPACT_ANALYSIS, COMPACT_EPISODE_SLOT, COMPACT_STEP_SLOT, STEP_SLOT
-from envs.search_facts import HOPS, passages
-from envs.search_questions import GENERATE, ONE_HOP, SPLITS, TWO_HOP, load_questions
-from envs.search_retrievers import (
+from envs.search.facts import HOPS, passages
+from envs.search.questions import GENERATE, ONE_HOP, SPLITS, TWO_HOP, load_questions
+from envs.search.retrievers import (
     CACHE,
     BM25Retriever,
     CachedRetriever,
-    CorpusError,
     HttpRetriever,
     Retriever,
-    RetrieverError,
 )
-from envs.search_text import compact_results, exact_match, normalize, official_results, words
-
-__all__ = [
-    "DATA_SOURCES",
-    "GENERATED_SOURCES",
-    "CorpusError",
-    "RetrieverError",
-    "SearchEnv",
-    "exact_match",
-    "generated_corpus",
-    "normalize",
-    "read_action",
-    "vocabulary",
-]
+from envs.search.text import compact_results, exact_match, official_results, words
 
 # The columns of the paper's table, in its order; the generated questions have a table of their own.
 DATA_SOURCES = {
@@ -271,33 +251,3 @@ class SearchEnv:
 
     def _text(self, text: str) -> str:
         return words(text) if self.prompt == "compact" else text
-
-
-# ---- the command line ------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Serve a corpus over HTTP until interrupted."""
-    from envs.search_server import make_server
-
-    parser = argparse.ArgumentParser(prog="python -m envs.search", description="Search QA's retrieval server.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="BM25 over a corpus, in the protocol of Search-R1 (POST /retrieve)")
-    serve.add_argument("--corpus", default=GENERATE, help="JSON-lines file with id and contents, or 'generate'")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0: a free one")
-    args = parser.parse_args(argv)
-    try:
-        retriever = BM25Retriever(generated_corpus() if args.corpus == GENERATE else args.corpus)
-        server = make_server(retriever, args.port, args.host)
-    except (CorpusError, OSError) as error:
-        parser.error(str(error))
-    print(f"serving {args.corpus} at http://{args.host}:{server.server_address[1]}/retrieve", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
-
-
-if __name__ == "__main__":
-    main()

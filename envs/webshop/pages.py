@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass, field
 from random import Random
 
-from envs.webshop_data import Shop
-from envs.webshop_search import HITS, Index
+from envs.webshop.data import Shop
+from envs.webshop.search import HITS, Index
 
 SEPARATOR = " [SEP] "
 BACK, PREVIOUS, NEXT, BUY = "Back to Search", "< Prev", "Next >", "Buy Now"

@@ -4,9 +4,7 @@ but the iterations since its last checkpoint, and resumes exactly there."""
 from __future__ import annotations
 
 import json
-import os
 import resource
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 
 from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
-from models import save_policy
+from lm.loading import save_policy, write_whole
 
 # What may differ between a run and its resumption; everything else would make it another run.
 FREE = {
@@ -50,7 +48,7 @@ class RunLog:
         if accelerator.is_main_process:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             settings = json.dumps(config.to_dict(), indent=2) + "\n"
-            replace(written, lambda temporary: temporary.write_text(settings))
+            write_whole(written, lambda temporary: temporary.write_text(settings))
             for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
                 self._drop_from(self.folder / name, self.first_iteration or -1)
         accelerator.wait_for_everyone()
@@ -75,7 +73,7 @@ class RunLog:
                     kept.append(line + "\n")
             except json.JSONDecodeError:
                 break
-        replace(path, lambda temporary: temporary.write_text("".join(kept)))
+        write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
 
     def _append(self, name: str, record: dict) -> None:
         if self.accelerator.is_main_process:
@@ -185,7 +183,7 @@ class RunLog:
             "episode_skills": episode_skills,
         }
         path = self.folder / "checkpoints" / f"{iteration:06d}.pt"
-        replace(path, lambda temporary: torch.save(state, temporary))
+        write_whole(path, lambda temporary: torch.save(state, temporary))
         for old in sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))[: -self.config.keep_checkpoints]:
             old.unlink()
 
@@ -207,7 +205,7 @@ class RunLog:
         if self.accelerator.is_main_process:
             from tools.plot_run import plot_curve  # matplotlib is not needed for anything else
 
-            replace(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary))
+            write_whole(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary))
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
         self.accelerator.end_training()
 
@@ -225,14 +223,3 @@ def peak_mib(device: torch.device) -> float:
 def _known(values: torch.Tensor) -> list[float | None]:
     """NaN ("not computed") becomes null: JSON has no NaN."""
     return [None if value != value else value for value in values.tolist()]
-
-
-def replace(path: Path, write) -> None:
-    """Write a file or folder beside `path`, then put it in place in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    write(temporary)
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(temporary, path)

@@ -21,7 +21,7 @@ from random import Random
 
 import numpy as np
 
-from envs.search_text import passage_words, words
+from envs.search.text import passage_words, words
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 MIN_POPULATION = 3_000_000  # of a country: some 130 of them

@@ -1,7 +1,7 @@
 """Furnishes ALFWorld's rooms anew: `sample_room(split, seed, size, index)` says what is where and what is to be done.
 
 The rooms are the 120 of AI2-THOR with their own receptacles and kinds of things. What can hold what, the goals, their
-wording and which rooms are held out are alfworld's: envs/alfworld_data/, extracted by tools/extract_alfworld_data.py.
+wording and which rooms are held out are alfworld's: envs/alfworld/data/, extracted by tools/extract_alfworld_data.py.
 
 Chosen here, as alfworld doesn't state it: how often a thing is where. A kind of receptacle is drawn in proportion to
 how many kinds of things it can hold (a countertop 58, a safe 7), then one of its receptacles evenly.
@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from statistics import fmean
 
-DATA = Path(__file__).resolve().parent / "alfworld_data"
+DATA = Path(__file__).resolve().parent / "data"
 FACTS = json.loads((DATA / "rooms.json").read_text())
 TASK_TYPES = tuple(FACTS["goals"])
 SPLITS = ("train", "valid_seen", "valid_unseen")

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
-from envs.search_facts import SPLITS, generated_questions
+from envs.search.facts import SPLITS, generated_questions
 
 GENERATE = "generate"
 FORMATS = {"parquet": "parquet", "jsonl": "json", "json": "json"}  # file ending -> the loader's name
