@@ -12,65 +12,20 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from config import Config
-from data import Skills, Trajectory
 from lm.encoder import Encoder
-from lm.sampler import Held, generate
-from router import fill
-from skills import ConversationWriter, Writer
+from lm.sampler import generate
+
+Writer = Callable[[list[str]], list[str | None]]
 
 
-def writer_of(
-    config: Config,
-    weights: dict,  # --skill-writer -> the local model of that name
-    encoder: Encoder,
-    trajectories: list[Trajectory],
-    recall: Callable[[list[int]], Held | None] = lambda keys: None,
-) -> Writer | ConversationWriter:
-    """The skill writer: one of the local models, or an endpoint. `recall`: see conversation_writer."""
-    sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
-    if config.skill_writer == "openai":
-        return openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
-    sampling |= {
-        "prefill": config.skill_prefill,
-        "context_limit": config.skill_context_limit or config.context_limit,
-        "batch_tokens": config.generate_budget,
-    }
-    author = weights[config.skill_writer]
-    if config.skill_transcript == "prompt":
-        return model_writer(author, encoder.tokenizer, **sampling)
-    return conversation_writer(author, encoder, trajectories, recall=recall, **sampling)
+def import_writer(name):
+    raise ValueError(name)
 
 
 def model_writer(model, tokenizer, **answering) -> Writer:
     """Skills from a local model, the policy itself or its frozen starting weights. `answering`: see `_answers`."""
     encoder = Encoder(tokenizer, "window")
     return lambda prompts: _answers(model, tokenizer, [encoder.context([p], []) for p in prompts], **answering)
-
-
-def conversation_writer(
-    model,
-    encoder: Encoder,
-    trajectories: list[Trajectory],
-    *,
-    recall: Callable[[list[int]], Held | None] = lambda keys: None,
-    **answering,
-) -> ConversationWriter:
-    """Skills from a local model that has each finished conversation before it. `answering`: see `_answers`.
-
-    `recall`: what a KV cache still holds of the conversations of these trajectories (`Sampler.recall`, where it was
-    this very model that played); they are read anew where that is None.
-    """
-
-    def context(i: int, request: str) -> list[int]:
-        steps = trajectories[i].steps
-        return encoder.context([*(fill(step.prompt) for step in steps), request], [step.response for step in steps])
-
-    def write(requests: list[tuple[int, str]]) -> list[str | None]:
-        contexts, keys = [context(i, request) for i, request in requests], [i for i, _ in requests]
-        return _answers(model, encoder.tokenizer, contexts, keys=keys, recall=recall, **answering)
-
-    return write
 
 
 def _answers(
@@ -136,13 +91,3 @@ def openai_writer(
             return list(pool.map(ask, prompts))
 
     return write
-
-
-def scripted_skills(trajectory: Trajectory, max_step_skills: int) -> Skills:
-    """What a script that knows the game writes about a finished ALFWorld episode, in place of a model: the upper bound
-    of what skills of this kind can do. The same script wrote the tiny model's demonstrations."""
-    from tiny.alfworld import hindsight, replay
-
-    skills = hindsight(replay(trajectory))
-    skills.steps = dict(sorted(skills.steps.items())[:max_step_skills])
-    return skills

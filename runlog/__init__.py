@@ -171,7 +171,7 @@ class RunLog:
                     },
                 )
 
-    def save(self, iteration: int, model, optimizer, ema, episode_skills: dict[str, str]) -> None:
+    def save(self, iteration: int, model, optimizer, ema, method: dict) -> None:
         """Everything that the next iteration depends on. Complete or absent: written beside, then renamed."""
         if not self.accelerator.is_main_process:
             return
@@ -180,17 +180,17 @@ class RunLog:
             "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
             "optimizer": optimizer.state_dict(),
             "ema": ema.state_dict() if ema is not None else None,
-            "episode_skills": episode_skills,
+            "method": method,
         }
         path = self.folder / "checkpoints" / f"{iteration:06d}.pt"
         write_whole(path, lambda temporary: torch.save(state, temporary))
         for old in sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))[: -self.config.keep_checkpoints]:
             old.unlink()
 
-    def restore(self, model, optimizer, ema) -> dict[str, str]:
-        """Load the newest checkpoint where the run goes on from one -> its skills to act under, by task type."""
+    def restore(self, model, optimizer, ema, method) -> None:
+        """Load the newest checkpoint into all of them, where the run goes on from one."""
         if self.first_iteration == 0:
-            return {}
+            return
         state = torch.load(self.checkpoints[-1], map_location=model.device, weights_only=True)
         unexpected = model.load_state_dict(state["model"], strict=False).unexpected_keys
         if unexpected:
@@ -198,7 +198,7 @@ class RunLog:
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             ema.load_state_dict(state["ema"])
-        return state.get("episode_skills", {})
+        method.restore(state["method"])
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""
