@@ -134,8 +134,9 @@ def guided_logprobs(
     contexts: list[list[int] | None],
     responses: list[list[int]],
     *,
-    temperature: float,
+    temperature: float = 1.0,
     token_budget: int,
+    packed: bool = True,
     progress: Progress = iter,
 ) -> Tensor:
     """`response_logprobs` of the rows that have a context; NaN for the others. -> (B, R)"""
@@ -143,8 +144,8 @@ def guided_logprobs(
     rows = [row for row, context in enumerate(contexts) if context is not None]
     if rows:
         some = [contexts[row] for row in rows], [responses[row] for row in rows]
-        limits = {"temperature": temperature, "token_budget": token_budget}
-        guided = response_logprobs(model, *some, **limits, progress=progress)
+        how = {"temperature": temperature, "token_budget": token_budget, "packed": packed, "progress": progress}
+        guided = response_logprobs(model, *some, **how)
         scores[rows, : guided.shape[1]] = guided
     return scores
 

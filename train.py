@@ -31,7 +31,7 @@ from advantage import (
     skill_advantage,
     sum_of_scored,
 )
-from baselines import METHODS
+from baselines import METHODS, Method
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate, format_table, games_of
@@ -81,6 +81,53 @@ def k3(new: Tensor, reference: Tensor) -> Tensor:
     # KL = exp(d) - 1 - d,  d = log pi_ref(y | h) - log pi_theta(y | h)
     d = reference - new  # (N,)
     return d.exp() - 1 - d
+
+
+def outcome_of(method: Method, trajectories: list[Trajectory]) -> tuple[Tensor, Metrics]:
+    """A_ep of each step (B,): R(tau), less the step's own penalty, against its group; and metrics."""
+    config, groups = method.config, [trajectory.group for trajectory in trajectories]
+    rewards = [config.success_reward * trajectory.success for trajectory in trajectories]  # R(tau)
+    steps = [(i, step) for i, trajectory in enumerate(trajectories) for step in trajectory.steps]
+    penalties = torch.tensor([config.invalid_penalty * (not step.valid) for _, step in steps])  # (B,)
+    returns = torch.tensor([rewards[i] for i, _ in steps]) - penalties  # (B,)
+    group, owner = torch.tensor([groups[i] for i, _ in steps]), torch.tensor([i for i, _ in steps])  # (B,) each
+    outcome = outcome_advantage(returns, group, owner, normalize=config.normalize, over=config.group_over)  # (B,)
+    silent = silent_groups(groups, rewards).values()
+    outcome, metrics = method.outcome(outcome, trajectories)
+    return outcome, {"advantage/silent_groups": sum(silent) / len(silent)} | metrics
+
+
+def make_batch(
+    method: Method,
+    contexts: list[list[int]],
+    responses: list[list[int]],
+    outcome: Tensor,  # (B,) A_ep
+    plain: dict[str, Tensor],  # (B, R) log pi(y | h) by reader
+    guided: dict[str, Tensor],  # (B, R) log pi(y | h^) by level, NaN where a step has no skill of it
+    iteration: int,
+) -> Batch:
+    """The advantage of every token, from its outcome and its log-probs."""
+    config, old, mask = method.config, plain["old"], ~plain["old"].isnan()  # (B, R)
+
+    # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m
+    base = plain[config.scorer] if guided and config.shift_base == "scorer" else old  # (B, R)
+    shifts = {level: skill_advantage(logprobs, base, mask) for level, logprobs in guided.items()}  # (B, R) each
+    known = [shift.masked_fill(guided[level].isnan(), float("nan")) for level, shift in shifts.items()]
+
+    # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
+    fade = linear_decay(iteration, config.skill_iterations)
+    advantages = combine(
+        outcome,
+        shifts.get("episode"),
+        shifts.get("step"),
+        mask,
+        episode_weight=fade * config.episode_weight,
+        step_weight=fade * config.step_weight,
+        skill_clip=config.skill_clip,
+    )  # (B, R)
+    reference = plain["reference"] if config.kl else None  # (B, R)
+    batch = Batch(contexts, responses, mask, old, reference, sum_of_scored(mask, *known), advantages)
+    return method.adjust(batch, outcome, plain, guided, iteration)
 
 
 def timed(phase: str):
@@ -167,6 +214,8 @@ class Run:
     def write_skills(self, trajectories: list[Trajectory], rng: random.Random) -> tuple[list[Skills | None], Metrics]:
         """Hindsight skills of each trajectory; None where there are none."""
         config, skills, metrics = self.config, [None] * len(trajectories), {}
+        if not (config.levels or config.writes_skills):
+            return skills, metrics
         if config.writes_skills:
             with self.accelerator.autocast():
                 skills, metrics = write_skills(
@@ -231,44 +280,10 @@ class Run:
                 limits = {"temperature": config.temperature, "token_budget": config.token_budget}
                 noise = layout_noise(self.policy, contexts[:few], responses[:few], **limits)
                 metrics["advantage/noise_floor"] = noise
-        old, mask = plain["old"], ~plain["old"].isnan()  # (B, R)
-
-        # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m
-        base = plain[config.scorer] if config.shift_base == "scorer" and guided else old  # (B, R)
-        shifts = {level: skill_advantage(logprobs, base, mask) for level, logprobs in guided.items()}  # (B, R) each
-        known = [shift.masked_fill(guided[level].isnan(), float("nan")) for level, shift in shifts.items()]
-        outcome, outcome_metrics = self._outcome(trajectories)  # (B,) A_ep
-
-        # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
-        fade = linear_decay(iteration, config.skill_iterations)
-        advantages = combine(
-            outcome,
-            shifts.get("episode"),
-            shifts.get("step"),
-            mask,
-            episode_weight=fade * config.episode_weight,
-            step_weight=fade * config.step_weight,
-            skill_clip=config.skill_clip,
-        )  # (B, R)
-        reference = plain.get("reference") if config.kl else None  # (B, R)
-        batch = Batch(contexts, responses, mask, old, reference, sum_of_scored(mask, *known), advantages)
-        batch = self.method.adjust(batch, outcome, plain, guided, iteration)
+        outcome, outcome_metrics = outcome_of(self.method, trajectories)  # (B,) A_ep
+        batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration)
         metrics |= {f"guided/{level}": (~x.isnan()).any(1).float().mean().item() for level, x in guided.items()}
-        return batch, metrics | outcome_metrics | advantage_metrics(outcome, batch.skill_advantages, mask)
-
-    def _outcome(self, trajectories: list[Trajectory]) -> tuple[Tensor, Metrics]:
-        """A_ep of each step (B,): R(tau), less the step's own penalty, against its group."""
-        config = self.config
-        rewards = [config.success_reward * trajectory.success for trajectory in trajectories]
-        steps = [(i, step) for i, trajectory in enumerate(trajectories) for step in trajectory.steps]
-        penalties = torch.tensor([config.invalid_penalty * (not step.valid) for _, step in steps])  # (B,)
-        returns = torch.tensor([rewards[i] for i, _ in steps]) - penalties  # (B,)
-        owner = torch.tensor([i for i, _ in steps])  # (B,)
-        groups = torch.tensor([trajectories[i].group for i, _ in steps])  # (B,)
-        outcome = outcome_advantage(returns, groups, owner, normalize=config.normalize, over=config.group_over)  # (B,)
-        silent = silent_groups([trajectory.group for trajectory in trajectories], rewards).values()
-        outcome, metrics = self.method.outcome(outcome, trajectories)
-        return outcome, {"advantage/silent_groups": sum(silent) / len(silent)} | metrics
+        return batch, metrics | outcome_metrics | advantage_metrics(outcome, batch.skill_advantages, batch.mask)
 
     def _logprobs(
         self, contexts, responses, trajectories, routes

@@ -16,11 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rescore
-import scoring
 import train as train_module
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
-from lm import writers
 from train import Run, train
 
 SMALL = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
@@ -35,7 +33,7 @@ def random_tiny(monkeypatch, llama, tokenizer):
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
 
 def config(tmp_path, name, **changes) -> Config:
@@ -120,8 +118,8 @@ def test_every_variant_trains(changes, random_tiny, tmp_path, llama):
 def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, random_tiny, tmp_path, monkeypatch):
     """Whichever weights score the skills, and whichever pass their branches ride on."""
     passes = []
-    original = scoring.tree_logprobs
-    monkeypatch.setattr(scoring, "tree_logprobs", lambda *a, **k: (passes.append(any(a[3])), original(*a, **k))[1])
+    original = rescore.tree_logprobs
+    monkeypatch.setattr(rescore, "tree_logprobs", lambda *a, **k: (passes.append(any(a[3])), original(*a, **k))[1])
     # a learning rate at which the frozen copies and the policy differ in the second iteration
     settings = {"iterations": 2, "routing": routing, "learning_rate": 0.01, **changes}
     train(tree := config(tmp_path, "tree", **settings))
@@ -141,7 +139,7 @@ def test_a_skill_that_changes_nothing_shifts_nothing(changes, random_tiny, tmp_p
     def plain_contexts(encoder, trajectories, routes, level, *, context_limit):
         return [step.context for trajectory in trajectories for step in trajectory.steps], 0
 
-    monkeypatch.setattr(scoring, "guided_contexts", plain_contexts)
+    monkeypatch.setattr(train_module, "guided_contexts", plain_contexts)
     means = {}
     for base in ("scorer", "old"):
         train(c := config(tmp_path, base, iterations=2, learning_rate=0.01, shift_base=base, **changes))
@@ -149,24 +147,6 @@ def test_a_skill_that_changes_nothing_shifts_nothing(changes, random_tiny, tmp_p
     assert means["scorer"] == pytest.approx([0, 0], abs=1e-4)
     assert means["old"][0] == pytest.approx(0, abs=1e-4)
     assert (means["old"][1] > 1e-3) is (changes["scorer"] != "old")
-
-
-def test_the_policy_goes_on_from_its_own_cache_and_another_writer_reads(random_tiny, tmp_path, monkeypatch):
-    recalled = []
-
-    def writer(model, encoder, trajectories, *, recall, **answering):
-        def write(requests):
-            keys = [i for i, _ in requests]
-            recalled.append((held := recall(keys)) and held.keys == keys)
-            return ['{"episode_skill": "open every closed place"}'] * len(requests)
-
-        return write
-
-    monkeypatch.setattr(writers, "conversation_writer", writer)
-    for name in ("policy", "reference", "ema"):
-        train(config(tmp_path, name, iterations=1, skill_transcript="conversation", skill_writer=name))
-        assert lines(tmp_path / name)[0]["skills/parse_rate"] == 1
-    assert recalled == [True, None, None]
 
 
 @pytest.mark.parametrize("name", ["policy", "reference", "ema"])
@@ -177,15 +157,15 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
         authors.append(next(model.parameters()).detach().clone())
         return lambda prompts: ['{"episode_skill": "open every closed place"}'] * len(prompts)
 
-    monkeypatch.setattr(writers, "model_writer", writer)
+    monkeypatch.setattr(train_module, "model_writer", writer)
     run = Run(config(tmp_path, name, skill_writer=name, ema_decay=0.5))
-    start = next(run.reference.parameters()).clone()
+    start = next(run.models["reference"].parameters()).clone()
     with torch.no_grad():
-        next(run.model.parameters()).add_(1.0)  # the policy has moved away
-        if run.ema:
-            next(run.ema.parameters()).add_(0.5)
-    run.start(0)
-    run.write_skills(run.rollout())
+        next(run.policy.parameters()).add_(1.0)  # the policy has moved away
+        if "ema" in run.models:
+            next(run.models["ema"].parameters()).add_(0.5)
+    rng = run.seed(0)
+    run.write_skills(run.rollout(rng)[0], rng)
     assert torch.equal(authors[0], start + {"policy": 1.0, "reference": 0.0, "ema": 0.5}[name])
 
 
@@ -239,7 +219,7 @@ def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
 
 
 def test_unparsable_skills_are_counted_and_shift_nothing(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
     c, grpo = config(tmp_path, "run"), config(tmp_path, "grpo", algo="grpo")
     train(c)
     train(grpo)
