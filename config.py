@@ -18,7 +18,7 @@ from router import RULES, route
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
     *("token_budget", "generate_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
-    *("temperature", "learning_rate", "max_grad_norm", "eval_batch"),
+    *("temperature", "learning_rate", "max_grad_norm", "eval_batch", "kl_clip"),
 )
 NOT_NEGATIVE = (
     *("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history", "lr_halving"),
@@ -115,7 +115,11 @@ class Config:
     skill_clip: float | None = ADVANTAGE(None, "bound of |A_skill| per token, in nats; none: unbounded (paper)")
 
     clip: float = UPDATE(0.2, "PPO clip range of the token ratio")
+    dual_clip: float | None = UPDATE(
+        None, "c: bound c |A| of the loss of a token with A < 0 (release: 3); none: unbounded"
+    )
     kl: float = UPDATE(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
+    kl_clip: float | None = UPDATE(None, "the most that a token's k3 counts, in nats (release: 10); none: unbounded")
     epochs: int = UPDATE(1, "passes over an iteration's batch")
     mini_batch: int = UPDATE(512, "step samples per gradient step; 0: all of the iteration")
     warmup: int = UPDATE(0, "iterations of linear warm-up")
@@ -172,6 +176,8 @@ class Config:
             raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no --games, --retriever")
         if self.max_new_tokens >= self.context_limit:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip:
+            raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
         if self.levels and self.routing == "none":
             raise ValueError("--routing none guides no step: use --algo grpo")
         if self.teacher is not None and self.algo != "opd":

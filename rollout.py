@@ -78,8 +78,9 @@ def rollout(
 
     All live episodes take their turn in one batch; a finished one leaves it. An episode whose coming context could not
     hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted (rollout/context_full).
-    Raises ValueError where even a first turn does not fit. With `episode_skills` (task type -> text) the policy acts
-    under the skill of a game's type; one that leaves no room is left out (rollout/skilled counts the others).
+    One whose first context does not fit stays without steps (rollout/too_long). With `episode_skills` (task type ->
+    text) the policy acts under the skill of a game's type; one that leaves no room is left out (rollout/skilled counts
+    the others).
     """
     episodes = [
         Episode.start(make_env(), game, group, episode_skills)
@@ -97,11 +98,6 @@ def rollout(
             if turn == 0 and episodes[i].skill and len(contexts[i]) > room:
                 contexts[i] = episodes[i].drop_skill(encoder)
             episodes[i].cut = len(contexts[i]) > room
-            if episodes[i].cut and turn == 0:
-                raise ValueError(
-                    f"the first prompt has {len(contexts[i])} tokens and leaves no room for {context_limit - room} "
-                    f"more in a context of {context_limit}: raise --context-limit or lower --max-new-tokens"
-                )
         live = [i for i in live if not episodes[i].cut]
         responses = sampler(live, [contexts[i] for i in live]) if live else []
         texts = [encoder.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
@@ -118,11 +114,13 @@ def rollout(
 
 def _metrics(episodes: list[Episode]) -> dict[str, float]:
     steps = [step for episode in episodes for step in episode.trajectory.steps]
+    played = sum(bool(episode.trajectory.steps) for episode in episodes)
     return {
-        "episodes": len(episodes),
-        "train/success": sum(episode.trajectory.success for episode in episodes) / len(episodes),
-        "rollout/steps": len(steps) / len(episodes),
-        "rollout/valid_actions": sum(step.valid for step in steps) / len(steps),
-        "rollout/response_tokens": sum(len(step.response) for step in steps) / len(steps),
-        "rollout/context_full": sum(episode.cut for episode in episodes),
+        "episodes": played,
+        "train/success": sum(episode.trajectory.success for episode in episodes) / max(1, played),
+        "rollout/steps": len(steps) / max(1, played),
+        "rollout/valid_actions": sum(step.valid for step in steps) / max(1, len(steps)),
+        "rollout/response_tokens": sum(len(step.response) for step in steps) / max(1, len(steps)),
+        "rollout/context_full": sum(episode.cut for episode in episodes if episode.trajectory.steps),
+        "rollout/too_long": len(episodes) - played,
     }

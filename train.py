@@ -11,10 +11,13 @@ is OPID without skills, each of them leaves all as it is.
 from __future__ import annotations
 
 import copy
+import math
 import random
+import sys
 import time
 from dataclasses import replace
 from functools import wraps
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
@@ -50,12 +53,13 @@ from tiny.loading import load_model
 Metrics = dict[str, float]
 Routes = list[list[tuple[Guidance, ...]]]  # of each trajectory, of each of its steps
 
+MAX_LOG_RATIO = 20.0  # of a token's two probabilities, so that no exp overflows: infinity times A = 0 is not a number
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
 
-def train(config: Config) -> RunLog:
+def train(config: Config, run: Run | None = None) -> RunLog:
     """The whole run. A function of config and seed: every iteration seeds itself, so that resuming is exact."""
-    run = Run(config)
+    run = run or Run(config)
     for iteration in range(run.log.first_iteration, config.iterations):
         rng = run.seed(iteration)
         trajectories, played = run.rollout(rng)
@@ -68,19 +72,32 @@ def train(config: Config) -> RunLog:
     return run.log
 
 
-def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """PPO-clip per token. All (N,) -> (N,), and where the clipped branch, which carries no gradient, is the smaller."""
+def policy_loss(
+    new: Tensor, old: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """PPO-clip per token. All (N,) -> (N,), and where the clipped branch, which carries no gradient, is the smaller.
+
+    `dual_clip` c bounds the loss of a token with A < 0 by -c A (arXiv 1912.09729; authors' release:
+    verl/trainer/ppo/core_algos.py, compute_policy_loss, c = 3).
+    """
     # L = -min(r A, clip(r, 1 - eps, 1 + eps) A),  r = pi_theta(y | h) / pi_old(y | h)
-    ratio = (new - old).exp()  # (N,)
+    ratio = (new - old).clamp(max=MAX_LOG_RATIO).exp()  # (N,)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (N,)
-    return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
+    losses = -torch.minimum(unclipped, clipped)  # (N,)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    return losses, (clipped < unclipped).float()
 
 
-def k3(new: Tensor, reference: Tensor) -> Tensor:
-    """KL(pi_theta || pi_ref) per token, by Schulman's k3 on sampled tokens. Never negative. (N,) -> (N,)"""
+def k3(new: Tensor, reference: Tensor, bound: float | None = None) -> Tensor:
+    """KL(pi_theta || pi_ref) per token, by Schulman's k3 on sampled tokens. Never negative. (N,) -> (N,)
+
+    `bound`: the most that a token counts; beyond it a token carries no gradient (the release: kl_penalty, 10).
+    """
     # KL = exp(d) - 1 - d,  d = log pi_ref(y | h) - log pi_theta(y | h)
     d = reference - new  # (N,)
-    return d.exp() - 1 - d
+    kl = d.clamp(max=MAX_LOG_RATIO).exp() - 1 - d  # (N,)
+    return kl if bound is None else kl.clamp(max=bound)
 
 
 def outcome_of(method: Method, trajectories: list[Trajectory]) -> tuple[Tensor, Metrics]:
@@ -147,16 +164,30 @@ def timed(phase: str):
     return wrap
 
 
+def check_before_loading(config: Config) -> None:
+    """Raises ValueError for what would train on wrong numbers, or not do what was asked."""
+    if config.dtype == "bfloat16" and not config.lora_rank:
+        raise ValueError(
+            "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
+            "float32 (with --mixed-precision bf16 the products are in bfloat16 all the same), or --lora-rank"
+        )
+    needed = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(config.tracker, ())
+    if needed and not any(find_spec(name) for name in needed):
+        raise ValueError(f"--tracker {config.tracker} needs its package: pip install {needed[0]}")
+
+
 class Run:
     """What lasts from one iteration to the next: policy, optimizer, frozen models, games, log."""
 
     def __init__(self, config: Config):
         self.config, self.method = config, METHODS[config.algo](config)
+        check_before_loading(config)
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
         model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+        self.log.start(model)
         torch.manual_seed(config.seed)
         # The policy is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
@@ -197,7 +228,7 @@ class Run:
             self.policy, self.tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature
         )
         with self._bar("rollout") as bar, self.accelerator.autocast():
-            return rollout(
+            trajectories, metrics = rollout(
                 sampler,
                 self.encoder,
                 self.make_env,
@@ -207,6 +238,9 @@ class Run:
                 episode_skills=self.method.acts_under(),
                 progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
             )
+        if not (played := [trajectory for trajectory in trajectories if trajectory.steps]):
+            raise ValueError("no task's first prompt fits: raise --context-limit or lower --max-new-tokens")
+        return played, metrics
 
     # ---- 2. skill extraction -------------------------------------------------------------------------------------
 
@@ -319,21 +353,30 @@ class Run:
         parts = max(1, round(steps / config.mini_batch)) if config.mini_batch else 1
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
-        totals: Metrics = {}
+        taken: list[Metrics] = []
         with self._bar("update", total=config.epochs * parts) as bar:
             for _ in range(config.epochs):
                 rng.shuffle(sequences)
                 for part in range(parts):
-                    for name, value in self._step(sequences[part::parts], batch).items():
-                        totals[name] = totals.get(name, 0.0) + value / (parts * config.epochs)
+                    taken += [self._step(sequences[part::parts], batch)]
                     bar.update()
+        taken = [metrics for metrics in taken if metrics]  # without mini-batches that had no tokens on any process
+        skipped = sum(not math.isfinite(metrics["grad_norm"]) for metrics in taken)
+        if skipped == len(taken):
+            raise FloatingPointError(
+                f"every gradient of this iteration was infinite or no number: the last checkpoint in {config.out}/"
+                "checkpoints is from before. Try --resume with a lower --learning-rate"
+            )
+        finite = [metrics for metrics in taken if math.isfinite(metrics["grad_norm"])]
         if ema := self.models.get("ema"):
             for slow, fast in zip(ema.parameters(), self.policy.parameters(), strict=True):
                 slow.lerp_(fast.detach(), 1 - config.ema_decay)
-        return totals
+        means = {name: sum(metrics[name] / len(finite) for metrics in finite) for name in finite[0]}
+        return means | {"update/skipped": skipped}
 
     def _step(self, sequences: list[Sequence], batch: Batch) -> Metrics:
-        """One optimizer step -> mean per token of each loss term, clip fraction, gradient norm."""
+        """One optimizer step -> mean per token of each loss term, clip fraction, gradient norm; nothing where no
+        process had a token. A step whose gradient is not finite is not taken."""
         tokens = self._sum(sum(size for sequence in sequences for _, _, size in sequence.responses))
         if not tokens:  # more mini-batches than sequences, on every process alike
             return {}
@@ -341,17 +384,12 @@ class Run:
         sums: dict[str, Tensor] = {}  # of each term, over this process's tokens
         for micro in micro_batches(sequences, self.config.token_budget):
             losses, terms = self._losses(micro, batch)  # (N,)
-            loss = losses.sum() / tokens
-            if not loss.isfinite():
-                raise FloatingPointError(
-                    f"the loss is {loss.item()}: the last checkpoint in {self.config.out}/checkpoints is from before. "
-                    "Try --resume with a lower --learning-rate"
-                )
-            loss.backward()
+            (losses.sum() / tokens).backward()
             sums = {name: sums.get(name, 0.0) + term.detach().sum() for name, term in terms.items()}
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        self.optimizer.step()
+        if norm.isfinite():  # else one such step would spoil weights and moments for good
+            self.optimizer.step()
         self.optimizer.zero_grad()
         totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")  # (terms,)
         return dict(zip(sums, (totals / tokens).tolist(), strict=True)) | {"grad_norm": norm.item()}
@@ -365,8 +403,10 @@ class Run:
         old, advantages = batch.old_logprobs[at].to(device), batch.advantages[at].to(device)  # (N,)
 
         # L = PPO-clip(r, A) + beta KL(pi_theta || pi_ref)
-        policy, clipped = policy_loss(new, old, advantages, config.clip)  # (N,)
-        kl = k3(new, batch.reference_logprobs[at].to(device)) if config.kl else torch.zeros_like(policy)  # (N,)
+        policy, clipped = policy_loss(new, old, advantages, config.clip, config.dual_clip)  # (N,)
+        kl = torch.zeros_like(policy)  # (N,)
+        if config.kl:
+            kl = k3(new, batch.reference_logprobs[at].to(device), config.kl_clip)
         losses = policy + config.kl * kl
         terms = {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped}
 
@@ -403,7 +443,7 @@ class Run:
             metrics = metrics | {"memory/peak_mib": self.accelerator.gather(peak[None]).max().item()}
         if iteration % config.sample_every == 0:
             self.log.samples(iteration, self.tokenizer, trajectories, skills, routes, batch)
-        self.log.metrics(iteration, metrics)
+        self.log.metrics(iteration, metrics, sizes_of(trajectories, skills, batch, metrics))
         if last or (iteration + 1) % config.save_every == 0:
             self.log.save(iteration, self.policy, self.optimizer, self.models.get("ema"), self.method.state())
 
@@ -438,6 +478,22 @@ class Run:
         return tqdm(batches, total=total, desc=name, leave=False, disable=None if self.main else True)
 
 
+def sizes_of(
+    trajectories: list[Trajectory], skills: list[Skills | None], batch: Batch, metrics: Metrics
+) -> dict[str, float]:
+    """How many of each this process has, for means over all processes (runlog.MEANS_OVER)."""
+    steps = len(batch.responses)
+    return {
+        "episodes": len(trajectories),
+        "skills": sum(s is not None for s in skills),
+        "groups": len({trajectory.group for trajectory in trajectories}),
+        "steps": steps,
+        "states": steps / metrics.get("advantage/state_group_size", 1.0),
+        "tokens": batch.mask.sum().item(),
+        "guided tokens": (~batch.skill_advantages.isnan()).sum().item(),
+    }
+
+
 def learning_rate(config: Config, iteration: int) -> float:
     """Linear warm-up, then halved every `lr_halving` iterations. It doesn't depend on --iterations, so a run can be
     prolonged and still is the same run."""
@@ -451,8 +507,12 @@ def main() -> None:
         from runlog.plan import format_plan, plan
 
         print(format_plan(plan(config)))
-    else:
-        train(config)
+        return
+    try:
+        run = Run(config)
+    except (ValueError, OSError, ImportError) as error:  # a model, folder, package or setting that cannot be used
+        sys.exit(f"train.py: {error}")
+    train(config, run)
 
 
 if __name__ == "__main__":

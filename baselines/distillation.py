@@ -18,8 +18,6 @@ from router import LEVELS
 if TYPE_CHECKING:
     from config import Config
 
-MAX_LOG_RATIO = 20.0  # of a token's two probabilities, so that no exp overflows
-
 
 class Distilled(Method):
     """A_ep alone in the advantage, and a term of `kind` in the loss."""
@@ -113,9 +111,8 @@ def distillation_loss(kind: str, new: Tensor, old: Tensor, teacher: Tensor, *, b
     elif kind == "ungated":
         term = 0.5 * delta
     elif kind == "k3":
-        ratio = (new - old).clamp(max=MAX_LOG_RATIO).exp()
-        bounded = delta.clamp(max=MAX_LOG_RATIO)
-        term = ratio * (bounded.exp() - 1 - bounded)
+        ratio = (new - old).clamp(max=10.0).exp()  # the release's bounds
+        term = ratio * (delta.clamp(max=20.0).exp() - 1 - delta)
     else:
         raise ValueError(f"unknown distillation term {kind!r}; known: gated, ungated, k3")
     return torch.zeros_like(scored, dtype=term.dtype).masked_scatter(scored, term)  # (N,)

@@ -230,8 +230,9 @@ def test_a_full_context_ends_the_episode_and_is_counted(llama, tokenizer, compac
     trajectories, metrics = play(llama, tokenizer, compact_env, games[:2], context_limit=75)
     assert metrics["rollout/context_full"] > 0
     assert all(len(s.context) + len(s.response) <= 75 for t in trajectories for s in t.steps)
-    with pytest.raises(ValueError, match="--context-limit"):
-        play(llama, tokenizer, compact_env, games[:2], context_limit=20)
+    trajectories, metrics = play(llama, tokenizer, compact_env, games[:2], context_limit=20)
+    assert metrics["rollout/too_long"] == len(trajectories) == 4
+    assert metrics["episodes"] == metrics["rollout/context_full"] == sum(len(t.steps) for t in trajectories) == 0
 
 
 def test_window_style_is_one_message_a_step(llama, tokenizer, compact_env, games):

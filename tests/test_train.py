@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import signal
@@ -213,7 +214,7 @@ def test_a_run_from_before_a_flag_had_its_default(random_tiny, tmp_path):
 
 
 def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "k3", lambda new, reference: new * float("nan"))
+    monkeypatch.setattr(train_module, "k3", lambda new, reference, bound: new * float("nan"))
     with pytest.raises(FloatingPointError, match="checkpoint"):
         train(config(tmp_path, "nan"))
 
@@ -295,3 +296,120 @@ def test_two_processes_share_the_tasks_and_stay_in_step(tmp_path):
     table = record["table"].splitlines()
     assert [line.split()[-1] for line in table] == ["games", "5", "5"]  # three games of one process, two of the other
     assert f"{100 * record['success']['valid_seen']:.1f}" in table[1]
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(random_tiny, tmp_path, capsys):
+    train(whole := config(tmp_path, "whole", iterations=4))
+    train(c := config(tmp_path, "run"))
+    newest = tmp_path / "run/checkpoints/000002.pt"
+    newest.write_bytes(newest.read_bytes()[:-300])
+    train(replace(c, iterations=4, resume=True))
+    assert f"{newest} is damaged or cut off: going on from {newest.with_name('000001.pt')}" in capsys.readouterr().out
+    assert lines(c.out) == lines(whole.out)
+    assert same(weights(c.out), weights(whole.out))
+    for path in (tmp_path / "run/checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+        train(replace(c, iterations=5, resume=True))
+
+
+def test_a_gradient_that_is_no_number_is_a_step_not_taken(random_tiny, tmp_path, monkeypatch):
+    """One token of the second mini-batch has a gradient of infinity at a finite loss."""
+    original, calls = train_module.policy_loss, []
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    def spoil(new, *more):
+        calls.append(1)
+        losses, clipped = original(new, *more)
+        return (Spoilt.apply(losses) if len(calls) == 2 else losses), clipped
+
+    monkeypatch.setattr(train_module, "policy_loss", spoil)
+    train(c := config(tmp_path, "run", mini_batch=4, iterations=1))
+    record = lines(c.out)[0]
+    assert record["update/skipped"] == 1 < len(calls)
+    assert math.isfinite(record["grad_norm"])
+    assert all(p.isfinite().all() for p in weights(c.out).values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(random_tiny, tmp_path):
+    run = Run(c := config(tmp_path, "run"))
+    with torch.no_grad():
+        next(run.policy.parameters())[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"embed_tokens.weight is not finite after iteration 0"):
+        run.log.save(0, run.policy, run.optimizer, None, {})
+    assert not list(Path(c.out, "checkpoints").iterdir())
+
+
+def test_resume_sees_that_the_starting_weights_changed(random_tiny, tmp_path, monkeypatch, llama, tokenizer):
+    train(c := config(tmp_path, "run", iterations=1))
+    changed = copy.deepcopy(llama)
+    with torch.no_grad():
+        changed.lm_head.weight[:2] = changed.lm_head.weight[[1, 0]]  # two rows exchanged
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(changed), tokenizer))
+    with pytest.raises(ValueError, match=r"are not those that .* started from"):
+        train(replace(c, iterations=2, resume=True))
+
+
+def test_what_messages_recommend_is_possible_on_resume(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1))
+    more = {"context_limit": 2048, "token_budget": 512, "gradient_checkpointing": True, "learning_rate": 1e-5}
+    train(replace(c, iterations=2, resume=True, **more))
+    assert len(lines(c.out)) == 2
+
+
+def test_a_task_that_does_not_fit_is_left_out_and_counted(random_tiny, tmp_path, monkeypatch):
+    original = AlfworldEnv.build_prompt
+
+    def build(self, style, task, history, observation, admissible):
+        prompt = original(self, style, task, history, observation, admissible)
+        return (*prompt, " look" * 400) if self.engine.game.path == first else prompt
+
+    first = Run(c := config(tmp_path, "games", iterations=1)).games[0]
+    monkeypatch.setattr(AlfworldEnv, "build_prompt", build)
+    train(c := replace(c, out=str(tmp_path / "run"), context_limit=256, tasks=6))
+    record = lines(c.out)[0]
+    assert (record["rollout/too_long"], record["episodes"]) == (2, 10)
+    monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (" look" * 400,))
+    with pytest.raises(ValueError, match="no task's first prompt fits: raise --context-limit"):
+        train(replace(c, out=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, "--dtype bfloat16 rounds most updates"),
+        ({"tracker": "wandb"}, "--tracker wandb needs its package"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_loaded(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(train_module, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        Run(config(tmp_path, "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_json(random_tiny, tmp_path):
+    run = Run(config(tmp_path, "run"))
+    run.log._append("metrics.jsonl", {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": -float("inf")}})
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text()) == {"a": None, "b": [None, 1.5], "c": {"d": None}}
+
+
+def test_empty_mini_batches_do_not_count_as_zero(random_tiny, tmp_path):
+    """More mini-batches than sequences: the means are over those that had tokens."""
+    train(few := config(tmp_path, "few", iterations=1, mini_batch=4, learning_rate=1e-12))
+    train(many := config(tmp_path, "many", iterations=1, mini_batch=1, learning_rate=1e-12))
+    few, many = lines(few.out)[0], lines(many.out)[0]
+    assert many["loss/policy"] == pytest.approx(few["loss/policy"], rel=0.3)
+    assert many["grad_norm"] > few["grad_norm"] / 2

@@ -95,6 +95,25 @@ def test_clipped_tokens_carry_no_gradient_and_others_push_along_the_advantage():
     assert new.grad.tolist() == [-1, 1, 0]
 
 
+def test_dual_clip_bounds_what_a_token_with_a_negative_advantage_costs():
+    new, advantages = torch.tensor([5.0, 5.0, 0.5]), torch.tensor([-1.0, 1.0, -1.0])  # log-ratios; old is 0
+    loss, _ = policy_loss(new, torch.zeros(3), advantages, clip=0.2)
+    assert torch.allclose(loss, torch.tensor([148.41316, -1.2, 1.648721]))  # e^5, 1.2, e^0.5
+    bounded, _ = policy_loss(new, torch.zeros(3), advantages, clip=0.2, dual_clip=3.0)
+    assert torch.allclose(bounded, torch.tensor([3.0, -1.2, 1.648721]))
+
+
+def test_extreme_ratios_stay_numbers():
+    new = torch.tensor([100.0, 100.0, -1000.0], requires_grad=True)
+    advantages = torch.tensor([0.0, -1.0, 1.0])
+    loss = policy_loss(new, torch.zeros(3), advantages, clip=0.2)[0] + k3(new, torch.zeros(3), 10.0)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert new.grad.isfinite().all()
+    assert k3(torch.tensor([-1000.0]), torch.zeros(1), 10.0).tolist() == [10]
+    assert k3(torch.tensor([5.0]), torch.zeros(1)).item() == pytest.approx(math.exp(-5) + 4)
+
+
 def test_k3_is_zero_at_the_reference_positive_elsewhere_and_pulls_back():
     new = torch.tensor([0.0, 0.5, -0.5], requires_grad=True)
     kl = k3(new, torch.zeros(3))
