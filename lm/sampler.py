@@ -1,4 +1,4 @@
-"""Plain sampling with Hugging Face `generate`, and the KV cache carried from turn to turn.
+"""Sampling with Hugging Face `generate`, and the KV cache carried from turn to turn.
 
 Sampling is temperature, and nothing else (top_p 1, top_k off, no repetition penalty). What is sampled must be what is
 scored, so a model's own generation_config may not leak in.
@@ -6,12 +6,10 @@ scored, so a model's own generation_config may not leak in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -46,7 +44,7 @@ def plain_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float)
 
 
 @dataclass
-class Held:
+class CachedConversations:
     """Conversations that a cache has seen, a row each. The newest column of `ids` is not in the cache yet: `generate`
     reads it together with what comes next."""
 
@@ -66,30 +64,26 @@ class Held:
         """The share of the columns that could be done without."""
         return 1 - max(map(len, self.seen)) / self.ids.shape[1]
 
-    def rows(self, rows: list[int], width: int | None = None) -> Held:
-        """A copy of some rows without the padding inside them: left-padded to the longest, or to `width` columns.
+    def compacted(self) -> CachedConversations:
+        """A copy without the padding inside rows: left-padded to the longest.
 
         Exact, since keys carry their positions with them and position ids follow the mask. A row whose newest token is
         in the cache already has it read once more, as every row's newest column is.
         """
-        seen = [self.seen[row] for row in rows]
-        longest = max(map(len, seen))
-        index = torch.tensor(rows, device=self.ids.device)
+        longest = max(map(len, self.seen))
         # masked columns first, the others in their order: the last `longest` are the row
-        columns = self.mask[index].argsort(dim=1, stable=True)[:, -longest:]  # (rows, longest)
-        left = (width or longest) - longest
+        columns = self.mask.argsort(dim=1, stable=True)[:, -longest:]  # (rows, longest)
         cached = columns[:, :-1, None].clamp(max=self.ids.shape[1] - 2)  # (rows, longest - 1, 1)
 
         def move(states: Tensor) -> Tensor:
-            """(all rows, heads, length - 1, size) -> (rows, heads, width - 1, size)"""
-            at = cached[:, None].expand(-1, states.shape[1], -1, states.shape[3])  # (rows, heads, longest - 1, size)
-            return pad(states[index].gather(2, at), (0, 0, left, 0))
+            """(rows, heads, length - 1, size) -> (rows, heads, longest - 1, size)"""
+            return states.gather(2, cached[:, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
-        return Held(
-            [self.keys[row] for row in rows],
-            seen,
-            pad(self.ids[index].gather(1, columns), (left, 0)),
-            pad(self.mask[index].gather(1, columns), (left, 0)),
+        return CachedConversations(
+            self.keys,
+            self.seen,
+            self.ids.gather(1, columns),
+            self.mask.gather(1, columns),
             DynamicCache([(move(layer.keys), move(layer.values)) for layer in self.cache.layers]),
         )
 
@@ -101,35 +95,13 @@ class Held:
         self.cache.batch_select_indices(index)
 
 
-def join(parts: list[Held], keys: list[int]) -> Held | None:
-    """The rows of `keys` out of several batches, in that order, as one; None where one of them is nowhere."""
-    where = {key: (part, row) for part in parts for row, key in enumerate(part.keys)}
-    if not keys or not where.keys() >= set(keys):
-        return None
-    width = max(len(where[key][0].seen[where[key][1]]) for key in keys)
-    taken = []
-    for part in parts:
-        if rows := [where[key][1] for key in keys if where[key][0] is part]:
-            taken.append(part.rows(rows, width))
-    layers = zip(*(part.cache.layers for part in taken), strict=True)
-    whole = Held(
-        [key for part in taken for key in part.keys],
-        [seen for part in taken for seen in part.seen],
-        torch.cat([part.ids for part in taken]),
-        torch.cat([part.mask for part in taken]),
-        DynamicCache([(torch.cat([x.keys for x in same]), torch.cat([x.values for x in same])) for same in layers]),
-    )
-    whole.keep([whole.keys.index(key) for key in keys])
-    return whole
-
-
 class Sampler:
     """`generate` over a batch of contexts, one call a turn. Keeps the KV cache from turn to turn where contexts grow.
 
     A new turn's tokens are left-padded within their own chunk, and what `generate` wrote after a row's end-of-turn
     token is masked; position ids follow the mask, so padding inside a row changes nothing. Where more than `compact_at`
     of the columns could be done without, rows are moved together. Where any context does not extend what its row holds,
-    all are read anew. `keep_finished`: the rows of episodes that leave are set aside, for `recall`.
+    all are read anew.
     """
 
     def __init__(
@@ -141,27 +113,21 @@ class Sampler:
         temperature: float,
         reuse_cache: bool = True,
         compact_at: float = COMPACT_AT,
-        keep_finished: bool = False,
     ):
         self.model, self.reuse_cache, self.compact_at = model, reuse_cache, compact_at
         self.config = plain_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
         self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
-        self.held: Held | None = None
-        self.keep_finished, self.finished = keep_finished, []  # [Held]
+        self.held: CachedConversations | None = None
 
     def __call__(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         """Sample one response for each of `contexts`; `keys` name the episodes, so that finished ones leave."""
         if not self._grows(keys, contexts):
             self.held = None
         elif keys != self.held.keys:
-            self._leave(keys)
+            self.held.keep([self.held.keys.index(key) for key in keys])
         if self.held and self.held.movable and self.held.spare > self.compact_at:
-            self.held = self.held.rows(list(range(len(keys))))
+            self.held = self.held.compacted()
         return self._generate(keys, contexts)
-
-    def recall(self, keys: list[int]) -> Held | None:
-        """The conversations of finished episodes as one batch, in the order of `keys`; None where any is not kept."""
-        return join([*self.finished, *([self.held] if self.held and self.held.movable else [])], keys)
 
     def _grows(self, keys: list[int], contexts: list[list[int]]) -> bool:
         if self.held is None:
@@ -171,12 +137,6 @@ class Sampler:
             key in held and len(context) > len(held[key]) and context[: len(held[key])] == held[key]
             for key, context in zip(keys, contexts, strict=True)
         )
-
-    def _leave(self, keys: list[int]) -> None:
-        if self.keep_finished and self.held.movable:
-            gone = [row for row, key in enumerate(self.held.keys) if key not in keys]
-            self.finished += [self.held.rows(gone)] if gone else []
-        self.held.keep([self.held.keys.index(key) for key in keys])
 
     def _append(self, contexts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """What is held and the contexts' new tokens -> ids and mask, both (rows, length)."""
@@ -200,7 +160,7 @@ class Sampler:
             written = [[1] * len(response) + [0] * (len(row) - len(response)) for row, response in zip(new, responses)]
             mask = torch.cat([mask, torch.tensor(written, device=mask.device)], 1)
             seen = [context + response for context, response in zip(contexts, responses)]
-            self.held = Held(list(keys), seen, out.sequences, mask, out.cache)
+            self.held = CachedConversations(list(keys), seen, out.sequences, mask, out.cache)
         return responses
 
     def _cut(self, tokens: list[int]) -> list[int]:
@@ -219,22 +179,14 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     token_budget: int = 65536,
-    keys: list[int] | None = None,
-    recall: Callable[[list[int]], Held | None] = lambda keys: None,
 ) -> list[list[int]]:
-    """Independent responses to independent contexts -> their ids. Rows x length stays within `token_budget` a call.
-
-    `keys` name the contexts (default: 0, 1, ...), and `recall` says what a cache holds of those of a batch already
-    (`Sampler.recall`), so that only the rest is read.
-    """
+    """Independent responses to independent contexts -> their ids. Rows x length stays within `token_budget` a call."""
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     responses: list[list[int]] = [[] for _ in contexts]
     while order:
         rows = max(1, token_budget // (len(contexts[order[0]]) + max_new_tokens))
         batch, order = order[:rows], order[rows:]
         sampler = Sampler(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, reuse_cache=False)
-        names = [keys[i] for i in batch] if keys else batch
-        sampler.held = recall(names)
-        for i, response in zip(batch, sampler(names, [contexts[i] for i in batch]), strict=True):
+        for i, response in zip(batch, sampler(batch, [contexts[i] for i in batch]), strict=True):
             responses[i] = response
     return responses

@@ -1,7 +1,7 @@
 """Who writes the skills: a local model, an OpenAI-compatible endpoint, or a script.
 
 The writer reads a transcript in the prompt (`model_writer`, `openai_writer`), or the request comes as one more user
-message at the end of the finished conversation (`conversation_writer`), whose KV cache can then be gone on from. The
+message at the end of the finished conversation (`conversation_writer`). The
 authors' release asks an external LLM (opid/analysis.py); here the policy itself writes unless told otherwise.
 """
 
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from config import Config
 from data import Skills, Trajectory
 from lm.encoder import Encoder
-from lm.sampler import Held, generate
+from lm.sampler import generate
 from router import fill
 from skills import ConversationWriter, Writer
 
@@ -25,9 +24,8 @@ def writer_of(
     weights: dict,  # --skill-writer -> the local model of that name
     encoder: Encoder,
     trajectories: list[Trajectory],
-    recall: Callable[[list[int]], Held | None] = lambda keys: None,
 ) -> Writer | ConversationWriter:
-    """The skill writer: one of the local models, or an endpoint. `recall`: see conversation_writer."""
+    """The skill writer: one of the local models, or an endpoint."""
     sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
     if config.skill_writer == "openai":
         return openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
@@ -39,7 +37,7 @@ def writer_of(
     author = weights[config.skill_writer]
     if config.skill_transcript == "prompt":
         return model_writer(author, encoder.tokenizer, **sampling)
-    return conversation_writer(author, encoder, trajectories, recall=recall, **sampling)
+    return conversation_writer(author, encoder, trajectories, **sampling)
 
 
 def model_writer(model, tokenizer, **answering) -> Writer:
@@ -52,23 +50,16 @@ def conversation_writer(
     model,
     encoder: Encoder,
     trajectories: list[Trajectory],
-    *,
-    recall: Callable[[list[int]], Held | None] = lambda keys: None,
     **answering,
 ) -> ConversationWriter:
-    """Skills from a local model that has each finished conversation before it. `answering`: see `_answers`.
-
-    `recall`: what a KV cache still holds of the conversations of these trajectories (`Sampler.recall`, where it was
-    this very model that played); they are read anew where that is None.
-    """
+    """Skills from a local model that has each finished conversation before it. `answering`: see `_answers`."""
 
     def context(i: int, request: str) -> list[int]:
         steps = trajectories[i].steps
         return encoder.context([*(fill(step.prompt) for step in steps), request], [step.response for step in steps])
 
     def write(requests: list[tuple[int, str]]) -> list[str | None]:
-        contexts, keys = [context(i, request) for i, request in requests], [i for i, _ in requests]
-        return _answers(model, encoder.tokenizer, contexts, keys=keys, recall=recall, **answering)
+        return _answers(model, encoder.tokenizer, [context(i, request) for i, request in requests], **answering)
 
     return write
 
@@ -83,14 +74,10 @@ def _answers(
     context_limit: int,  # tokens of prompt, prefill and `max_new_tokens` together; a longer prompt is answered None
     prefill: str = "",  # starts the answer, such as '{"episode_summary": "': more answers of small models parse
     batch_tokens: int = 65536,  # rows x length of one batch in `generate`
-    keys: list[int] | None = None,
-    **cached,
 ) -> list[str | None]:
     start = tokenizer.encode(prefill, add_special_tokens=False)
     fits = [i for i, c in enumerate(contexts) if len(c) + len(start) + max_new_tokens <= context_limit]
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "token_budget": batch_tokens} | cached
-    if keys is not None:
-        sampling["keys"] = [keys[i] for i in fits]
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "token_budget": batch_tokens}
     training = model.training
     model.eval()
     responses = generate(model, tokenizer, [contexts[i] + start for i in fits], **sampling)

@@ -99,43 +99,15 @@ def test_a_compacted_cache_holds_the_rows_and_nothing_else(llama, tokenizer):
     sampler = Sampler(llama, tokenizer, max_new_tokens=9, temperature=1.0, compact_at=1.0)
     ragged(Encoder(tokenizer, "chat"), sampler, turns=4)
     before = sampler.held
-    after = before.rows([2, 0])
-    assert after.keys == [2, 0]
-    assert after.ids.shape[1] == max(len(before.seen[0]), len(before.seen[2])) < before.ids.shape[1]
-    for row, old in enumerate([2, 0]):
-        seen = before.seen[old]
+    after = before.compacted()
+    assert after.keys == [0, 1, 2]
+    assert after.ids.shape[1] == max(map(len, before.seen)) < before.ids.shape[1]
+    for row, seen in enumerate(before.seen):
         assert after.ids[row][after.mask[row].bool()].tolist() == seen == after.ids[row, -len(seen) :].tolist()
         fresh = llama(torch.tensor([seen])).cache.layers
         for layer, expected in zip(after.cache.layers, fresh, strict=True):
             for moved, plain in ((layer.keys, expected.keys), (layer.values, expected.values)):
                 assert torch.allclose(moved[row, :, 1 - len(seen) :], plain[0, :, :-1], atol=1e-4)
-
-
-def test_finished_conversations_go_on_from_the_cache(llama, tokenizer, compact_env, games):
-    """Of episodes that left at different turns, in any order, beside re-reading them: the same answers."""
-    llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
-    torch.manual_seed(0)
-    encoder = Encoder(tokenizer, "chat")
-    sampler = Sampler(llama, tokenizer, max_new_tokens=9, temperature=1.0, keep_finished=True)
-    responses, _ = ragged(encoder, sampler)
-    assert [part.keys for part in sampler.finished] == [[1]]
-    assert sampler.recall([0, 3]) is None
-    rows = [2, 0, 1]
-    held = {key: seen for part in [*sampler.finished, sampler.held] for key, seen in zip(part.keys, part.seen)}
-    contexts = [held[row] + tokenizer("<user>write skills now<assistant>")["input_ids"] for row in rows]
-    assert [len(responses[row]) for row in rows] == [9, 9, 4]
-    reads = []
-    handle = llama.register_forward_pre_hook(
-        lambda _, args, kw: reads.append(kw["input_ids"].numel()), with_kwargs=True
-    )
-    answers = []
-    for cached in ({"keys": rows, "recall": sampler.recall}, {}):
-        torch.manual_seed(1)
-        answers.append(generate(llama, tokenizer, contexts, max_new_tokens=7, temperature=1.0, **cached))
-    handle.remove()
-    assert answers[0] == answers[1]
-    assert reads[0] == 3 * 6  # the token that was not in the cache yet, and five new ones
-    assert max(reads) == 3 * max(map(len, contexts))
 
 
 def test_a_context_that_does_not_extend_its_row_is_read_anew(llama, tokenizer):
