@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RANDOM = re.compile("drop|jitter")  # in the name of a probability or width that acts in training mode alone
 
 
 def load_model(name: str, *, dtype: str = "float32"):
@@ -81,8 +83,34 @@ class AdapterOff:
         with self.model.disable_adapter():
             return self.model.generate(*args, **options)
 
+    @property
+    def generation_config(self):
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config):
+        # `generate` is the model's own and reads its own: kept here it would be read by nobody
+        self.model.generation_config = config
+
     def __getattr__(self, name):
         return getattr(self.model, name)
+
+
+def without_dropout(model):
+    """Every dropout and router jitter off, in place: -> the model.
+
+    pi_old is scored in evaluation mode and pi_theta in training mode (gradient checkpointing asks for that one), so
+    what is random in training alone would move their ratio away from 1 before the first step.
+    """
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    for holder in [*model.modules(), *configs]:
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and value and RANDOM.search(name):
+                setattr(holder, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model
 
 
 def frozen_copy(model):

@@ -6,24 +6,28 @@ scored, so a model's own generation_config may not leak in.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from lm.encoder import closing_token
+from lm.obstacles import NOISE, cache_obstacle, padding_obstacle
 
 COMPACT_AT = 0.25  # share of spare columns at which a cache is compacted; the copy costs about as much as one new token
 
 
 def end_of_turn_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those that the model's own configuration names."""
+    """Every token that ends a response: the tokenizer's, those that the model's own configuration names, and what the
+    chat template closes an assistant's turn with (of Qwen2.5 base models that is neither of the others)."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({i for i in [*ids, tokenizer.eos_token_id, closing_token(tokenizer)] if i is not None})
 
 
-def plain_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
+def temperature_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
     """Temperature sampling and nothing else; temperature 0 is greedy.
 
     `generate` fills every option that is unset from `model.generation_config`, so that one is replaced, too, by one
@@ -53,11 +57,6 @@ class CachedConversations:
     ids: Tensor  # (rows, length)
     mask: Tensor  # (rows, length) 0 on padding
     cache: DynamicCache  # keys and values of a layer: (rows, heads, length - 1, size)
-
-    @property
-    def movable(self) -> bool:
-        """Whether the cache keeps every column, so that columns can be told apart: a sliding window does not."""
-        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     @property
     def spare(self) -> float:
@@ -95,13 +94,38 @@ class CachedConversations:
         self.cache.batch_select_indices(index)
 
 
+class Recorder(LogitsProcessor):
+    """Log-probs of the tokens that `generate` chooses, one step of logits at a time."""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.columns, self.previous = temperature, [], None
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """ids (rows, length so far), logits (rows, V) of the token to come; both are left as they are."""
+        self._choose(ids[:, -1])
+        self.previous = torch.log_softmax(logits.float() / self.temperature, -1)  # (rows, V)
+        return logits
+
+    def _choose(self, tokens: Tensor) -> None:
+        if self.previous is not None:
+            self.columns.append(self.previous.gather(1, tokens[:, None])[:, 0])
+
+    def finish(self, new: Tensor) -> list[list[float]]:
+        """`new` (rows, n): all sampled tokens -> their log-probs, n a row."""
+        if len(self.columns) < new.shape[1]:
+            self._choose(new[:, -1])
+        return torch.stack(self.columns[: new.shape[1]], 1).tolist()
+
+
 class Sampler:
     """`generate` over a batch of contexts, one call a turn. Keeps the KV cache from turn to turn where contexts grow.
 
     A new turn's tokens are left-padded within their own chunk, and what `generate` wrote after a row's end-of-turn
     token is masked; position ids follow the mask, so padding inside a row changes nothing. Where more than `compact_at`
     of the columns could be done without, rows are moved together. Where any context does not extend what its row holds,
-    all are read anew.
+    all are read anew. Where the model's architecture makes padding matter (lm/obstacles.py) the cache is not kept, and
+    rows of unequal length are sampled apart. `record=True` keeps in `recorded` the log-prob of each sampled token:
+    episode -> turn -> one a token.
     """
 
     def __init__(
@@ -113,21 +137,36 @@ class Sampler:
         temperature: float,
         reuse_cache: bool = True,
         compact_at: float = COMPACT_AT,
+        record: bool = False,
     ):
-        self.model, self.reuse_cache, self.compact_at = model, reuse_cache, compact_at
-        self.config = plain_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
+        self.model, self.compact_at = model, compact_at
+        self.reuse_cache = reuse_cache and cache_obstacle(model) is None
+        self.padding = padding_obstacle(model) is None
+        self.config = temperature_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
         self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
         self.held: CachedConversations | None = None
+        self.temperature, self.recorded = temperature or 1.0, defaultdict(list) if record else None
 
     def __call__(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         """Sample one response for each of `contexts`; `keys` name the episodes, so that finished ones leave."""
+        if not self.padding:
+            return self._by_length(keys, contexts)
         if not self._grows(keys, contexts):
             self.held = None
         elif keys != self.held.keys:
             self.held.keep([self.held.keys.index(key) for key in keys])
-        if self.held and self.held.movable and self.held.spare > self.compact_at:
+        if self.held and self.held.spare > self.compact_at:
             self.held = self.held.compacted()
         return self._generate(keys, contexts)
+
+    def _by_length(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
+        """Rows of one length at a time, so that none has padding."""
+        responses: dict[int, list[int]] = {}
+        for length in sorted({len(context) for context in contexts}):
+            rows = [row for row, context in enumerate(contexts) if len(context) == length]
+            same = self._generate([keys[row] for row in rows], [contexts[row] for row in rows])
+            responses |= dict(zip(rows, same, strict=True))
+        return [responses[row] for row in range(len(contexts))]
 
     def _grows(self, keys: list[int], contexts: list[list[int]]) -> bool:
         if self.held is None:
@@ -152,10 +191,15 @@ class Sampler:
     @torch.no_grad()
     def _generate(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         ids, mask = self._append(contexts)
-        cache = {"cache": self.held.cache} if self.held else {}
-        out = self.model.generate(ids, attention_mask=mask, generation_config=self.config, **cache)
+        options = {"cache": self.held.cache} if self.held else {}
+        recorder = None if self.recorded is None else Recorder(self.temperature)
+        options |= {"logits_processor": LogitsProcessorList([recorder])} if recorder else {}
+        out = self.model.generate(ids, attention_mask=mask, generation_config=self.config, **options)
         new = out.sequences[:, ids.shape[1] :].tolist()  # (rows, new tokens)
         responses = [self._cut(row) for row in new]
+        if recorder:
+            for key, response, row in zip(keys, responses, recorder.finish(out.sequences[:, ids.shape[1] :])):
+                self.recorded[key].append(row[: len(response)])
         if self.reuse_cache:
             written = [[1] * len(response) + [0] * (len(row) - len(response)) for row, response in zip(new, responses)]
             mask = torch.cat([mask, torch.tensor(written, device=mask.device)], 1)
@@ -190,3 +234,27 @@ def generate(
         for i, response in zip(batch, sampler(batch, [contexts[i] for i in batch]), strict=True):
             responses[i] = response
     return responses
+
+
+def logprob_gap(recorded: dict[int, list[list[float]]], scored: Tensor) -> float:
+    """Largest |log p when sampled - log p when scored| of any token, in nats.
+
+    `recorded`: of a `Sampler(record=True)`, episodes numbered in the order of the rollout; `scored` (B, R): the same
+    tokens' log-probs under the same weights and temperature, rows by episode, then by turn.
+    Raises ValueError where the two are not about the same tokens.
+    """
+    rows = [turn for episode in sorted(recorded) for turn in recorded[episode]]
+    if [len(row) for row in rows] != (~scored.isnan()).sum(1).tolist():
+        raise ValueError("what was sampled and what was scored are not the same tokens")
+    gaps = [(torch.tensor(row) - scored[i, : len(row)]).abs().max().item() for i, row in enumerate(rows)]
+    return max(gaps, default=0.0)
+
+
+def check_gap(gap: float, dtype: torch.dtype) -> None:
+    """Raise ValueError where sampled and scored log-probs differ by more than rounding in `dtype` explains."""
+    if not gap <= NOISE[dtype]:  # NaN, too
+        raise ValueError(
+            f"log-probs when sampled and when scored differ by up to {gap:.3g} nats (rounding in {dtype} explains "
+            f"{NOISE[dtype]:g}): training would be wrong. Try --no-reuse-cache; if the gap stays, the model's "
+            "architecture is not one that packed scoring is exact for"
+        )

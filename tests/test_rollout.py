@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from data import Guidance
 from envs.alfworld import AlfworldEnv, words
 from lm.encoder import Encoder
-from lm.sampler import Sampler, generate, plain_sampling
+from lm.sampler import Sampler, generate, temperature_sampling
 from rescore import guided_context, response_logprobs
 from rollout import rollout
 
@@ -132,7 +132,7 @@ def test_a_models_own_generation_config_does_not_leak_in(llama, tokenizer):
         no_repeat_ngram_size=2,
         eos_token_id=[4, 7],
     )
-    config = plain_sampling(llama, tokenizer, max_new_tokens=6, temperature=0.7)
+    config = temperature_sampling(llama, tokenizer, max_new_tokens=6, temperature=0.7)
     assert config.eos_token_id == [4, 7]  # where a turn ends is the model's to say
     contexts = [tokenizer("<user>look in bed 1<assistant>")["input_ids"]] * 4
     torch.manual_seed(0)
