@@ -20,7 +20,14 @@ from transformers.cache_utils import DynamicLayer
 # Largest |difference| of a log-prob, in nats, that is taken for rounding. In float32 models of any size stay below the
 # first. In 16 bits the largest of thousands of differences is a matter of chance: beyond the second it is a fault.
 NOISE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.25}
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "local_attention")
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "window_size",
+    "attention_window_size",
+    "local_attention",
+    "keep_window_size",
+)
 PROBE = 6  # tokens of a tried sequence
 
 _tried: WeakKeyDictionary = WeakKeyDictionary()  # model -> (left, inside), see padding_changes
@@ -66,7 +73,7 @@ def cache_obstacle(model) -> str | None:
     core = unwrapped(model)
     if layers := other_layers(model):
         return f"it has layers that are not full attention ({', '.join(layers)})"
-    if getattr(core, "_is_stateful", False) or not core._supports_default_dynamic_cache():
+    if getattr(core, "_is_stateful", False) or not (core._supports_default_dynamic_cache() and takes(core, "cache")):
         return "it keeps a state of its own in place of keys and values"
     others = {
         type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer
@@ -138,8 +145,10 @@ def check_model(model, context_limit: int) -> None:
     a few forward passes over a dozen tokens.
     """
     for rope in ropes(text_config(model)):
+        if rope.get("rope_type") not in ("dynamic", "longrope"):
+            continue
         original = rope.get("original_max_position_embeddings") or text_config(model).max_position_embeddings
-        if rope.get("rope_type") in ("dynamic", "longrope") and context_limit > original:
+        if context_limit > original:
             raise ValueError(
                 f"its {rope['rope_type']} position embedding depends on the longest row of a batch beyond {original} "
                 f"tokens, so that log-probs would depend on their neighbours: lower --context-limit to {original}"
@@ -156,12 +165,17 @@ def scoring_changes(model) -> dict[str, float]:
     training, device = model.training, model.device
     model.eval()
     ids = _probe_ids(model, 2 * PROBE)
-    score = lambda rows, mask: model(
-        input_ids=rows.to(device), attention_mask=mask.to(device), use_cache=False
-    ).logits[:, :PROBE].float().log_softmax(-1)  # fmt: skip
+
+    def score(rows: Tensor, mask: Tensor, **more) -> Tensor:
+        """(S, L) -> (S, PROBE, V)"""
+        out = model(input_ids=rows.to(device), attention_mask=mask.to(device), use_cache=False, **more)
+        return out.logits[:, :PROBE].float().log_softmax(-1)
+
     ones, short = torch.ones_like(ids), torch.cat([torch.ones(PROBE), torch.zeros(PROBE)]).long()
     padded = torch.cat([ids[:PROBE], torch.zeros(PROBE, dtype=torch.long)])
     alone = score(ids[None, :PROBE], ones[None, :PROBE])
+    counted = {"position_ids": torch.arange(PROBE, device=device)[None]} if takes(model, "position_ids") else {}
+    placed = score(ids[None, :PROBE], ones[None, :PROBE], **counted)
     longer, right = score(torch.stack([ids, padded]), torch.stack([ones, short]))
     model.train()
     with torch.random.fork_rng():
@@ -170,5 +184,6 @@ def scoring_changes(model) -> dict[str, float]:
     return {
         "what comes after a token changes its log-probs": (longer - alone).abs().max().item(),
         "padding on the right changes its log-probs": (right - alone).abs().max().item(),
+        "it does not count positions from 0, as sampling does": (placed - alone).abs().max().item(),
         "its log-probs in training mode are not those in evaluation mode": (trained - alone).abs().max().item(),
     }
