@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-# Largest |difference| of a log-prob, in nats, that is taken for rounding. In float32 models of any size stay below the
-# first. In 16 bits the largest of thousands of differences is a matter of chance: beyond the second it is a fault.
-NOISE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.25}
+# |difference| of a log-prob, in nats, that is taken for rounding: the largest of a few tokens', and the mean of a
+# rollout's. Measured on SmolLM2-135M, sampled with a cache and scored packed: largest 3e-5 and mean 3e-6 in float32,
+# 0.5 and 0.04 in bfloat16. Padding that a model takes in costs 0.2 to 6 nats.
+NOISE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.25}
+MEAN_NOISE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.04}
 WINDOWS = (
     "sliding_window",
     "attention_chunk_size",
@@ -147,7 +149,9 @@ def check_model(model, context_limit: int) -> None:
     for rope in ropes(text_config(model)):
         if rope.get("rope_type") not in ("dynamic", "longrope"):
             continue
-        original = rope.get("original_max_position_embeddings") or text_config(model).max_position_embeddings
+        original = text_config(model).max_position_embeddings
+        if rope["rope_type"] == "longrope":
+            original = rope.get("original_max_position_embeddings") or original
         if context_limit > original:
             raise ValueError(
                 f"its {rope['rope_type']} position embedding depends on the longest row of a batch beyond {original} "

@@ -102,7 +102,8 @@ def sampled_and_scored(model) -> dict[str, float]:
     contexts, responses = episodes(sampler)
     expected = alone(model, contexts, responses)
     truth = expected.detach()
-    check_gap(gap := logprob_gap(sampler.recorded, truth), model.dtype)
+    largest_gap, mean_gap = logprob_gap(sampler.recorded, truth)
+    check_gap(largest_gap, mean_gap, model.dtype)
     branches = [[*c[:2], 50 + i, *c[2:]] if i % 3 else None for i, c in enumerate(contexts)]
     branched = [i for i, branch in enumerate(branches) if branch]
     trunk, branch = tree_logprobs(model, contexts, responses, branches)
@@ -118,7 +119,7 @@ def sampled_and_scored(model) -> dict[str, float]:
     by_row = gradients(model, expected)
     packed = gradients(model.train(), sequence_logprobs(model, pack(contexts, responses), 1.0)[0])
     off = max((a - b).abs().max() for a, b in zip(packed, by_row, strict=True))
-    return {"sampled": gap, **largest, "gradient": (off / max(g.abs().max() for g in by_row)).item()}
+    return {"sampled": largest_gap, **largest, "gradient": (off / max(g.abs().max() for g in by_row)).item()}
 
 
 @pytest.mark.filterwarnings("ignore")
