@@ -11,8 +11,9 @@ from jinja2 import TemplateError
 # A conversation that is rendered to see what a template puts around the messages: words that no template knows.
 USER, ANSWER, NEXT = "quxuser", "quxanswer", "quxnext"
 # What a template may spell in plain text to say who speaks: [INST], <<SYS>>, <|user|>, ### Response:, USER:
-MARKER = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[[^\[\]\s]+\]|#{2,} *[A-Za-z][\w ]*:?|(?<!\w)[A-Za-z][\w ]{0,20}:")
+MARKER = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[[^\[\]\s]+\]|#{2,} *[A-Za-z][\w ]*:?|(?<!\w)[A-Za-z][\w ]{0,40}:")
 THOUGHT = re.compile(r"</?think(ing)?>")  # asked for by the prompts themselves, so never taken for a marker
+NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 OPENED = re.compile(r"<(\w+)>\s*$")
 
 
@@ -38,6 +39,7 @@ class Encoder:
             raise ValueError(f"context style must be 'window' or 'chat', not {style!r}")
         self.tokenizer, self.style = tokenizer, style
         self.date = date or datetime.date.today().isoformat()
+        self._template = dated(tokenizer.get_chat_template(), self.date)
         self._marker = re.compile("(?!)")  # while the template is looked at, nothing is broken up
         self.began = self._template_begins()
         spelled = {*special_tokens(tokenizer), *self._role_markers()}
@@ -62,7 +64,7 @@ class Encoder:
 
     def _render(self, conversation: list[dict]) -> str:
         conversation = [turn | {"content": self._as_text(turn["content"])} for turn in conversation]
-        return render(self.tokenizer, conversation, self.date)
+        return render(self.tokenizer, conversation, self._template)
 
     def _as_text(self, content: str) -> str:
         return self._marker.sub(lambda token: f"{token[0][0]} {token[0][1:]}", content)
@@ -84,17 +86,20 @@ class Encoder:
         """What the template spells in plain text to say who speaks."""
         before_answer, after_answer = self._render(_conversation([USER, NEXT], [ANSWER])).split(ANSWER)
         opening, to_answer = before_answer.split(USER)
-        # Before the first message a template may say anything (a date, who it is): of that the system's marker alone.
-        parts = [to_answer, *after_answer.split(NEXT)]
+        markers = {marker for part in (to_answer, *after_answer.split(NEXT)) for marker in self._markers_in(part)}
         try:
             system = [{"role": "system", "content": NEXT}, *_conversation([USER], [])]
             before, after = self._render(system).split(NEXT)
-            parts += [before[_common(before, opening) :], after.split(USER)[0]]
+            # Before the first message a template may say anything: what it says without a system message is no marker.
+            around = {*self._markers_in(before), *self._markers_in(after.split(USER)[0])}
+            markers |= around - set(self._markers_in(opening))
         except (TemplateError, ValueError):  # a template without such a role raises, or leaves the message out
             pass
-        special = re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or "(?!)")
-        markers = {marker.strip() for part in parts for marker in MARKER.findall(special.sub("\n", part))}
         return {marker for marker in markers if marker != self.began.strip() and not THOUGHT.fullmatch(marker)}
+
+    def _markers_in(self, text: str) -> list[str]:
+        special = re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or "(?!)")
+        return [marker.strip() for marker in MARKER.findall(special.sub("\n", text))]
 
     def _template_extends(self) -> bool:
         """Whether a conversation as rendered is its turns one after another, whatever was answered in them."""
@@ -126,11 +131,17 @@ class Encoder:
         return ids, ids.index(closing) + 1 if closing in ids else 0
 
 
-def render(tokenizer, conversation: list[dict], date: str, *, prompt: bool = True) -> str:
+def dated(template: str, date: str) -> str:
+    """A chat template whose calls of `strftime_now` are replaced by what they give on an ISO date."""
+    day = datetime.date.fromisoformat(date)
+    return NOW.sub(lambda call: repr(day.strftime(call[2])), template)
+
+
+def render(tokenizer, conversation: list[dict], template: str | None = None, *, prompt: bool = True) -> str:
     """The text of a conversation; with `prompt` the header of the answer to come at its end."""
     # Off as in the authors' Qwen3 script, since the prompt itself asks for <think> tags; other templates ignore it.
-    switches = {"enable_thinking": False, "strftime_now": datetime.date.fromisoformat(date).strftime}
-    return tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False, **switches)
+    options = {"enable_thinking": False, "chat_template": template, "tokenize": False}
+    return tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, **options)
 
 
 def special_tokens(tokenizer) -> list[str]:
@@ -144,7 +155,7 @@ def closing_token(tokenizer) -> int | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        finished = render(tokenizer, _conversation([USER], [ANSWER]), "2025-01-01", prompt=False)
+        finished = render(tokenizer, _conversation([USER], [ANSWER]), prompt=False)
     except TemplateError:  # a template that wants the user to speak last
         return None
     return _leading_special(tokenizer, finished.partition(ANSWER)[2])
@@ -154,11 +165,6 @@ def _leading_special(tokenizer, text: str) -> int | None:
     """Id of the special token that a text begins with, white space apart."""
     first = next((token for token in special_tokens(tokenizer) if text.lstrip().startswith(token)), None)
     return None if first is None else tokenizer.convert_tokens_to_ids(first)
-
-
-def _common(a: str, b: str) -> int:
-    """How many characters two texts share at their start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _conversation(messages: list[str], responses: list[str]) -> list[dict]:
