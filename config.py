@@ -9,141 +9,185 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from baselines.methods import METHODS, Method
+from baselines import METHODS
+from data import Level, Skills
 from envs import ENVIRONMENTS
-from router import MODES
+from lm.writers import import_writer
+from router import RULES, route
 
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
     *("token_budget", "generate_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
-    *("temperature", "learning_rate", "max_grad_norm", "eval_batch"),
+    *("temperature", "learning_rate", "max_grad_norm", "eval_batch", "kl_clip"),
 )
-NOT_NEGATIVE = ("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history")
-NOT_NEGATIVE += ("lr_halving", "eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay")
-NOT_NEGATIVE += ("state_weight", "gate_beta", "rlsd_clip", "rlsd_iterations", "distill_weight")
-NOT_NEGATIVE += ("skill_iterations",)
+NOT_NEGATIVE = (
+    *("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history", "lr_halving"),
+    *("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay", "skill_iterations"),
+    *("state_weight", "gate_beta", "rlsd_clip", "rlsd_iterations", "distill_weight"),
+)
+SHARES = ("gamma", "rlsd_mix", "ema_decay")  # between 0 and 1
 
-DISTILL_WEIGHTS = {"gated": 0.01, "ungated": 0.01, "k3": 0.001}  # of the SDAR release's ALFWorld scripts
-
+LOCAL_WRITERS = ("policy", "reference", "ema")
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def _(default, help: str, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def group(title: str):
+    """-> a function that makes a setting of that group of `--help`."""
+
+    def setting(default, help: str, choices=None):
+        return field(default=default, metadata={"help": help, "choices": choices, "group": title})
+
+    return setting
+
+
+FIRST = group("what you change first")
+ROLLOUT = group("1. rollout (rollout.py)")
+SKILLS = group("2. skills (skills.py)")
+ROUTING = group("3. routing (router.py)")
+SCORES = group("4. re-scoring (rescore.py)")
+ADVANTAGE = group("5. advantage (advantage.py)")
+UPDATE = group("6. update (train.py)")
+ENV = group("environment (envs/)")
+MODEL = group("model")
+RUN = group("run folder and evaluation")
+OTHERS = group("other methods (baselines/): each is read only with the --algo that it names")
 
 
 @dataclass
 class Config:
-    """Defaults are the laptop run; recipes/*.toml hold the paper's settings. Units stand in each field's help."""
+    """Defaults are the laptop run; recipes/*.toml hold the paper's settings. Units stand in each setting's help."""
 
-    # method
-    algo: str = _("opid", "training method (methods.py)", tuple(METHODS))
-    routing: str = _("critical-first", "which skill guides a step", MODES)
-    episode_weight: float = _(0.1, "lambda_ep: weight of A_skill on episode-guided tokens (paper: 0.001)")
-    step_weight: float = _(0.1, "lambda_step: weight of A_skill on step-guided tokens (paper: 0.001)")
-    skill_iterations: int = _(0, "iterations in which both lambdas fall to 0, in a line; 0: they stay (paper)")
-    skill_clip: float | None = _(None, "bound of |A_skill| a token, in nats; none: unbounded (paper)")
-    state_weight: float = _(1.0, "gigpo: weight of the step-relative advantage")
-    gamma: float = _(0.95, "gigpo: discount a step of the return that state groups compare")
-    distill_weight: float | None = _(None, "c: weight of the distillation loss; none: 0.01, of skill-sd 0.001")
-    gate_beta: float = _(5.0, "sdar, opsd: steepness of the gate sigmoid(beta Delta), per nat")
-    rlsd_mix: float = _(0.5, "rlsd: mu, how far Delta rescales A_ep at first, 0 to 1")
-    rlsd_iterations: int = _(50, "rlsd: iterations in which mu falls to 0 (the release's scripts: 100); 0: it stays")
-    rlsd_clip: float = _(0.2, "rlsd: bound of the rescaling, 1 - eps to 1 + eps")
-    teacher: str | None = _(None, "opd: the larger model, named as --model is; it must have the same tokenizer")
-    scorer: str = _(
-        "reference", "weights that score the skill-augmented context (paper: old)", ("old", "reference", "ema")
+    algo: str = FIRST("opid", "training method", tuple(METHODS))
+    env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
+    model: str = FIRST("tiny", "'tiny', 'smollm2', a folder or a hub id")
+    iterations: int = FIRST(60, "training iterations")
+    tasks: int = FIRST(16, "tasks per iteration")
+    rollouts: int = FIRST(8, "rollouts per task (N)")
+    max_steps: int = FIRST(20, "most steps per episode")
+    learning_rate: float = FIRST(3e-4, "AdamW's peak learning rate")
+    episode_weight: float = FIRST(0.1, "lambda_ep: weight of A_skill on episode-guided tokens (paper: 0.001)")
+    step_weight: float = FIRST(0.1, "lambda_step: weight of A_skill on step-guided tokens (paper: 0.001)")
+    seed: int = FIRST(0, "seed of everything random")
+    out: str = FIRST("runs/opid", "run folder")
+    resume: bool = FIRST(False, "go on from the newest checkpoint in --out")
+    plan: bool = FIRST(False, "print the estimated peak memory of this run, without loading weights, and exit")
+
+    context: str = ROLLOUT("chat", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
+    context_limit: int = ROLLOUT(1024, "most tokens of prompt and response together")
+    max_new_tokens: int = ROLLOUT(12, "most tokens of a response")
+    temperature: float = ROLLOUT(1.0, "sampling temperature of training rollouts")
+    success_reward: float = ROLLOUT(10.0, "outcome reward of a solved task")
+    # 0, not the paper's 0.1: in a group whose outcomes are all equal the penalty alone is what gets normalised, to the
+    # same size as a real outcome, and for small models with many invalid actions that noise makes training collapse.
+    invalid_penalty: float = ROLLOUT(0.0, "taken off a step's return for an invalid action (paper: 0.1)")
+
+    skill_writer: str = SKILLS(
+        "policy", "who writes: policy (paper), reference, ema, openai, or your own function as package.module:function"
     )
-    shift_base: str = _(
+    max_step_skills: int = SKILLS(5, "K: most step skills per trajectory")
+    skill_tokens: int = SKILLS(96, "most tokens of a skill answer")
+    skill_context_limit: int | None = SKILLS(None, "most tokens of transcript and answer; none: --context-limit")
+    skill_temperature: float = SKILLS(1.0, "temperature of skill writing; 0: greedy")
+    skill_prefill: str = SKILLS("", "text that starts every skill answer of a local model, such as '{'")
+    generate_budget: int = SKILLS(8192, "most rows x length of one skill-writing generate call; a GPU wants more")
+    openai_base_url: str | None = SKILLS(None, "endpoint for --skill-writer openai; none: the library's default")
+    openai_model: str | None = SKILLS(None, "model name for --skill-writer openai (key: OPENAI_API_KEY)")
+
+    routing: str = ROUTING("critical-first", "which skill guides a step", tuple(RULES))
+
+    # Not the paper's `old`: at laptop scale the scorer that follows the policy rises and then falls with it
+    # (docs/results.md); the frozen one cannot drift.
+    scorer: str = SCORES(
+        "reference", "the model that scores the skill-augmented context (paper: old)", ("old", "reference", "ema")
+    )
+    shift_base: str = SCORES(
         "old",
         "what the skill-augmented log-prob is compared with: the sampling policy's (paper), or the scorer's own, both "
         "of the plain context; the same with --scorer old",
         ("old", "scorer"),
     )
-    ema_decay: float = _(0.99, "decay of the EMA weights, an iteration, for --scorer ema, --skill-writer ema")
-    skill_writer: str = _(
-        "reference", "weights that write the skills (paper: policy)", ("policy", "reference", "ema", "openai")
-    )
-    max_step_skills: int = _(5, "K: most step skills a trajectory")
-    normalize: str = _("mean_std", "outcome advantage: group mean and std, or mean only", ("mean_std", "mean"))
-    group_over: str = _("steps", "what group statistics are taken over", ("steps", "trajectories"))
+    ema_decay: float = SCORES(0.99, "decay per iteration of the EMA model, for --scorer ema, --skill-writer ema")
+    token_budget: int = SCORES(4096, "most padded tokens of a forward pass (micro-batch), in the update too")
 
-    # skill writing
-    skill_tokens: int = _(96, "most tokens of a skill answer")
-    skill_context_limit: int | None = _(None, "most tokens of transcript and answer; none: --context-limit")
-    skill_transcript: str = _(
-        "prompt",
-        "what the writer reads: a transcript in the prompt, or the finished conversation (chat; cached if it played)",
-        ("prompt", "conversation"),
-    )
-    skill_temperature: float = _(1.0, "temperature of skill writing; 0: greedy")
-    skill_prefill: str = _("", "text that starts every skill answer for the model, such as '{'")
-    openai_base_url: str | None = _(None, "endpoint for --skill-writer openai; none: the library's default")
-    openai_model: str | None = _(None, "model name for --skill-writer openai (key: OPENAI_API_KEY)")
+    normalize: str = ADVANTAGE("mean_std", "outcome advantage: group mean and std, or mean only", ("mean_std", "mean"))
+    group_over: str = ADVANTAGE("steps", "what group statistics are taken over", ("steps", "trajectories"))
+    skill_iterations: int = ADVANTAGE(0, "iterations in which both lambdas fall to 0, in a line; 0: they stay (paper)")
+    skill_clip: float | None = ADVANTAGE(None, "bound of |A_skill| per token, in nats; none: unbounded (paper)")
 
-    # environment
-    env: str = _("alfworld", "environment", ENVIRONMENTS)
-    engine: str = _("fast", "ALFWorld engine", ("fast", "textworld"))
-    games: str = _(
+    clip: float = UPDATE(0.2, "PPO clip range of the token ratio")
+    dual_clip: float | None = UPDATE(
+        None, "c: bound c |A| of the loss of a token with A < 0 (release: 3); none: unbounded"
+    )
+    kl: float = UPDATE(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
+    kl_clip: float | None = UPDATE(None, "the most that a token's k3 counts, in nats (release: 10); none: unbounded")
+    epochs: int = UPDATE(1, "passes over an iteration's batch")
+    mini_batch: int = UPDATE(512, "step samples per gradient step; 0: all of the iteration")
+    warmup: int = UPDATE(0, "iterations of linear warm-up")
+    lr_halving: int = UPDATE(20, "iterations in which the learning rate halves; 0: constant (paper)")
+    weight_decay: float = UPDATE(0.01, "AdamW's weight decay")
+    max_grad_norm: float = UPDATE(1.0, "gradient clipping, L2 norm")
+
+    engine: str = ENV("fast", "ALFWorld engine", ("fast", "textworld"))
+    games: str = ENV(
         "generate", "official games or data: a folder (Search QA: also a file or hub id of questions), or 'generate'"
     )
-    retriever: str = _("generate", "Search QA passages: a JSON-lines corpus, http:// of a server, 'generate'")
-    game_size: str = _("small", "size of generated ALFWorld rooms", ("small", "full"))
-    webshop_goals: str = _("human", "WebShop: what people asked for, or synthetic instructions", ("human", "synthetic"))
-    train_games: int = _(1000, "generated training games")
-    eval_games: int = _(200, "games a split at evaluation, at most")
-    max_steps: int = _(20, "most steps an episode")
-    history: int = _(5, "last steps shown in a 'window' prompt")
-    success_reward: float = _(10.0, "outcome reward of a solved task")
-    # 0, not the paper's 0.1: in a group whose outcomes are all equal the penalty alone is what gets normalised, to the
-    # same size as a real outcome, and for small models with many invalid actions that noise makes training collapse.
-    invalid_penalty: float = _(0.0, "taken off a step's return for an invalid action (paper: 0.1)")
+    retriever: str = ENV("generate", "Search QA passages: a JSON-lines corpus, http:// of a server, 'generate'")
+    game_size: str = ENV("small", "size of generated ALFWorld rooms", ("small", "full"))
+    webshop_goals: str = ENV(
+        "human", "WebShop: what people asked for, or synthetic instructions", ("human", "synthetic")
+    )
+    train_games: int = ENV(1000, "generated training games")
+    prompt: str = ENV("auto", "prompt style; auto: compact for the tiny model", ("auto", "official", "compact"))
+    history: int = ENV(5, "last steps shown in a 'window' prompt")
 
-    # model
-    model: str = _("tiny", "'tiny', 'smollm2', a folder or a hub id")
-    prompt: str = _("auto", "prompt style; auto: compact for the tiny model", ("auto", "official", "compact"))
-    context: str = _("chat", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
-    context_limit: int = _(1024, "most tokens of prompt and response together")
-    max_new_tokens: int = _(12, "most tokens of a response")
-    dtype: str = _("float32", "dtype of the weights", ("float32", "bfloat16"))
-    mixed_precision: str = _("no", "accelerate's autocast", ("no", "bf16"))
-    gradient_checkpointing: bool = _(False, "recompute activations in the backward pass")
-    lora_rank: int = _(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
+    dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
+    mixed_precision: str = MODEL("no", "accelerate's autocast", ("no", "bf16"))
+    gradient_checkpointing: bool = MODEL(False, "recompute activations in the backward pass")
+    lora_rank: int = MODEL(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
 
-    # scale
-    iterations: int = _(60, "training iterations")
-    tasks: int = _(16, "tasks an iteration")
-    rollouts: int = _(8, "rollouts a task (N)")
-    temperature: float = _(1.0, "sampling temperature of training rollouts")
+    eval_every: int = RUN(10, "iterations between evaluations; 0: only at the end")
+    eval_games: int = RUN(200, "games per split at evaluation, at most")
+    eval_temperature: float = RUN(0.4, "sampling temperature of evaluation")
+    eval_batch: int | None = RUN(None, "held-out games played at a time; none: as many as an iteration has episodes")
+    save_every: int = RUN(10, "iterations between checkpoints")
+    keep_checkpoints: int = RUN(2, "newest checkpoints to keep")
+    sample_every: int = RUN(5, "iterations between samples.jsonl records")
+    tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
 
-    # update
-    learning_rate: float = _(3e-4, "AdamW's peak learning rate")
-    warmup: int = _(0, "iterations of linear warm-up")
-    lr_halving: int = _(20, "iterations in which the learning rate halves; 0: constant (paper)")
-    weight_decay: float = _(0.01, "AdamW's weight decay")
-    epochs: int = _(1, "passes over an iteration's batch")
-    mini_batch: int = _(512, "step samples a gradient step; 0: all of the iteration")
-    clip: float = _(0.2, "PPO clip range of the token ratio")
-    kl: float = _(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
-    max_grad_norm: float = _(1.0, "gradient clipping, L2 norm")
-    token_budget: int = _(4096, "most padded tokens a forward pass (micro-batch)")
-    generate_budget: int = _(8192, "most rows x length of one skill-writing generate call, tokens; a GPU wants more")
-
-    # run
-    seed: int = _(0, "seed of everything random")
-    out: str = _("runs/opid", "run folder")
-    plan: bool = _(False, "print the estimated peak memory of this run, without loading weights, and exit")
-    resume: bool = _(False, "go on from the newest checkpoint in --out")
-    eval_every: int = _(10, "iterations between evaluations; 0: only at the end")
-    eval_temperature: float = _(0.4, "sampling temperature of evaluation")
-    eval_batch: int | None = _(None, "held-out games played at a time; none: as many as an iteration has episodes")
-    save_every: int = _(10, "iterations between checkpoints")
-    keep_checkpoints: int = _(2, "newest checkpoints to keep")
-    sample_every: int = _(5, "iterations between samples.jsonl records")
-    tracker: str = _("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
+    distill_weight: float | None = OTHERS(
+        None,
+        "sdar, opsd, grpo+opsd, skill-sd: weight c of their loss term; none: the release's 0.01, of skill-sd 0.001",
+    )
+    gate_beta: float = OTHERS(5.0, "sdar, opsd: steepness of the gate sigmoid(beta Delta), per nat")
+    state_weight: float = OTHERS(1.0, "gigpo: weight of the step-relative advantage")
+    gamma: float = OTHERS(0.95, "gigpo: discount per step of the return that state groups compare")
+    rlsd_mix: float = OTHERS(0.5, "rlsd: mu, how far Delta rescales A_ep at first, 0 to 1")
+    rlsd_iterations: int = OTHERS(50, "rlsd: iterations in which mu falls to 0 (the release: 100); 0: it stays")
+    rlsd_clip: float = OTHERS(0.2, "rlsd: bound of the rescaling, 1 - eps to 1 + eps")
+    teacher: str | None = OTHERS(None, "opd: the larger model, named as --model is; it must have the same tokenizer")
 
     def __post_init__(self):
         """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""
+        self._check_values()
+        if self.prompt == "auto":
+            self.prompt = "compact" if self.model == "tiny" else "official"
+        outside = self.games != "generate" or (self.env == "search" and self.retriever != "generate")
+        if self.model == "tiny" and self.env != "alfworld" and outside:
+            raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no --games, --retriever")
+        if self.max_new_tokens >= self.context_limit:
+            raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip:
+            raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
+        if self.levels and self.routing == "none":
+            raise ValueError("--routing none guides no step: use --algo grpo")
+        if self.teacher is not None and self.algo != "opd":
+            raise ValueError("--teacher is for opd")
+        self._check_writer()
+        method = METHODS[self.algo]
+        method.check(self)
+        method(self).check_routes([route(Skills("", "both levels", {0: "at one step"}), 1, self.routing)])
+
+    def _check_values(self) -> None:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
@@ -156,96 +200,39 @@ class Config:
         for name in NOT_NEGATIVE:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{flag(name)} must not be negative")
-        if self.prompt == "auto":
-            self.prompt = "compact" if self.model == "tiny" else "official"
-        outside = self.games != "generate" or (self.env == "search" and self.retriever != "generate")
-        if self.model == "tiny" and self.env != "alfworld" and outside:
-            raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no --games, --retriever")
-        if self.max_new_tokens >= self.context_limit:
-            raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
-        self._check_method()
-
-    def _check_method(self) -> None:
-        method = self.method
-        if self.skill_writer == "openai" and self.uses_skills and method.skills != "script" and not self.openai_model:
-            raise ValueError("--skill-writer openai needs --openai-model")
-        if self.skill_transcript == "conversation" and (self.context != "chat" or self.skill_writer == "openai"):
-            raise ValueError("--skill-transcript conversation needs --context chat and a local --skill-writer")
-        if self.routing == "none" and self.levels:
-            raise ValueError("--routing none guides no step: use --algo grpo")
-        if self.routing == "additive" and method.one_score:
-            raise ValueError(f"--algo {self.algo} has one teacher a token: --routing additive would give it two")
-        if method.teacher != (self.teacher is not None):
-            raise ValueError(
-                "--algo opd needs --teacher, the larger model" if method.teacher else "--teacher is for opd"
-            )
-        if method.skills == "script" and self.env != "alfworld":
-            raise ValueError(
-                f"--algo {self.algo} needs a script that writes skills: there is none for --env {self.env}"
-            )
-        if method.skills == "shuffled" and self.tasks < 2:
-            raise ValueError(f"--algo {self.algo} takes skills from other tasks: --tasks must be at least 2")
-        for name in ("gamma", "rlsd_mix", "ema_decay"):
+        for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
-        if self.distill_weight is None and method.distill:
-            self.distill_weight = DISTILL_WEIGHTS[method.distill]
+
+    def _check_writer(self) -> None:
+        if not self.writes_skills:
+            return
+        if self.skill_writer == "openai" and not self.openai_model:
+            raise ValueError("--skill-writer openai needs --openai-model")
+        if ":" in self.skill_writer:
+            import_writer(self.skill_writer)
+        elif self.skill_writer not in (*LOCAL_WRITERS, "openai"):
+            raise ValueError(
+                f"--skill-writer must be one of {', '.join(LOCAL_WRITERS)}, openai or package.module:function, "
+                f"not {self.skill_writer!r}"
+            )
 
     @property
-    def method(self) -> Method:
-        return METHODS[self.algo]
+    def levels(self) -> tuple[Level, ...]:
+        """The levels of skills that the policy's tokens are re-scored under; none: plain GRPO."""
+        return METHODS[self.algo].levels(self)
 
     @property
-    def levels(self) -> tuple[str, ...]:
-        """The levels of guidance that are re-scored: with an added shift, those of a weight that is not 0."""
-        method, weights = self.method, {"episode": self.episode_weight, "step": self.step_weight}
-        if method.skills is None or method.acting:
-            return ()
-        return tuple(level for level, weight in weights.items() if weight != 0 or method.shift != "add")
-
-    @property
-    def base(self) -> str:
-        """Whose log-probs of the plain contexts A_skill is the difference to."""
-        return self.scorer if self.shift_base == "scorer" and self.levels else "old"
-
-    @property
-    def plain_scores(self) -> list[str]:
-        """Whose log-probs of the plain contexts an update needs."""
-        needed = ["old", self.base, *["reference"] * (self.kl > 0), *["teacher"] * self.method.teacher]
-        return list(dict.fromkeys(needed))
-
-    @property
-    def uses_skills(self) -> bool:
-        """Zero weights take the same path as GRPO: no skill is written, nothing is re-scored."""
-        return bool(self.levels) or self.method.acting
-
-    @property
-    def keeps_conversations(self) -> bool:
-        """Whether the policy writes about the conversations that it has just had, going on from their cache."""
-        asks = self.uses_skills and self.method.skills != "script"
-        return asks and self.skill_transcript == "conversation" and self.skill_writer == "policy"
-
-    def mix(self, iteration: int) -> float:
-        """RLSD's mu: from `rlsd_mix` at iteration 0 in a line to 0 at `rlsd_iterations`."""
-        return self.rlsd_mix * _left(iteration, self.rlsd_iterations)
-
-    def fade(self, iteration: int) -> float:
-        """What both lambdas are multiplied by: from 1 at iteration 0 in a line to 0 at `skill_iterations`."""
-        return _left(iteration, self.skill_iterations)
+    def writes_skills(self) -> bool:
+        return METHODS[self.algo].writes_skills(self)
 
     @property
     def keeps_ema(self) -> bool:
-        """Whether a run needs weights that follow the policy's slowly."""
-        writes = self.uses_skills and self.method.skills != "script" and self.skill_writer == "ema"
-        return writes or (bool(self.levels) and self.scorer == "ema")
+        """Whether a run needs a model that follows the policy slowly."""
+        return (self.writes_skills and self.skill_writer == "ema") or (bool(self.levels) and self.scorer == "ema")
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def _left(iteration: int, iterations: int) -> float:
-    """From 1 at iteration 0 in a line to 0 at `iterations`, where that is not 0."""
-    return max(0.0, 1 - iteration / iterations) if iterations else 1.0
 
 
 def changed(before: dict, now: dict) -> list[str]:
@@ -297,10 +284,15 @@ def parse_args(argv: list[str] | None = None, base: dict | None = None) -> Confi
         prog="train.py",
         description="OPID, On-Policy Skill Distillation for agentic RL, in plain PyTorch.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="train.py [--recipe NAME] [flags]",
     )
-    parser.add_argument("--recipe", help="settings to start from: a name in recipes/ or a .toml file")
+    first = fields(Config)[0].metadata["group"]
+    groups = {first: parser.add_argument_group(first)}
+    groups[first].add_argument("--recipe", help="settings to start from: a name in recipes/ or a .toml file")
     for f in fields(Config):
+        title = f.metadata["group"]
+        groups.setdefault(title, None)
+        groups[title] = groups[title] or parser.add_argument_group(title)
         annotation = typing.get_type_hints(Config)[f.name]
         kind = next(k for k in (*typing.get_args(annotation), annotation) if k in (str, int, float, bool))
         options: dict = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} (default: {f.default})"}
@@ -310,7 +302,7 @@ def parse_args(argv: list[str] | None = None, base: dict | None = None) -> Confi
             options["type"] = _optional(kind) if annotation is not kind else kind
             options["choices"] = f.metadata["choices"]
             options["metavar"] = None if f.metadata["choices"] else kind.__name__.upper()
-        parser.add_argument(flag(f.name), **options)
+        groups[title].add_argument(flag(f.name), **options)
     given = vars(parser.parse_args(argv))
     try:
         recipe = given.pop("recipe", None)

@@ -40,7 +40,6 @@ class Step:
     text: str  # the response decoded, for people and for skill prompts
     action: str  # the action parsed from it, as sent to the environment
     valid: bool  # False: no admissible action could be parsed
-    penalty: float = 0.0  # off this step's return, for an invalid action
 
 
 @dataclass
@@ -50,8 +49,7 @@ class Trajectory:
     task: str
     group: int
     steps: list[Step]
-    success: bool
-    reward: float = 0.0  # R(tau), the outcome reward
+    success: bool  # the outcome
     task_type: str = ""
     game: str = ""  # where the task came from (a game file, a question id), for people
 
@@ -86,6 +84,6 @@ class Batch:
     mask: torch.Tensor  # (B, R) bool, True on response tokens
     old_logprobs: torch.Tensor  # (B, R) log pi_old(y | h)
     reference_logprobs: torch.Tensor | None  # (B, R) log pi_ref(y | h); None where the KL term is off
-    skill_advantages: torch.Tensor  # (B, R) A_skill before weighting, NaN where no skill was scored
-    advantages: torch.Tensor  # (B, R) what the update uses, 0 off the mask
-    teacher_logprobs: torch.Tensor | None = None  # (B, R) log pi(y | h with skill) for a loss term; None: there is none
+    skill_advantages: torch.Tensor  # (B, R) A_skill before its weight, NaN where no skill was scored
+    advantages: torch.Tensor  # (B, R) A, what the update uses, 0 off the mask
+    teacher_logprobs: torch.Tensor | None = None  # (B, R) log pi(y | h with skill) for a loss term; OPID has none

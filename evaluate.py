@@ -20,6 +20,7 @@ from envs import TextEnv, make_env
 from envs.alfworld import SPLITS, TASK_TYPES, cached_games, list_games
 from envs.search import DATA_SOURCES, GENERATED_SOURCES
 from lm.encoder import Encoder
+from lm.sampler import Sampler
 from rollout import rollout
 
 EVAL_SPLITS = ("valid_seen", "valid_unseen")
@@ -84,15 +85,14 @@ def play(
     trajectories: list[Trajectory] = []
     bar = tqdm(range(0, len(games), at_once), desc=f"evaluate {note}", leave=False, disable=None)
     for start in bar:
+        sampler = Sampler(model, encoder.tokenizer, max_new_tokens=config.max_new_tokens, temperature=temperature)
         trajectories += rollout(
-            model,
+            sampler,
             encoder,
             make_env or environment(config),
             games[start : start + at_once],
             1,
-            max_new_tokens=config.max_new_tokens,
             context_limit=config.context_limit,
-            temperature=temperature,
             episode_skills=episode_skills,
             progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
         )[0]

@@ -1,6 +1,8 @@
-"""Log-probs of sampled responses. The only place that packs, pads, shifts and asks the model for log-probs.
+"""Log-probs of sampled responses, with and without a skill in the context. No sampling.
 
-The same functions serve the old, skill-augmented, reference and training passes.
+    contexts h, contexts h^ with a skill -> score -> log pi(y | h), log pi(y | h^), NaN where a row has no skill
+
+The same pass serves the old, skill-augmented, reference and training log-probs.
 
 Shapes: B rows (steps), R longest response; a micro-batch holds S packed sequences of padded length L and N response
 tokens in all.
@@ -9,7 +11,7 @@ tokens in all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
 
@@ -23,101 +25,10 @@ from lm.logprobs import token_logprobs
 from lm.packing import Sequence, graft, micro_batches, pack
 from router import guided_messages
 
-
-@cache
-def _notice(text: str) -> None:
-    """Log it once."""
-    logging.getLogger(__name__).warning(text)
+Progress = Callable[[list], Iterator]  # micro-batches -> the same, with a progress bar
 
 
-def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass -> log-probs (N,), their batch rows (N,) and response columns (N,). Gradient flows if enabled.
-
-    The causal shift lives here and nowhere else: the logits at position p - 1 predict the token at position p, so
-    logits are asked for at p - 1 only.
-    """
-    device = model.device
-    length = max(len(sequence.ids) for sequence in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)  # (S, L), right-padded
-    attention_mask = torch.zeros_like(ids)  # (S, L)
-    keep = torch.zeros(ids.shape, dtype=torch.bool)  # (S, L) True at p - 1 for a response token at p
-    rows, columns, targets = [], [], []
-    for s, sequence in enumerate(sequences):
-        ids[s, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        attention_mask[s, : len(sequence.ids)] = 1
-        for row, start, size in sequence.responses:
-            keep[s, start - 1 : start + size - 1] = True
-            rows += [row] * size
-            columns += range(size)
-            targets += sequence.ids[start : start + size]
-    inputs = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
-    branched = any(sequence.branches for sequence in sequences)
-    inputs |= tree_inputs(sequences, length, device) if branched else {}
-    with tree_attention(model) if branched else nullcontext():
-        logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)
-    return logprobs, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-
-
-@torch.no_grad()
-def _scores(
-    model, sequences: list[Sequence], shape: tuple[int, int], temperature: float, token_budget: int, progress
-) -> Tensor:
-    """Log-probs of everything in `sequences`, NaN elsewhere, as a tensor of `shape` on the CPU."""
-    scores = torch.full(shape, float("nan"))
-    training = model.training
-    model.eval()
-    for batch in progress(micro_batches(sequences, token_budget)):
-        logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
-        scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
-    model.train(training)
-    return scores
-
-
-def response_logprobs(
-    model,
-    contexts: list[list[int]],
-    responses: list[list[int]],
-    *,
-    temperature: float = 1.0,
-    token_budget: int = 16384,
-    packed: bool = True,
-    progress=lambda batches: batches,
-) -> Tensor:
-    """log pi(y | h) of every response token, NaN beyond a row's end. -> (B, R) on the CPU.
-
-    `packed=False` scores each row as a sequence of its own: the plain version, with the same numbers.
-    """
-    shape = len(responses), max(map(len, responses), default=0)
-    return _scores(model, pack(contexts, responses, packed=packed), shape, temperature, token_budget, progress)
-
-
-def tree_logprobs(
-    model,
-    contexts: list[list[int]],
-    responses: list[list[int]],
-    branches: list[list[int] | None],
-    *,
-    branches_only: bool = False,
-    temperature: float = 1.0,
-    token_budget: int = 16384,
-    progress=lambda batches: batches,
-) -> tuple[Tensor, Tensor]:
-    """log pi(y | h) and, where a row has a second context h^ in `branches`, log pi(y | h^), in one pass over both.
-
-    -> ((B, R), (B, R)), NaN where a row has no branch. K step skills cost K short branches rather than K long contexts;
-    the numbers are those of `response_logprobs`. A model that cannot do this (see `tree_obstacle`) scores every second
-    context by itself, and a notice is logged. `branches_only` leaves the first tensor NaN, and out what it needs.
-    """
-    if (obstacle := tree_obstacle(model)) and any(branches):
-        _notice(f"{type(model).__name__} scores each step skill in a pass of its own: {obstacle}")
-    trees = graft(pack(contexts, responses), branches, responses, 0 if obstacle else token_budget)
-    count = len(responses)
-    if branches_only:
-        trees = [Sequence(t.ids, [r for r in t.responses if r[0] >= count], t.branches) for t in trees]
-        trees = [tree for tree in trees if tree.responses]
-    shape = 2 * count, max(map(len, responses), default=0)
-    plain, branch = _scores(model, trees, shape, temperature, token_budget, progress).split(count)
-    return plain, branch
+# ---- the contexts ----------------------------------------------------------------------------------------------------
 
 
 def guided_steps(
@@ -161,41 +72,169 @@ def guided_contexts(
     return contexts, too_long
 
 
-def skill_logprobs(
-    model,
-    encoder: Encoder,
-    trajectories: list[Trajectory],
-    routes: list[list[tuple[Guidance, ...]]],
-    level: str,
+# ---- their log-probs -------------------------------------------------------------------------------------------------
+
+
+def score(
+    readers: dict,  # name -> model that reads every plain context
+    scorer,  # the model that reads the guided ones; it may be among the readers
+    contexts: list[list[int]],  # B of them, h
+    responses: list[list[int]],
+    guided: dict[str, list[list[int] | None]],  # level -> B of guided_contexts, h^
     *,
-    context_limit: int,
-    **scoring,
-) -> tuple[Tensor, int]:
-    """log pi(y | h^) of the very same response tokens under the contexts that one level of skills augments.
+    temperature: float,
+    token_budget: int,
+    progress: Callable[[str], Progress],  # name of a pass -> its progress bar
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Log-probs (B, R): log pi(y | h) by reader, and log pi(y | h^) by level, in as few passes as they need.
 
-    -> ((B, R), NaN where a step has no guidance of this level; how many steps did not fit, see `guided_contexts`).
-    `scoring` goes to `response_logprobs`. For step skills this is the plain version of `tree_logprobs`.
+    A step skill changes the end of a context, so it is scored as a branch of the plain contexts, in the same pass
+    where the scorer makes one anyway. An episode skill changes all that follows the task: a pass of its own.
     """
-    contexts, too_long = guided_contexts(encoder, trajectories, routes, level, context_limit=context_limit)
-    responses = [step.response for trajectory in trajectories for step in trajectory.steps]
-    return guided_logprobs(model, contexts, responses, **scoring), too_long
+    limits = {"temperature": temperature, "token_budget": token_budget}
+    plain, scored = {}, {}
+    passes = dict(readers)
+    if "step" in guided and not any(model is scorer for model in readers.values()):
+        passes["step"] = scorer
+    for name, model in passes.items():
+        rides = "step" in guided and model is scorer and "step" not in scored
+        branches = guided["step"] if rides else [None] * len(contexts)
+        plain[name], branch = tree_logprobs(
+            model, contexts, responses, branches, branches_only=name not in readers, **limits, progress=progress(name)
+        )
+        if rides:
+            scored["step"] = branch
+    if "episode" in guided:
+        scored["episode"] = guided_logprobs(
+            scorer, guided["episode"], responses, **limits, progress=progress("episode")
+        )
+    return {name: plain[name] for name in readers}, scored
 
 
-def guided_logprobs(model, contexts: list[list[int] | None], responses: list[list[int]], **scoring) -> Tensor:
+def response_logprobs(
+    model,
+    contexts: list[list[int]],
+    responses: list[list[int]],
+    *,
+    temperature: float = 1.0,
+    token_budget: int,
+    packed: bool = True,
+    progress: Progress = iter,
+) -> Tensor:
+    """log pi(y | h) of every response token, NaN beyond a row's end. -> (B, R) on the CPU.
+
+    `packed=False` scores each row as a sequence of its own: the straightforward version, with the same numbers.
+    """
+    shape = len(responses), max(map(len, responses), default=0)
+    return _score_all(model, pack(contexts, responses, packed=packed), shape, temperature, token_budget, progress)
+
+
+def guided_logprobs(
+    model,
+    contexts: list[list[int] | None],
+    responses: list[list[int]],
+    *,
+    temperature: float = 1.0,
+    token_budget: int,
+    packed: bool = True,
+    progress: Progress = iter,
+) -> Tensor:
     """`response_logprobs` of the rows that have a context; NaN for the others. -> (B, R)"""
     scores = torch.full((len(responses), max(map(len, responses), default=0)), float("nan"))  # (B, R)
     rows = [row for row, context in enumerate(contexts) if context is not None]
     if rows:
-        guided = response_logprobs(model, [contexts[row] for row in rows], [responses[row] for row in rows], **scoring)
+        some = [contexts[row] for row in rows], [responses[row] for row in rows]
+        how = {"temperature": temperature, "token_budget": token_budget, "packed": packed, "progress": progress}
+        guided = response_logprobs(model, *some, **how)
         scores[rows, : guided.shape[1]] = guided
     return scores
 
 
-def layout_noise(model, contexts: list[list[int]], responses: list[list[int]], **scoring) -> float:
-    """Mean |difference| a token, in nats, of two scorings of the same rows: packed and batched, and each row alone.
+def tree_logprobs(
+    model,
+    contexts: list[list[int]],
+    responses: list[list[int]],
+    branches: list[list[int] | None],
+    *,
+    branches_only: bool = False,
+    temperature: float = 1.0,
+    token_budget: int,
+    progress: Progress = iter,
+) -> tuple[Tensor, Tensor]:
+    """log pi(y | h) and, where a row has a second context h^ in `branches`, log pi(y | h^), in one pass over both.
+
+    -> ((B, R), (B, R)), NaN where a row has no branch. K step skills cost K short branches rather than K long contexts;
+    the numbers are those of `response_logprobs`. A model that cannot do this (see `tree_obstacle`) scores every second
+    context by itself, and a notice is logged. `branches_only` leaves the first tensor NaN, and out what it needs.
+    """
+    if (obstacle := tree_obstacle(model)) and any(branches):
+        _notice(f"{type(model).__name__} scores each step skill in a pass of its own: {obstacle}")
+    trees = graft(pack(contexts, responses), branches, responses, 0 if obstacle else token_budget)
+    count = len(responses)
+    if branches_only:
+        trees = [Sequence(t.ids, [r for r in t.responses if r[0] >= count], t.branches) for t in trees]
+        trees = [tree for tree in trees if tree.responses]
+    shape = 2 * count, max(map(len, responses), default=0)
+    scores = _score_all(model, trees, shape, temperature, token_budget, progress)  # (2B, R)
+    return scores[:count], scores[count:]
+
+
+@cache
+def _notice(text: str) -> None:
+    """Log it once."""
+    logging.getLogger(__name__).warning(text)
+
+
+@torch.no_grad()
+def _score_all(
+    model, sequences: list[Sequence], shape: tuple[int, int], temperature: float, token_budget: int, progress: Progress
+) -> Tensor:
+    """Log-probs of everything in `sequences`, NaN elsewhere, as a tensor of `shape` on the CPU."""
+    scores = torch.full(shape, float("nan"))
+    training = model.training
+    model.eval()
+    for batch in progress(micro_batches(sequences, token_budget)):
+        logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
+        scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
+    model.train(training)
+    return scores
+
+
+def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass -> log-probs (N,), their batch rows (N,) and response columns (N,). Gradient flows if enabled.
+
+    The causal shift lives here and nowhere else: the logits at position p - 1 predict the token at position p, so
+    logits are asked for at p - 1 only.
+    """
+    device = model.device
+    length = max(len(sequence.ids) for sequence in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)  # (S, L), right-padded
+    attention_mask = torch.zeros_like(ids)  # (S, L)
+    keep = torch.zeros(ids.shape, dtype=torch.bool)  # (S, L) True at p - 1 for a response token at p
+    rows, columns, targets = [], [], []
+    for s, sequence in enumerate(sequences):
+        ids[s, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        attention_mask[s, : len(sequence.ids)] = 1
+        for row, start, size in sequence.responses:
+            keep[s, start - 1 : start + size - 1] = True
+            rows += [row] * size
+            columns += range(size)
+            targets += sequence.ids[start : start + size]
+    inputs = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
+    branched = any(sequence.branches for sequence in sequences)
+    inputs |= tree_inputs(sequences, length, device) if branched else {}
+    with tree_attention(model) if branched else nullcontext():
+        logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)
+    return logprobs, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
+
+def layout_noise(
+    model, contexts: list[list[int]], responses: list[list[int]], *, temperature: float, token_budget: int
+) -> float:
+    """Mean |difference| per token, in nats, of two scorings of the same rows: packed and batched, and each row alone.
 
     In exact arithmetic it is 0. What it is here is the noise floor of A_skill, itself a difference of two scorings.
     """
-    scores = response_logprobs(model, contexts, responses, **scoring)
-    alone = response_logprobs(model, contexts, responses, **scoring | {"packed": False, "token_budget": 1})
+    scores = response_logprobs(model, contexts, responses, temperature=temperature, token_budget=token_budget)
+    alone = response_logprobs(model, contexts, responses, temperature=temperature, token_budget=1, packed=False)
     return (scores - alone).abs().nanmean().item()

@@ -52,89 +52,75 @@ class Episode:
         self.prompts.clear()
         return self.context(encoder)
 
-    def act(self, context: list[int], response: list[int], text: str, success_reward: float, penalty: float) -> None:
+    def act(self, context: list[int], response: list[int], text: str) -> None:
         """Parse the response, step the environment, record the turn."""
         action, valid = self.env.parse_action(text, self.admissible)
         before = self.observation
         self.observation, _, terminated, truncated, info = self.env.step(action)
-        won = bool(info.get("won"))
-        step = Step(self.prompts[-1], before, context, response, text, action, valid, penalty * (not valid))
-        self.trajectory.steps.append(step)
-        self.trajectory.success, self.trajectory.reward = won, success_reward * won
+        self.trajectory.steps.append(Step(self.prompts[-1], before, context, response, text, action, valid))
+        self.trajectory.success = bool(info.get("won"))
         self.admissible = info.get("admissible_actions", [])
         self.done = terminated or truncated
 
 
 def rollout(
-    model,
+    sampler: Sampler,
     encoder: Encoder,
     make_env: Callable[[], TextEnv],
     games: list,
     group_size: int,
     *,
-    max_new_tokens: int,
     context_limit: int,
-    temperature: float = 1.0,
-    success_reward: float = 10.0,
-    invalid_penalty: float = 0.1,
-    first_group: int = 0,
-    reuse_cache: bool = True,
     episode_skills: dict[str, str] | None = None,
-    sampler: Sampler | None = None,
     progress: Callable[[int, int], None] = lambda live, turn: None,
 ) -> tuple[list[Trajectory], dict[str, float]]:
     """Play every game `group_size` times -> (trajectories grouped in order, metrics).
 
     All live episodes take their turn in one batch; a finished one leaves it. An episode whose coming context could not
     hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted (rollout/context_full).
-    Raises ValueError where even a first turn does not fit. With `episode_skills` (task type -> text) the policy acts
-    under the skill of a game's type; one that leaves no room is left out (rollout/skilled counts the others).
-    `sampler` (default: a plain one) knows trajectory i by the key i; one that keeps finished rows can go on from them.
+    One whose first context does not fit stays without steps (rollout/too_long). With `episode_skills` (task type ->
+    text) the policy acts under the skill of a game's type; one that leaves no room is left out (rollout/skilled counts
+    the others).
     """
     episodes = [
-        Episode.start(make_env(), game, first_group + g, episode_skills)
-        for g, game in enumerate(games)
+        Episode.start(make_env(), game, group, episode_skills)
+        for group, game in enumerate(games)
         for _ in range(group_size)
     ]
-    if sampler is None:
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "reuse_cache": reuse_cache}
-        sampler = Sampler(model, encoder.tokenizer, **sampling)
+    room = context_limit - sampler.config.max_new_tokens  # for a context
     turn, live = 0, list(range(len(episodes)))
-    training = model.training
-    model.eval()
+    training = sampler.model.training
+    sampler.model.eval()
     while live:
         progress(len(live), turn)
         contexts = {i: episodes[i].context(encoder) for i in live}
         for i in live:
-            if turn == 0 and episodes[i].skill and len(contexts[i]) + max_new_tokens > context_limit:
+            if turn == 0 and episodes[i].skill and len(contexts[i]) > room:
                 contexts[i] = episodes[i].drop_skill(encoder)
-            episodes[i].cut = len(contexts[i]) + max_new_tokens > context_limit
-            if episodes[i].cut and turn == 0:
-                raise ValueError(
-                    f"the first prompt has {len(contexts[i])} tokens and leaves no room for {max_new_tokens} more in a "
-                    f"context of {context_limit}: raise --context-limit or lower --max-new-tokens"
-                )
+            episodes[i].cut = len(contexts[i]) > room
         live = [i for i in live if not episodes[i].cut]
         responses = sampler(live, [contexts[i] for i in live]) if live else []
         texts = [encoder.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
         if live and (prefetch := getattr(episodes[live[0]].env, "prefetch", None)):
             prefetch(texts)
         for i, response, text in zip(live, responses, texts, strict=True):
-            episodes[i].act(contexts[i], response, text, success_reward, invalid_penalty)
+            episodes[i].act(contexts[i], response, text)
         live = [i for i in live if not episodes[i].done]
         turn += 1
-    model.train(training)
+    sampler.model.train(training)
     skilled = {} if episode_skills is None else {"rollout/skilled": sum(e.skill is not None for e in episodes)}
     return [episode.trajectory for episode in episodes], _metrics(episodes) | skilled
 
 
 def _metrics(episodes: list[Episode]) -> dict[str, float]:
     steps = [step for episode in episodes for step in episode.trajectory.steps]
+    played = sum(bool(episode.trajectory.steps) for episode in episodes)
     return {
-        "episodes": len(episodes),
-        "train/success": sum(episode.trajectory.success for episode in episodes) / len(episodes),
-        "rollout/steps": len(steps) / len(episodes),
-        "rollout/valid_actions": sum(step.valid for step in steps) / len(steps),
-        "rollout/response_tokens": sum(len(step.response) for step in steps) / len(steps),
-        "rollout/context_full": sum(episode.cut for episode in episodes),
+        "episodes": played,
+        "train/success": sum(episode.trajectory.success for episode in episodes) / max(1, played),
+        "rollout/steps": len(steps) / max(1, played),
+        "rollout/valid_actions": sum(step.valid for step in steps) / max(1, len(steps)),
+        "rollout/response_tokens": sum(len(step.response) for step in steps) / max(1, len(steps)),
+        "rollout/context_full": sum(episode.cut for episode in episodes if episode.trajectory.steps),
+        "rollout/too_long": len(episodes) - played,
     }

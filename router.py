@@ -1,65 +1,96 @@
 """Critical-first routing: which skill guides which step, and where its text goes. Pure Python.
 
 Paper: "Critical-first skill routing"; authors' release: opid/prompting.py, select_skill_teacher_sources (whose
-"step_priority" is `critical-first` here). To try a routing idea of your own, add a mode to `route`.
+"step_priority" is `critical-first` here). To try an idea of your own, write one more rule below.
 """
 
 from __future__ import annotations
 
-import random
+import inspect
+from collections.abc import Callable
 
-from data import Guidance, Prompt, Skills, Slot
+from data import Guidance, Level, Prompt, Skills, Slot
 
-MODES = ("critical-first", "additive", "episode", "step", "none")
+LEVELS: tuple[Level, ...] = ("episode", "step")
+RULES: dict[str, Callable[..., tuple[Guidance, ...]]] = {}  # --routing -> its rule
 
 
-def route(skills: Skills | None, num_steps: int, mode: str) -> list[tuple[Guidance, ...]]:
-    """The guidance of each of `num_steps` steps: nothing, one skill, or (additive) the episode skill then the step's.
+def rule(name: str):
+    """Makes a function the rule `name` of --routing. It is called once per step with `episode` and `step`, each a tuple
+    that holds the skill of that level or is empty, and returns the skills that guide the step. A rule that names them
+    among its parameters also gets `success` (the trajectory's outcome) and `logprobs` (log pi_old of each token of the
+    step's response)."""
 
-    critical-first  the step skill where one exists, else the episode skill
-    additive        both, each scored in a context of its own
-    episode, step   one level only
-    none            no guidance
+    def add(function):
+        RULES[name] = function
+        return function
 
-    `skills=None` (nothing could be parsed) guides no step. Raises ValueError for an unknown mode.
+    return add
+
+
+@rule("critical-first")
+def critical_first(episode, step):
+    """The step skill where the step is a critical one, else the episode skill."""
+    return step or episode
+
+
+@rule("additive")
+def additive(episode, step):
+    """Both, each scored in a context of its own."""
+    return episode + step
+
+
+@rule("episode")
+def episode_only(episode, step):
+    return episode
+
+
+@rule("step")
+def step_only(episode, step):
+    return step
+
+
+@rule("none")
+def nothing(episode, step):
+    return ()
+
+
+def asks_for(mode: str, name: str) -> bool:
+    """Whether a rule has a parameter of that name. Raises ValueError for an unknown rule."""
+    if mode not in RULES:
+        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(RULES)}")
+    return name in inspect.signature(RULES[mode]).parameters
+
+
+def route(
+    skills: Skills | None,
+    num_steps: int,
+    mode: str,
+    *,
+    levels: tuple[Level, ...] = LEVELS,
+    success: bool | None = None,
+    logprobs: list[list[float]] | None = None,  # of each step
+) -> list[tuple[Guidance, ...]]:
+    """The guidance of each of `num_steps` steps, by the rule `mode`: nothing, one skill, or several.
+
+    Skills of a level that is not among `levels` are taken for absent: where lambda_step is 0, a critical step is guided
+    by the episode skill, as in the authors' release. `skills=None` (nothing could be parsed) guides no step. Raises
+    ValueError for an unknown rule, and for one that gives a step two skills of one level.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(MODES)}")
+    told = {"success": [success] * num_steps, "logprobs": logprobs or [None] * num_steps}
+    told = {name: values for name, values in told.items() if asks_for(mode, name)}
     if skills is None:
         return [()] * num_steps
     routes = []
     for t in range(num_steps):
-        episode = (Guidance("episode", skills.episode),) if skills.episode.strip() else ()
-        step = (Guidance("step", skills.steps[t]),) if skills.steps.get(t, "").strip() else ()
-        routes.append(
-            {
-                "critical-first": step or episode,
-                "additive": episode + step,
-                "episode": episode,
-                "step": step,
-                "none": (),
-            }[mode]
-        )
+        texts = {"episode": skills.episode, "step": skills.steps.get(t, "")}
+        found = {level: (Guidance(level, texts[level]),) for level in levels if texts[level].strip()}
+        asked = {name: values[t] for name, values in told.items()}
+        guidances = RULES[mode](found.get("episode", ()), found.get("step", ()), **asked)
+        if len({guidance.level for guidance in guidances}) < len(guidances):
+            raise ValueError(f"routing {mode!r} gives step {t} two skills of one level: {guidances}")
+        routes.append(guidances)
     return routes
-
-
-def shuffle_skills(skills: list[Skills | None], groups: list[int], rng: random.Random) -> list[Skills | None]:
-    """Each trajectory gets the skills of one of another task: the control that tells a skill's content from the mere
-    change of context. Every trajectory's skills are used once; those without skills count as skills, too.
-
-    `groups`: the task of each trajectory. Raises ValueError where one task has more than half of all trajectories.
-    """
-    sizes = {group: groups.count(group) for group in groups}
-    largest = max(sizes.values())
-    if 2 * largest > len(groups):
-        raise ValueError("a task has more than half of a process's trajectories: skills cannot all go to other tasks")
-    tasks, order = rng.sample(sorted(sizes), len(sizes)), rng.sample(range(len(groups)), len(groups))
-    order.sort(key=lambda i: tasks.index(groups[i]))
-    # Tasks lie in blocks, so that whatever stands one largest block further on, around the end too, is of another one.
-    taken = [None] * len(groups)
-    for position, i in enumerate(order):
-        taken[i] = skills[order[(position + largest) % len(order)]]
-    return taken
 
 
 def fill(prompt: Prompt, *guidances: Guidance) -> str:

@@ -3,15 +3,21 @@
 python train.py                                    # the laptop default: tiny model, fast ALFWorld, no GPU
 python train.py --recipe alfworld-qwen2.5-3b       # the paper's settings
 accelerate launch train.py --recipe ...            # many GPUs: each plays its share of the tasks
+
+`method.` marks the places where another --algo departs from OPID (baselines/method.py); for OPID, and for GRPO, which
+is OPID without skills, each of them leaves all as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import random
+import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +25,16 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from advantage import advantage_metrics, advantages_of, merge, outcome_of
-from baselines.losses import distillation_loss, k3, policy_loss
-from baselines.teacher import load_teacher
+from advantage import (
+    advantage_metrics,
+    combine,
+    linear_decay,
+    outcome_advantage,
+    silent_groups,
+    skill_advantage,
+    sum_of_scored,
+)
+from baselines import METHODS, Method
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate, format_table, games_of
@@ -29,264 +42,419 @@ from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.packing import Sequence, micro_batches, pack
 from lm.sampler import Sampler
-from lm.writers import scripted_skills, writer_of
-from rescore import layout_noise, sequence_logprobs
+from lm.writers import Writer, import_writer, model_writer, openai_writer
+from rescore import guided_contexts, layout_noise, response_logprobs, score, sequence_logprobs
 from rollout import rollout
-from router import route, shuffle_skills
+from router import asks_for, route
 from runlog import RunLog, peak_mib
-from scoring import guided_by_level, score
-from skills import lessons, remember, write_skills
+from skills import write_skills
 from tiny.loading import load_model
 
+Metrics = dict[str, float]
+Routes = list[list[tuple[Guidance, ...]]]  # of each trajectory, of each of its steps
+
+MAX_LOG_RATIO = 20.0  # of a token's two probabilities, so that no exp overflows: infinity times A = 0 is not a number
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
 
-def train(config: Config) -> RunLog:
+def train(config: Config, run: Run | None = None) -> RunLog:
     """The whole run. A function of config and seed: every iteration seeds itself, so that resuming is exact."""
-    run = Run(config)
+    run = run or Run(config)
     for iteration in range(run.log.first_iteration, config.iterations):
-        run.start(iteration)
-        trajectories = run.rollout()
-        skills = run.write_skills(trajectories)
-        mode = config.routing if config.levels else "none"
-        routes = [route(s, len(t.steps), mode) for s, t in zip(skills, trajectories, strict=True)]
-        batch = run.score(trajectories, routes, iteration)
-        run.update(batch, iteration)
-        run.finish(iteration, trajectories, skills, routes, batch)
-    run.close()
+        rng = run.seed(iteration)
+        trajectories, played = run.rollout(rng)
+        skills, written = run.write_skills(trajectories, rng)
+        routes = run.route(trajectories, skills)
+        batch, scored = run.rescore(trajectories, routes, iteration)
+        updated = run.update(batch, iteration, rng)
+        run.finish(iteration, trajectories, skills, routes, batch, played | written | scored | updated)
+    run.log.finish(run.policy, run.tokenizer)
     return run.log
 
 
+def policy_loss(
+    new: Tensor, old: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """PPO-clip per token. All (N,) -> (N,), and where the clipped branch, which carries no gradient, is the smaller.
+
+    `dual_clip` c bounds the loss of a token with A < 0 by -c A (arXiv 1912.09729; authors' release:
+    verl/trainer/ppo/core_algos.py, compute_policy_loss, c = 3).
+    """
+    # L = -min(r A, clip(r, 1 - eps, 1 + eps) A),  r = pi_theta(y | h) / pi_old(y | h)
+    ratio = (new - old).clamp(max=MAX_LOG_RATIO).exp()  # (N,)
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (N,)
+    losses = -torch.minimum(unclipped, clipped)  # (N,)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    return losses, (clipped < unclipped).float()
+
+
+def k3(new: Tensor, reference: Tensor, bound: float | None = None) -> Tensor:
+    """KL(pi_theta || pi_ref) per token, by Schulman's k3 on sampled tokens. Never negative. (N,) -> (N,)
+
+    `bound`: the most that a token counts; beyond it a token carries no gradient (the release: kl_penalty, 10).
+    """
+    # KL = exp(d) - 1 - d,  d = log pi_ref(y | h) - log pi_theta(y | h)
+    d = reference - new  # (N,)
+    kl = d.clamp(max=MAX_LOG_RATIO).exp() - 1 - d  # (N,)
+    return kl if bound is None else kl.clamp(max=bound)
+
+
+def outcome_of(method: Method, trajectories: list[Trajectory]) -> tuple[Tensor, Metrics]:
+    """A_ep of each step (B,): R(tau), less the step's own penalty, against its group; and metrics."""
+    config, groups = method.config, [trajectory.group for trajectory in trajectories]
+    rewards = [config.success_reward * trajectory.success for trajectory in trajectories]  # R(tau)
+    steps = [(i, step) for i, trajectory in enumerate(trajectories) for step in trajectory.steps]
+    penalties = torch.tensor([config.invalid_penalty * (not step.valid) for _, step in steps])  # (B,)
+    returns = torch.tensor([rewards[i] for i, _ in steps]) - penalties  # (B,)
+    group, owner = torch.tensor([groups[i] for i, _ in steps]), torch.tensor([i for i, _ in steps])  # (B,) each
+    outcome = outcome_advantage(returns, group, owner, normalize=config.normalize, over=config.group_over)  # (B,)
+    silent = silent_groups(groups, rewards).values()
+    outcome, metrics = method.outcome(outcome, trajectories)
+    return outcome, {"advantage/silent_groups": sum(silent) / len(silent)} | metrics
+
+
+def make_batch(
+    method: Method,
+    contexts: list[list[int]],
+    responses: list[list[int]],
+    outcome: Tensor,  # (B,) A_ep
+    plain: dict[str, Tensor],  # (B, R) log pi(y | h) by reader
+    guided: dict[str, Tensor],  # (B, R) log pi(y | h^) by level, NaN where a step has no skill of it
+    iteration: int,
+) -> Batch:
+    """The advantage of every token, from its outcome and its log-probs."""
+    config, old, mask = method.config, plain["old"], ~plain["old"].isnan()  # (B, R)
+
+    # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m
+    base = plain[config.scorer] if guided and config.shift_base == "scorer" else old  # (B, R)
+    shifts = {level: skill_advantage(logprobs, base, mask) for level, logprobs in guided.items()}  # (B, R) each
+    known = [shift.masked_fill(guided[level].isnan(), float("nan")) for level, shift in shifts.items()]
+
+    # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
+    fade = linear_decay(iteration, config.skill_iterations)
+    advantages = combine(
+        outcome,
+        shifts.get("episode"),
+        shifts.get("step"),
+        mask,
+        episode_weight=fade * config.episode_weight,
+        step_weight=fade * config.step_weight,
+        skill_clip=config.skill_clip,
+    )  # (B, R)
+    reference = plain["reference"] if config.kl else None  # (B, R)
+    batch = Batch(contexts, responses, mask, old, reference, sum_of_scored(mask, *known), advantages)
+    return method.adjust(batch, outcome, plain, guided, iteration)
+
+
+def timed(phase: str):
+    """A method of Run that returns metrics, alone or last, returns its wall clock among them."""
+
+    def wrap(method):
+        @wraps(method)
+        def run(*args):
+            started = time.perf_counter()
+            returned = method(*args)
+            metrics = returned[-1] if isinstance(returned, tuple) else returned
+            metrics[f"seconds/{phase}"] = time.perf_counter() - started
+            return returned
+
+        return run
+
+    return wrap
+
+
+def check_before_loading(config: Config) -> None:
+    """Raises ValueError for what would train on wrong numbers, or not do what was asked."""
+    if config.dtype == "bfloat16" and not config.lora_rank:
+        raise ValueError(
+            "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
+            "float32 (with --mixed-precision bf16 the products are in bfloat16 all the same), or --lora-rank"
+        )
+    needed = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(config.tracker, ())
+    if needed and not any(find_spec(name) for name in needed):
+        raise ValueError(f"--tracker {config.tracker} needs its package: pip install {needed[0]}")
+
+
 class Run:
-    """What lasts from one iteration to the next: policy, optimizer, frozen copies, games, log."""
+    """What lasts from one iteration to the next: policy, optimizer, frozen models, games, log."""
 
     def __init__(self, config: Config):
-        self.config = config
+        self.config, self.method = config, METHODS[config.algo](config)
+        check_before_loading(config)
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
-        model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+        device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+        self.log.start(model)
         torch.manual_seed(config.seed)
-        model = add_lora(model, config.lora_rank) if config.lora_rank else model
-        self.model = model.to(self.accelerator.device)
-        # The model is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
+        # The policy is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
-        self.reference, self.ema, self.teacher = frozen_copy(self.model), None, None
-        if config.teacher:
-            self.teacher = load_teacher(config.teacher, tokenizer, dtype=config.dtype).to(self.accelerator.device)
+        self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(device)
+        # by the names that --scorer and --skill-writer use; the policy does not change until the update
+        self.models = {"policy": self.policy, "old": self.policy, "reference": frozen_copy(self.policy)}
         if config.keeps_ema:
-            self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+            self.models["ema"] = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        self.further = self.method.load(self.tokenizer, device)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-            self.model.enable_input_require_grads()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.policy.gradient_checkpointing_enable()
+            self.policy.enable_input_require_grads()
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, config.context)
+        self.encoder = Encoder(self.tokenizer, config.context)
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
             raise ValueError("--tasks (and the games there are) must be at least the number of processes")
-        self.episode_skills = self.log.restore(self.model, self.optimizer, self.ema)  # task type -> text
-        self.metrics: dict[str, float] = {}
+        self.log.restore(self.policy, self.optimizer, self.models.get("ema"), self.method)
         if config.eval_every and self.log.first_iteration == 0:
-            self._evaluate(-1)
+            self.evaluate(-1)
 
-    def start(self, iteration: int) -> None:
+    def seed(self, iteration: int) -> random.Random:
+        """Seeds PyTorch for this iteration and process -> the random numbers that all processes share."""
         rank = self.accelerator.process_index
-        torch.manual_seed((config_seed := self.config.seed) * 1_000_003 + iteration * 1009 + rank)
-        self.rng = random.Random(f"{config_seed} {iteration}")
-        self.metrics = {}
+        torch.manual_seed(self.config.seed * 1_000_003 + iteration * 1009 + rank)
+        return random.Random(f"{self.config.seed} {iteration}")
 
     # ---- 1. rollout ----------------------------------------------------------------------------------------------
 
-    def rollout(self) -> list[Trajectory]:
+    @timed("rollout")
+    def rollout(self, rng: random.Random) -> tuple[list[Trajectory], Metrics]:
         """This process's share of the iteration's tasks, each played N times."""
         config, share = self.config, self.accelerator
-        games = self.rng.sample(self.games, min(config.tasks, len(self.games)))
+        games = rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
-        sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-        keep = config.keeps_conversations
-        self.sampler = Sampler(self.model, self.tokenizer, **sampling, keep_finished=True) if keep else None
-        with self._phase("rollout"), self._bar("rollout") as bar, self.accelerator.autocast():
+        sampler = Sampler(
+            self.policy, self.tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature
+        )
+        with self._bar("rollout") as bar, self.accelerator.autocast():
             trajectories, metrics = rollout(
-                self.model,
+                sampler,
                 self.encoder,
                 self.make_env,
                 mine,
                 config.rollouts,
-                **sampling,
                 context_limit=config.context_limit,
-                sampler=self.sampler,
-                success_reward=config.success_reward,
-                invalid_penalty=config.invalid_penalty,
-                episode_skills=self.episode_skills if config.method.acting else None,
+                episode_skills=self.method.acts_under(),
                 progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
             )
-        self.metrics |= metrics
-        return trajectories
+        if not (played := [trajectory for trajectory in trajectories if trajectory.steps]):
+            raise ValueError("no task's first prompt fits: raise --context-limit or lower --max-new-tokens")
+        return played, metrics
 
     # ---- 2. skill extraction -------------------------------------------------------------------------------------
 
-    def write_skills(self, trajectories: list[Trajectory]) -> list[Skills | None]:
-        """Hindsight skills, by one of this run's models or an endpoint; None for each if unused."""
+    @timed("skills")
+    def write_skills(self, trajectories: list[Trajectory], rng: random.Random) -> tuple[list[Skills | None], Metrics]:
+        """Hindsight skills of each trajectory; None where there are none."""
+        config, skills, metrics = self.config, [None] * len(trajectories), {}
+        if not (config.levels or config.writes_skills):
+            return skills, metrics
+        if config.writes_skills:
+            with self.accelerator.autocast():
+                skills, metrics = write_skills(
+                    trajectories,
+                    self._writer(),
+                    max_step_skills=config.max_step_skills,
+                    template=self.make_env().analysis_prompt(),
+                )
+        return self.method.skills(trajectories, skills, rng), metrics
+
+    def _writer(self) -> Writer:
+        """One of this run's own models, an endpoint, or a function of the user's."""
         config = self.config
-        if not config.uses_skills:
-            return [None] * len(trajectories)
-        if config.method.skills == "script":
-            return [scripted_skills(trajectory, config.max_step_skills) for trajectory in trajectories]
-        recall = {"recall": self.sampler.recall} if self.sampler else {}  # keys and values are the policy's alone
-        weights = {"policy": self.model, "reference": self.reference, "ema": self.ema}
-        write = writer_of(config, weights, self.encoder, trajectories, **recall)
-        with self._phase("skills"), self.accelerator.autocast():
-            skills, metrics = write_skills(
-                trajectories,
-                write,
-                max_step_skills=config.max_step_skills,
-                template=self.make_env().analysis_prompt(),
-                conversation=config.skill_transcript == "conversation",
-            )
-        self.sampler = None  # and with it the cache of finished episodes
-        self.metrics |= metrics
-        if config.method.acting:
-            self.episode_skills = remember(self.episode_skills, gather_object(lessons(trajectories, skills)))
-        if config.method.skills == "shuffled":
-            return shuffle_skills(skills, [trajectory.group for trajectory in trajectories], self.rng)
-        return skills
+        sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
+        if config.skill_writer == "openai":
+            return openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
+        if ":" in config.skill_writer:
+            return import_writer(config.skill_writer)
+        return model_writer(
+            self.models[config.skill_writer],
+            self.tokenizer,
+            **sampling,
+            context_limit=config.skill_context_limit or config.context_limit,
+            prefill=config.skill_prefill,
+            batch_tokens=config.generate_budget,
+        )
+
+    # ---- 3. routing ----------------------------------------------------------------------------------------------
+
+    def route(self, trajectories: list[Trajectory], skills: list[Skills | None]) -> Routes:
+        """Which skill guides which step. With a rule that looks at log-probs they are scored once more for it."""
+        config, routes = self.config, []
+        mode = config.routing if config.levels else "none"
+        asked = self._old_logprobs(trajectories) if asks_for(mode, "logprobs") else [None] * len(trajectories)
+        for trajectory, own, logprobs in zip(trajectories, skills, asked, strict=True):
+            seen = {"success": trajectory.success, "logprobs": logprobs}
+            routes.append(route(own, len(trajectory.steps), mode, levels=config.levels, **seen))
+        self.method.check_routes(routes)
+        return routes
+
+    def _old_logprobs(self, trajectories: list[Trajectory]) -> list[list[list[float]]]:
+        """log pi_old of each token of each step of each trajectory."""
+        config, steps = self.config, [step for trajectory in trajectories for step in trajectory.steps]
+        limits = {"temperature": config.temperature, "token_budget": config.token_budget}
+        with self.accelerator.autocast():
+            scores = response_logprobs(self.policy, [s.context for s in steps], [s.response for s in steps], **limits)
+        rows = iter([row[: len(step.response)].tolist() for row, step in zip(scores, steps, strict=True)])
+        return [[next(rows) for _ in trajectory.steps] for trajectory in trajectories]
 
     # ---- 4. re-scoring and 5. advantage --------------------------------------------------------------------------
 
-    def score(self, trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]], iteration: int) -> Batch:
+    @timed("rescore")
+    def rescore(self, trajectories: list[Trajectory], routes: Routes, iteration: int) -> tuple[Batch, Metrics]:
         """Old, reference and skill-augmented log-probs of the sampled tokens, and the advantage that they make."""
         config = self.config
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
-        with self._phase("rescore"), self.accelerator.autocast():
-            plain, scored = self._logprobs(contexts, responses, trajectories, routes)
+        with self.accelerator.autocast():
+            plain, guided, metrics = self._logprobs(contexts, responses, trajectories, routes)
             if config.levels and iteration == 0:
                 few = sum(len(trajectory.steps) for trajectory in trajectories[:NOISE_TRAJECTORIES])
-                noise = layout_noise(self.model, contexts[:few], responses[:few], temperature=config.temperature)
-                self.metrics["advantage/noise_floor"] = noise
-        outcome, metrics = outcome_of(config, trajectories)  # (B,)
-        mask = ~plain["old"].isnan()  # (B, R)
-        base = plain[config.base]  # (B, R)
-        advantages, skill_advantages = advantages_of(config, iteration, outcome, plain["old"], scored, base)
-        self.metrics |= metrics | {f"guided/{k}": (~v.isnan()).any(1).float().mean().item() for k, v in scored.items()}
-        self.metrics |= advantage_metrics(outcome, skill_advantages, mask)
-        teacher = merge(mask, *scored.values()) if config.method.distill else None  # (B, R)
-        return Batch(
-            contexts, responses, mask, plain["old"], plain.get("reference"), skill_advantages, advantages, teacher
-        )
+                limits = {"temperature": config.temperature, "token_budget": config.token_budget}
+                noise = layout_noise(self.policy, contexts[:few], responses[:few], **limits)
+                metrics["advantage/noise_floor"] = noise
+        outcome, outcome_metrics = outcome_of(self.method, trajectories)  # (B,) A_ep
+        batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration)
+        metrics |= {f"guided/{level}": (~x.isnan()).any(1).float().mean().item() for level, x in guided.items()}
+        return batch, metrics | outcome_metrics | advantage_metrics(outcome, batch.skill_advantages, batch.mask)
 
-    def _logprobs(self, contexts, responses, trajectories, routes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Log-probs (B, R): of the plain contexts by whose weights, of the skill-augmented ones by level. A larger
-        teacher counts as a level: it takes the place of a skill."""
-        config = self.config
-        guided, metrics = guided_by_level(
-            self.encoder, trajectories, routes, config.levels, context_limit=config.context_limit
-        )
-        self.metrics |= metrics
-        weights = {"old": self.model, "reference": self.reference, "ema": self.ema, "teacher": self.teacher}
+    def _logprobs(
+        self, contexts, responses, trajectories, routes
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Metrics]:
+        """Log-probs (B, R) of the plain contexts by reader, and of the skill-augmented ones by level."""
+        config, guided, metrics = self.config, {}, {}
+        for level in config.levels:
+            guided[level], metrics[f"guided/{level}_too_long"] = guided_contexts(
+                self.encoder, trajectories, routes, level, context_limit=config.context_limit
+            )
+        names = ["old", *[config.scorer] * (config.shift_base == "scorer" and bool(guided))]
+        names += ["reference"] if config.kl else []
         plain, scored = score(
-            weights,
+            {name: self.models[name] for name in names} | self.further,
+            self.models[config.scorer] if guided else None,
             contexts,
             responses,
             guided,
-            plain=config.plain_scores,
-            scorer=config.scorer,
-            progress=self._bar_of,
             temperature=config.temperature,
             token_budget=config.token_budget,
+            progress=lambda name: lambda batches: self._bar(f"score {name}", batches),
         )
-        return plain, scored | ({"teacher": plain["teacher"]} if config.method.teacher else {})
+        return plain, scored, metrics
 
     # ---- 6. update -----------------------------------------------------------------------------------------------
 
-    def update(self, batch: Batch, iteration: int) -> None:
-        """PPO-clip over mini-batches of packed sequences. One token denominator a mini-batch, over all processes."""
+    @timed("update")
+    def update(self, batch: Batch, iteration: int, rng: random.Random) -> Metrics:
+        """PPO-clip over mini-batches of packed sequences. One token denominator per mini-batch, over all processes."""
         config = self.config
         sequences = pack(batch.contexts, batch.responses)
         steps = self._sum(len(batch.responses))
         parts = max(1, round(steps / config.mini_batch)) if config.mini_batch else 1
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
-        totals: dict[str, float] = {}
-        with self._phase("update"), self._bar("update", total=config.epochs * parts) as bar:
+        taken: list[Metrics] = []
+        with self._bar("update", total=config.epochs * parts) as bar:
             for _ in range(config.epochs):
-                self.rng.shuffle(sequences)
+                rng.shuffle(sequences)
                 for part in range(parts):
-                    for name, value in self._step(sequences[part::parts], batch).items():
-                        totals[name] = totals.get(name, 0.0) + value / (parts * config.epochs)
+                    taken += [self._step(sequences[part::parts], batch)]
                     bar.update()
-        if self.ema is not None:
-            for slow, fast in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+        taken = [metrics for metrics in taken if metrics]  # without mini-batches that had no tokens on any process
+        skipped = sum(not math.isfinite(metrics["grad_norm"]) for metrics in taken)
+        if skipped == len(taken):
+            raise FloatingPointError(
+                f"every gradient of this iteration was infinite or no number: the last checkpoint in {config.out}/"
+                "checkpoints is from before. Try --resume with a lower --learning-rate"
+            )
+        finite = [metrics for metrics in taken if math.isfinite(metrics["grad_norm"])]
+        if ema := self.models.get("ema"):
+            for slow, fast in zip(ema.parameters(), self.policy.parameters(), strict=True):
                 slow.lerp_(fast.detach(), 1 - config.ema_decay)
-        self.metrics |= totals
+        means = {name: sum(metrics[name] / len(finite) for metrics in finite) for name in finite[0]}
+        return means | {"update/skipped": skipped}
 
-    def _step(self, sequences: list[Sequence], batch: Batch) -> dict[str, float]:
-        """One optimizer step -> mean a token of each loss term, clip fraction, gradient norm."""
-        config, device = self.config, self.accelerator.device
+    def _step(self, sequences: list[Sequence], batch: Batch) -> Metrics:
+        """One optimizer step -> mean per token of each loss term, clip fraction, gradient norm; nothing where no
+        process had a token. A step whose gradient is not finite is not taken."""
         tokens = self._sum(sum(size for sequence in sequences for _, _, size in sequence.responses))
-        sums = torch.zeros(4, device=device)
         if not tokens:  # more mini-batches than sequences, on every process alike
             return {}
-        self.model.train()
-        for micro in micro_batches(sequences, config.token_budget):
-            with self.accelerator.autocast():
-                new, rows, columns = sequence_logprobs(self.model, micro, config.temperature)  # (N,)
-            at = rows.cpu(), columns.cpu()
-            old, advantages = batch.old_logprobs[at].to(device), batch.advantages[at].to(device)  # (N,)
-            policy, clipped = policy_loss(new, old, advantages, config.clip)
-            reference = batch.reference_logprobs[at].to(device) if config.kl else None
-            kl = k3(new, reference) if config.kl else torch.zeros_like(policy)
-            losses, distill = policy + config.kl * kl, torch.zeros_like(policy)  # (N,)
-            if kind := config.method.distill:
-                teacher = batch.teacher_logprobs[at].to(device)  # (N,)
-                distill = distillation_loss(kind, new, old, teacher, beta=config.gate_beta)  # (N,)
-                losses = losses + config.distill_weight * distill
-            loss = losses.sum() / tokens
-            if not loss.isfinite():
-                raise FloatingPointError(
-                    f"the loss is {loss.item()}: the last checkpoint in {config.out}/checkpoints is from before. "
-                    "Try --resume with a lower --learning-rate"
-                )
-            loss.backward()
-            sums += torch.stack([term.detach().sum() for term in (policy, kl, clipped, distill)])
-        for parameter in self.trained:
-            if self.accelerator.num_processes > 1:
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
-        self.optimizer.step()
+        self.policy.train()
+        sums: dict[str, Tensor] = {}  # of each term, over this process's tokens
+        for micro in micro_batches(sequences, self.config.token_budget):
+            losses, terms = self._losses(micro, batch)  # (N,)
+            (losses.sum() / tokens).backward()
+            sums = {name: sums.get(name, 0.0) + term.detach().sum() for name, term in terms.items()}
+        self._sum_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        if norm.isfinite():  # else one such step would spoil weights and moments for good
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        policy, kl, clipped, distill = (self.accelerator.reduce(sums, reduction="sum") / tokens).tolist()
-        means = {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped, "grad_norm": norm.item()}
-        return means | ({"loss/distill": distill} if config.method.distill else {})
+        totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")  # (terms,)
+        return dict(zip(sums, (totals / tokens).tolist(), strict=True)) | {"grad_norm": norm.item()}
+
+    def _losses(self, micro: list[Sequence], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each token of a micro-batch (N,), and its terms by the name of their metric (N,)."""
+        config, device = self.config, self.accelerator.device
+        with self.accelerator.autocast():
+            new, rows, columns = sequence_logprobs(self.policy, micro, config.temperature)  # (N,) log pi_theta(y | h)
+        at = rows.cpu(), columns.cpu()
+        old, advantages = batch.old_logprobs[at].to(device), batch.advantages[at].to(device)  # (N,)
+
+        # L = PPO-clip(r, A) + beta KL(pi_theta || pi_ref)
+        policy, clipped = policy_loss(new, old, advantages, config.clip, config.dual_clip)  # (N,)
+        kl = torch.zeros_like(policy)  # (N,)
+        if config.kl:
+            kl = k3(new, batch.reference_logprobs[at].to(device), config.kl_clip)
+        losses = policy + config.kl * kl
+        terms = {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped}
+
+        if batch.teacher_logprobs is not None:  # never with OPID
+            terms["loss/distill"] = self.method.loss(new, old, batch.teacher_logprobs[at].to(device))  # (N,)
+            losses = losses + self.method.loss_weight * terms["loss/distill"]
+        return losses, terms
+
+    def _sum_gradients(self) -> None:
+        """Over all processes; one that had no tokens for a parameter counts as zero."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.trained:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 
-    def finish(self, iteration, trajectories, skills, routes, batch) -> None:
+    def finish(
+        self,
+        iteration: int,
+        trajectories: list[Trajectory],
+        skills: list[Skills | None],
+        routes: Routes,
+        batch: Batch,
+        metrics: Metrics,
+    ) -> None:
         """Evaluate, log, save."""
         config, last = self.config, iteration == self.config.iterations - 1
         if last or (config.eval_every and (iteration + 1) % config.eval_every == 0):
-            self._evaluate(iteration)
+            metrics = metrics | self.evaluate(iteration)
         if iteration == 0:
             peak = torch.tensor(peak_mib(self.accelerator.device), device=self.accelerator.device)
-            self.metrics["memory/peak_mib"] = self.accelerator.gather(peak[None]).max().item()
+            metrics = metrics | {"memory/peak_mib": self.accelerator.gather(peak[None]).max().item()}
         if iteration % config.sample_every == 0:
             self.log.samples(iteration, self.tokenizer, trajectories, skills, routes, batch)
-        self.log.metrics(iteration, self.metrics)
+        self.log.metrics(iteration, metrics, sizes_of(trajectories, skills, batch, metrics))
         if last or (iteration + 1) % config.save_every == 0:
-            self.log.save(iteration, self.model, self.optimizer, self.ema, self.episode_skills)
+            self.log.save(iteration, self.policy, self.optimizer, self.models.get("ema"), self.method.state())
 
-    def close(self) -> None:
-        self.log.finish(self.model, self.tokenizer)
-
-    def _evaluate(self, iteration: int) -> None:
-        """Held-out success without skills, and with those that training acts under; each process plays its share.
+    @timed("evaluate")
+    def evaluate(self, iteration: int) -> Metrics:
+        """Held-out success without skills, and with those that a method acts under; each process plays its share.
         Iteration -1: the policy before training."""
-        with self._phase("evaluate"), self.accelerator.autocast():
-            mine = self._evaluate_share()
-            if self.episode_skills:
-                skilled = self._evaluate_share(episode_skills=self.episode_skills)
+        with self.accelerator.autocast():
+            mine = self._play_share(None)
+            if known := self.method.acts_under():
+                skilled = self._play_share(known)
                 mine |= {f"{split.removeprefix('valid_')}+skill": played for split, played in skilled.items()}
         # only outcomes travel: a table needs no steps
         played = [(split, replace(t, steps=[])) for split, trajectories in mine.items() for t in trajectories]
@@ -295,28 +463,35 @@ class Run:
             results[split].append(trajectory)
         success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
         self.log.evaluation(iteration, success, format_table(results))
-        self.metrics |= {f"eval/{split}/success": share for split, share in success.items()}
+        return {f"eval/{split}/success": share for split, share in success.items()}
 
-    def _evaluate_share(self, **playing) -> dict[str, list[Trajectory]]:
+    def _play_share(self, episode_skills: dict[str, str] | None) -> dict[str, list[Trajectory]]:
         share = {"process": self.accelerator.process_index, "processes": self.accelerator.num_processes}
-        return evaluate(self.model, self.encoder, self.config, **share, **playing)
+        return evaluate(self.policy, self.encoder, self.config, **share, episode_skills=episode_skills)
 
-    def _sum(self, value: float) -> float:
-        return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum").item()
+    def _sum(self, value: float | Tensor) -> float:
+        """Over all processes."""
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        return self.accelerator.reduce(value, "sum").item()
 
-    def _bar(self, name: str, total: int | None = None):
-        return tqdm(total=total, desc=name, leave=False, disable=None if self.accelerator.is_main_process else True)
+    def _bar(self, name: str, batches: list | None = None, total: int | None = None) -> tqdm:
+        return tqdm(batches, total=total, desc=name, leave=False, disable=None if self.main else True)
 
-    def _bar_of(self, name: str):
-        main = self.accelerator.is_main_process
-        return lambda batches: tqdm(batches, desc=f"score {name}", leave=False, disable=None if main else True)
 
-    @contextmanager
-    def _phase(self, name: str):
-        started = time.perf_counter()
-        yield
-        key = f"seconds/{name}"
-        self.metrics[key] = self.metrics.get(key, 0.0) + time.perf_counter() - started
+def sizes_of(
+    trajectories: list[Trajectory], skills: list[Skills | None], batch: Batch, metrics: Metrics
+) -> dict[str, float]:
+    """How many of each this process has, for means over all processes (runlog.MEANS_OVER)."""
+    steps = len(batch.responses)
+    return {
+        "episodes": len(trajectories),
+        "skills": sum(s is not None for s in skills),
+        "groups": len({trajectory.group for trajectory in trajectories}),
+        "steps": steps,
+        "states": steps / metrics.get("advantage/state_group_size", 1.0),
+        "tokens": batch.mask.sum().item(),
+        "guided tokens": (~batch.skill_advantages.isnan()).sum().item(),
+    }
 
 
 def learning_rate(config: Config, iteration: int) -> float:
@@ -332,8 +507,12 @@ def main() -> None:
         from runlog.plan import format_plan, plan
 
         print(format_plan(plan(config)))
-    else:
-        train(config)
+        return
+    try:
+        run = Run(config)
+    except (ValueError, OSError, ImportError) as error:  # a model, folder, package or setting that cannot be used
+        sys.exit(f"train.py: {error}")
+    train(config, run)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def played(model, encoder: Encoder, prompt: str, turns: int, episodes: int, new_
     make_env = lambda: AlfworldEnv(max_steps=turns, prompt=prompt)
     games = cached_games("small", "valid_seen", episodes)
     started = time.perf_counter()
-    trajectories, _ = rollout(model, encoder, make_env, games, 1, **sampling, context_limit=10**6, sampler=sampler)
+    trajectories, _ = rollout(sampler, encoder, make_env, games, 1, context_limit=10**6)
     seconds = time.perf_counter() - started  # responses are on the CPU by then
     columns = sampler.held.ids.shape[1] if sampler.held else 0
     return seconds, [[step.response for step in t.steps] for t in trajectories], columns

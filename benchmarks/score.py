@@ -27,6 +27,7 @@ from data import Skills, Trajectory
 from envs.alfworld import AlfworldEnv, cached_games
 from lm.encoder import Encoder
 from lm.packing import graft, pack
+from lm.sampler import Sampler
 from rescore import guided_contexts, guided_logprobs, response_logprobs, tree_logprobs
 from rollout import rollout
 from router import route
@@ -54,7 +55,8 @@ def play(model, encoder: Encoder, prompt: str, turns: int) -> Trajectory:
     torch.manual_seed(0)
     make_env = lambda: AlfworldEnv(max_steps=turns, prompt=prompt)
     game = cached_games("small", "valid_seen", 1)
-    return rollout(model, encoder, make_env, game, 1, max_new_tokens=24, context_limit=LIMIT)[0][0]
+    sampler = Sampler(model, encoder.tokenizer, max_new_tokens=24, temperature=1.0)
+    return rollout(sampler, encoder, make_env, game, 1, context_limit=LIMIT)[0][0]
 
 
 def rows(encoder: Encoder, trajectory: Trajectory, turns: int, skills: int):

@@ -52,7 +52,7 @@ def play(model, encoder: Encoder, prompt: str, turns: int, episodes: int, keep: 
     make_env = lambda: AlfworldEnv(max_steps=next(lengths), prompt=prompt)
     games = cached_games("small", "valid_seen", episodes)
     started = time.perf_counter()
-    trajectories, _ = rollout(model, encoder, make_env, games, 1, **sampling, context_limit=10**6, sampler=sampler)
+    trajectories, _ = rollout(sampler, encoder, make_env, games, 1, context_limit=10**6)
     return trajectories, sampler, time.perf_counter() - started
 
 

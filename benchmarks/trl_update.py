@@ -32,6 +32,7 @@ def compare(config, repeats: int, folder: Path) -> None:
     from evaluate import environment, games_of
     from lm.encoder import Encoder
     from lm.loading import save_policy
+    from lm.sampler import Sampler
     from rollout import rollout
     from tiny.loading import load_model
 
@@ -39,10 +40,15 @@ def compare(config, repeats: int, folder: Path) -> None:
     save_policy(model, tokenizer, folder / "policy")  # plain from_pretrained loads it, whatever it came from
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
-    sampling = {"max_new_tokens": config.max_new_tokens, "context_limit": config.context_limit}
+    sampler = Sampler(model, tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     games = games_of(config, "train")[: config.tasks]
     trajectories, _ = rollout(
-        model, Encoder(tokenizer, config.context), environment(config), games, config.rollouts, **sampling
+        sampler,
+        Encoder(tokenizer, config.context),
+        environment(config),
+        games,
+        config.rollouts,
+        context_limit=config.context_limit,
     )
     steps = [step for trajectory in trajectories for step in trajectory.steps]
     work = {

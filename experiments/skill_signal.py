@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from advantage import outcome_of, silent_groups
+from advantage import silent_groups
+from baselines import METHODS
 from config import Config, parse_args
 from data import Batch, Guidance, Trajectory
 from envs.alfworld import AlfworldEnv
@@ -35,8 +36,7 @@ from evaluate import environment
 from experiments.estimates import bootstrap_interval, probability_of_superiority
 from experiments.runs import ROOT, commit, config_of, settings, write_result
 from experiments.tables import row
-from router import route
-from train import Run
+from train import Run, outcome_of
 
 ROUNDING = 1e-6  # |A_ep| of a group of equal outcomes, where their mean is not exact
 
@@ -74,11 +74,13 @@ def batch_of(config: Config, run: Path | None) -> tuple[Config, list[Trajectory]
             (Path(folder) / "checkpoints" / newest.name).symlink_to(newest.absolute())
         config = replace(config, out=folder, resume=run is not None, eval_every=0, tracker="none")
         training = Run(config)
-        training.start(iteration := training.log.first_iteration)
-        trajectories = training.rollout()
-        skills = training.write_skills(trajectories)
-        routes = [route(s, len(t.steps), config.routing) for s, t in zip(skills, trajectories, strict=True)]
-        return config, trajectories, routes, training.score(trajectories, routes, iteration)
+        iteration = training.log.first_iteration
+        rng = training.seed(iteration)
+        trajectories, _ = training.rollout(rng)
+        skills, _ = training.write_skills(trajectories, rng)
+        routes = training.route(trajectories, skills)
+        batch, _ = training.rescore(trajectories, routes, iteration)
+        return config, trajectories, routes, batch
 
 
 def on_shortest_plan(env: AlfworldEnv, trajectory: Trajectory) -> list[bool | None]:
@@ -100,11 +102,15 @@ def on_shortest_plan(env: AlfworldEnv, trajectory: Trajectory) -> list[bool | No
     return marks
 
 
+def silent_of(trajectories: list[Trajectory]) -> dict[int, bool]:
+    return silent_groups([t.group for t in trajectories], [t.success for t in trajectories])
+
+
 def guided_steps(
     config: Config, trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]], batch: Batch
 ) -> list[Guided]:
-    env, silent = environment(replace(config, engine="fast"))(), silent_groups(trajectories)
-    outcome, _ = outcome_of(config, trajectories)  # (B,)
+    env, silent = environment(replace(config, engine="fast"))(), silent_of(trajectories)
+    outcome, _ = outcome_of(METHODS["grpo"](config), trajectories)  # (B,)
     steps, b = [], 0
     for trajectory, guidances in zip(trajectories, routes, strict=True):
         for on_plan, guidance in zip(on_shortest_plan(env, trajectory), guidances, strict=True):
@@ -189,7 +195,7 @@ def main(argv: list[str] | None = None) -> str:
     config = config_of(args.run, flags) if args.run else parse_args(flags)
     asked = settings(config)
     config, trajectories, routes, batch = batch_of(config, args.run)
-    silent = silent_groups(trajectories)
+    silent = silent_of(trajectories)
     result = {
         "name": args.name or (args.run.name if args.run else "start"),
         "commit": commit(),

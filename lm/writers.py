@@ -1,7 +1,7 @@
 """Who writes the skills: a local model, an OpenAI-compatible endpoint, or a script.
 
 The writer reads a transcript in the prompt (`model_writer`, `openai_writer`), or the request comes as one more user
-message at the end of the finished conversation (`conversation_writer`). The
+message at the end of the finished conversation (`conversation_writer`), whose KV cache can then be gone on from. The
 authors' release asks an external LLM (opid/analysis.py); here the policy itself writes unless told otherwise.
 """
 
@@ -9,59 +9,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from config import Config
-from data import Skills, Trajectory
 from lm.encoder import Encoder
 from lm.sampler import generate
-from router import fill
-from skills import ConversationWriter, Writer
+
+Writer = Callable[[list[str]], list[str | None]]
 
 
-def writer_of(
-    config: Config,
-    weights: dict,  # --skill-writer -> the local model of that name
-    encoder: Encoder,
-    trajectories: list[Trajectory],
-) -> Writer | ConversationWriter:
-    """The skill writer: one of the local models, or an endpoint."""
-    sampling = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
-    if config.skill_writer == "openai":
-        return openai_writer(config.openai_model, base_url=config.openai_base_url, **sampling)
-    sampling |= {
-        "prefill": config.skill_prefill,
-        "context_limit": config.skill_context_limit or config.context_limit,
-        "batch_tokens": config.generate_budget,
-    }
-    author = weights[config.skill_writer]
-    if config.skill_transcript == "prompt":
-        return model_writer(author, encoder.tokenizer, **sampling)
-    return conversation_writer(author, encoder, trajectories, **sampling)
+def import_writer(name):
+    raise ValueError(name)
 
 
 def model_writer(model, tokenizer, **answering) -> Writer:
     """Skills from a local model, the policy itself or its frozen starting weights. `answering`: see `_answers`."""
     encoder = Encoder(tokenizer, "window")
     return lambda prompts: _answers(model, tokenizer, [encoder.context([p], []) for p in prompts], **answering)
-
-
-def conversation_writer(
-    model,
-    encoder: Encoder,
-    trajectories: list[Trajectory],
-    **answering,
-) -> ConversationWriter:
-    """Skills from a local model that has each finished conversation before it. `answering`: see `_answers`."""
-
-    def context(i: int, request: str) -> list[int]:
-        steps = trajectories[i].steps
-        return encoder.context([*(fill(step.prompt) for step in steps), request], [step.response for step in steps])
-
-    def write(requests: list[tuple[int, str]]) -> list[str | None]:
-        return _answers(model, encoder.tokenizer, [context(i, request) for i, request in requests], **answering)
-
-    return write
 
 
 def _answers(
@@ -74,10 +38,14 @@ def _answers(
     context_limit: int,  # tokens of prompt, prefill and `max_new_tokens` together; a longer prompt is answered None
     prefill: str = "",  # starts the answer, such as '{"episode_summary": "': more answers of small models parse
     batch_tokens: int = 65536,  # rows x length of one batch in `generate`
+    keys: list[int] | None = None,
+    **cached,
 ) -> list[str | None]:
     start = tokenizer.encode(prefill, add_special_tokens=False)
     fits = [i for i, c in enumerate(contexts) if len(c) + len(start) + max_new_tokens <= context_limit]
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "token_budget": batch_tokens}
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "token_budget": batch_tokens} | cached
+    if keys is not None:
+        sampling["keys"] = [keys[i] for i in fits]
     training = model.training
     model.eval()
     responses = generate(model, tokenizer, [contexts[i] + start for i in fits], **sampling)
@@ -123,13 +91,3 @@ def openai_writer(
             return list(pool.map(ask, prompts))
 
     return write
-
-
-def scripted_skills(trajectory: Trajectory, max_step_skills: int) -> Skills:
-    """What a script that knows the game writes about a finished ALFWorld episode, in place of a model: the upper bound
-    of what skills of this kind can do. The same script wrote the tiny model's demonstrations."""
-    from tiny.alfworld import hindsight, replay
-
-    skills = hindsight(replay(trajectory))
-    skills.steps = dict(sorted(skills.steps.items())[:max_step_skills])
-    return skills

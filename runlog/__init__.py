@@ -3,7 +3,9 @@ but the iterations since its last checkpoint, and resumes exactly there."""
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -13,20 +15,41 @@ import torch
 from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
 from lm.loading import save_policy, write_whole
+from runlog import checkpoints
 
 # What may differ between a run and its resumption; everything else would make it another run.
 FREE = {
     "out",
     "resume",
+    "plan",
     "iterations",
     "eval_every",
     "save_every",
     "keep_checkpoints",
     "sample_every",
     "tracker",
-    "plan",
 }
-FREE |= {"token_budget", "generate_budget", "learning_rate"}  # what one changes after running out of memory or a NaN
+# What messages and docs recommend against running out of memory, a context that is too short, or a gradient that is no
+# number: it has to be possible in the run that needs it.
+FREE |= {"token_budget", "generate_budget", "gradient_checkpointing", "eval_batch", "context_limit"}
+FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
+
+# Over many processes counts are added up, and means are weighted by how many of these a process has.
+COUNTS = {
+    *("episodes", "rollout/context_full", "rollout/skilled", "rollout/too_long"),
+    *("skills/failed", "skills/retried", "skills/too_long", "skills/step_keys_dropped"),
+    *("guided/episode_too_long", "guided/step_too_long"),
+}
+MEANS_OVER = {
+    "episodes": ("train/success", "rollout/steps", "skills/parse_rate", "skills/first_parse_rate"),
+    "skills": ("skills/step_skills",),
+    "groups": ("advantage/silent_groups",),
+    "steps": ("rollout/valid_actions", "rollout/response_tokens", "guided/episode", "guided/step"),
+    "states": ("advantage/state_group_size",),
+    "tokens": ("advantage/outcome_abs",),
+    "guided tokens": ("advantage/skill_abs", "advantage/skill_mean"),
+}
+WEIGHED_BY = {name: over for over, names in MEANS_OVER.items() for name in names}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -39,11 +62,15 @@ class RunLog:
 
     def __init__(self, config: Config, accelerator):
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.out)
-        self.checkpoints = sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))
-        self.first_iteration = int(self.checkpoints[-1].stem) + 1 if config.resume and self.checkpoints else 0
+        self.checkpoint, damaged = checkpoints.newest_readable(self.folder)
         written = self.folder / "config.json"
-        if written.exists() and (self.checkpoints or (self.folder / "metrics.jsonl").exists()):
+        if written.exists() and (self.checkpoint or damaged or (self.folder / "metrics.jsonl").exists()):
             self._check(json.loads(written.read_text()))
+        if damaged and self.checkpoint is None:
+            raise ValueError(f"no checkpoint in {self.folder} is whole ({damaged[0]} is not): nothing to resume from")
+        for path in damaged:
+            accelerator.print(f"{path} is damaged or cut off: going on from {self.checkpoint}")
+        self.first_iteration = int(self.checkpoint.stem) + 1 if self.checkpoint else 0
         accelerator.wait_for_everyone()  # or a slower process would take the file written below for another run's
         if accelerator.is_main_process:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -53,6 +80,20 @@ class RunLog:
                 self._drop_from(self.folder / name, self.first_iteration or -1)
         accelerator.wait_for_everyone()
         accelerator.init_trackers("opid", config=config.to_dict())
+
+    def start(self, model) -> dict[str, str]:
+        """What the run started from, kept in `start.json`: the fingerprint of its weights, and the day, which some chat
+        templates print. Raises ValueError where a resumed run would start from other weights: the reference would no
+        longer be the start."""
+        path, own = self.folder / "start.json", checkpoints.fingerprint(model)
+        if not (self.config.resume and path.exists()) and self.accelerator.is_main_process:
+            start = {"weights": own, "date": datetime.date.today().isoformat()}
+            write_whole(path, lambda temporary: temporary.write_text(json.dumps(start, indent=2) + "\n"))
+        self.accelerator.wait_for_everyone()
+        start = json.loads(path.read_text())
+        if start["weights"] != own:
+            raise ValueError(f"the weights behind --model are not those that {self.folder} started from: cannot resume")
+        return start
 
     def _check(self, before: dict) -> None:
         """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume."""
@@ -78,29 +119,13 @@ class RunLog:
     def _append(self, name: str, record: dict) -> None:
         if self.accelerator.is_main_process:
             with open(self.folder / name, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(_numbers(record), allow_nan=False) + "\n")
 
-    def metrics(self, iteration: int, metrics: dict[str, float]) -> None:
-        """One line an iteration. Over many processes: sums of counts, means of everything else."""
+    def metrics(self, iteration: int, metrics: dict[str, float], sizes: dict[str, float]) -> None:
+        """One line per iteration. `sizes`: how many episodes, steps, ... this process has, for means over all processes
+        (see MEANS_OVER); what is not named there is the same on all of them, or a clock's, and gets the plain mean."""
         if self.accelerator.num_processes > 1:
-            names = sorted(name for name in metrics if not name.startswith("eval/") and name != "seconds/evaluate")
-            totals = self.accelerator.reduce(
-                torch.tensor([metrics[name] for name in names], device=self.accelerator.device), "sum"
-            ).tolist()
-            counts = (
-                "episodes",
-                "rollout/context_full",
-                "rollout/skilled",
-                "skills/failed",
-                "skills/retried",
-                "skills/too_long",
-            )
-            world = self.accelerator.num_processes
-            reduced = {
-                name: total if name in counts or name.endswith("_too_long") else total / world
-                for name, total in zip(names, totals, strict=True)
-            }
-            metrics = metrics | reduced
+            metrics = metrics | self._over_processes(metrics, sizes)
         self._append("metrics.jsonl", {"iteration": iteration, **metrics})
         self.accelerator.log(metrics, step=iteration)
         shown = {
@@ -114,6 +139,15 @@ class RunLog:
             "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def _over_processes(self, metrics: dict[str, float], sizes: dict[str, float]) -> dict[str, float]:
+        names = sorted(name for name in metrics if not name.startswith("eval/") and name != "seconds/evaluate")
+        shares = [1.0 if name in COUNTS else sizes.get(WEIGHED_BY.get(name), 1.0) for name in names]
+        sums = [metrics[name] * share for name, share in zip(names, shares, strict=True)]
+        pairs = torch.tensor([sums, shares], dtype=torch.float64, device=self.accelerator.device)  # (2, names)
+        totals, counts = self.accelerator.reduce(pairs, "sum").tolist()
+        reduced = zip(names, totals, counts, strict=True)
+        return {name: total if name in COUNTS else total / max(count, 1e-9) for name, total, count in reduced}
 
     def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
         """The held-out table, printed and kept with the success of each split."""
@@ -146,7 +180,7 @@ class RunLog:
                         "route": [{"level": g.level, "text": g.text} for g in routes[i][t]],
                         "tokens": [tokenizer.decode([token]) for token in step.response],
                         "old_logprobs": batch.old_logprobs[row, :size].tolist(),
-                        "skill_advantages": _known(batch.skill_advantages[row, :size]),
+                        "skill_advantages": batch.skill_advantages[row, :size].tolist(),
                         "advantages": batch.advantages[row, :size].tolist(),
                     }
                 )
@@ -171,34 +205,18 @@ class RunLog:
                     },
                 )
 
-    def save(self, iteration: int, model, optimizer, ema, episode_skills: dict[str, str]) -> None:
-        """Everything that the next iteration depends on. Complete or absent: written beside, then renamed."""
+    def save(self, iteration: int, model, optimizer, ema, method: dict) -> None:
+        """A checkpoint, and only the newest `--keep-checkpoints` of them. See checkpoints.save."""
         if not self.accelerator.is_main_process:
             return
-        state = {
-            "iteration": iteration,
-            "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict() if ema is not None else None,
-            "episode_skills": episode_skills,
-        }
-        path = self.folder / "checkpoints" / f"{iteration:06d}.pt"
-        write_whole(path, lambda temporary: torch.save(state, temporary))
+        checkpoints.save(self.folder / "checkpoints" / f"{iteration:06d}.pt", iteration, model, optimizer, ema, method)
         for old in sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))[: -self.config.keep_checkpoints]:
             old.unlink()
 
-    def restore(self, model, optimizer, ema) -> dict[str, str]:
-        """Load the newest checkpoint where the run goes on from one -> its skills to act under, by task type."""
-        if self.first_iteration == 0:
-            return {}
-        state = torch.load(self.checkpoints[-1], map_location=model.device, weights_only=True)
-        unexpected = model.load_state_dict(state["model"], strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(f"{self.checkpoints[-1]} is of another model: it holds {unexpected[0]}")
-        optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
-        return state.get("episode_skills", {})
+    def restore(self, model, optimizer, ema, method) -> None:
+        """Load the newest whole checkpoint into all of them, where the run goes on from one."""
+        if self.checkpoint is not None:
+            checkpoints.load(self.checkpoint, model, optimizer, ema, method)
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""
@@ -220,6 +238,10 @@ def peak_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _known(values: torch.Tensor) -> list[float | None]:
-    """NaN ("not computed") becomes null: JSON has no NaN."""
-    return [None if value != value else value for value in values.tolist()]
+def _numbers(value):
+    """What is infinite or no number becomes null: JSON has neither."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from config import Config
+from config import LOCAL_WRITERS, Config
 from lm.loading import add_lora
 from lm.logprobs import CHUNK
 from runlog import peak_mib
@@ -49,15 +49,15 @@ def plan(config: Config) -> list[Part]:
     whole = a_token * config.token_budget
     if config.gradient_checkpointing:  # the input of every layer, and one layer in full
         whole = whole / layers + layers * config.token_budget * hidden * _width(config.dtype)
-    cached, read = _tokens_sampled(config)
+    tokens = _tokens_sampled(config)
     parts = [
         Part("weights", weights, "always", f"{config.dtype}"),
         Part("reference copy", 0 if config.lora_rank else weights, "always", "none with LoRA: adapters off"),
         Part("teacher", _teacher(config), "always", "--teacher"),
         Part("EMA copy", weights if config.keeps_ema else 0, "always", "--scorer ema, --skill-writer ema"),
         Part("optimizer", 2 * trained, "always", "AdamW: two moments a trained weight"),
-        Part("KV cache", cached * _kv_bytes(architecture, config), "sampling", f"{cached:,} tokens at most"),
-        Part("reading prompts", read * _reading(architecture, config), "sampling", f"{read:,} tokens in one go"),
+        Part("KV cache", tokens * _kv_bytes(architecture, config), "sampling", f"{tokens:,} tokens at most"),
+        Part("reading prompts", tokens * _reading(architecture, config), "sampling", f"{tokens:,} tokens in one go"),
         Part("gradients", trained, "update", ""),
         Part("autocast copies", fixed, "update", "--mixed-precision: weights as they are multiplied"),
         Part("activations", whole, "update", f"{config.token_budget:,} tokens a pass (--token-budget)"),
@@ -131,16 +131,14 @@ def _saved_by(model, config: Config, rows: int) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
-def _tokens_sampled(config: Config) -> tuple[int, int]:
-    """(Most tokens whose keys and values are held at a time, most tokens that are read in one forward pass.)"""
+def _tokens_sampled(config: Config) -> int:
+    """Most tokens whose keys and values are held at a time, which may also all be read in one forward pass."""
     episodes = config.tasks * config.rollouts  # with many processes: each its share
     acting = episodes * config.context_limit
-    if not config.uses_skills or config.skill_writer == "openai" or config.method.skills == "script":
-        return acting, acting
+    if not config.writes_skills or config.skill_writer not in LOCAL_WRITERS:
+        return acting
     writing = min(config.generate_budget, episodes * (config.skill_context_limit or config.context_limit))
-    # A policy that writes about the conversations that it has just had still holds all of them (`Sampler.finished`).
-    kept = config.keeps_conversations
-    return acting + writing if kept else max(acting, writing), max(acting, writing)
+    return max(acting, writing)
 
 
 def _kv_bytes(model, config: Config) -> int:

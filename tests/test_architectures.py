@@ -106,11 +106,11 @@ def sampled_and_scored(model) -> dict[str, float]:
     check_gap(largest_gap, mean_gap, model.dtype)
     branches = [[*c[:2], 50 + i, *c[2:]] if i % 3 else None for i, c in enumerate(contexts)]
     branched = [i for i, branch in enumerate(branches) if branch]
-    trunk, branch = tree_logprobs(model, contexts, responses, branches)
+    trunk, branch = tree_logprobs(model, contexts, responses, branches, token_budget=200)
     of_branches = alone(model, [branches[i] for i in branched], [responses[i] for i in branched]).detach()
     differences = {
         "packed": response_logprobs(model, contexts, responses, token_budget=60) - truth,
-        "per step": response_logprobs(model, contexts, responses, packed=False) - truth,
+        "per step": response_logprobs(model, contexts, responses, packed=False, token_budget=60) - truth,
         "trunk": trunk - truth,
         "branch": branch[branched][:, : of_branches.shape[1]] - of_branches,
     }

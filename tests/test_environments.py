@@ -10,8 +10,8 @@ import envs
 from data import Guidance, Slot
 from envs import ENVIRONMENTS, make_env
 from lm.encoder import Encoder
-from rollout import rollout
 from router import fill
+from tests.playing import play
 
 DOCS = Path(__file__).parent.parent / "docs" / "environments.md"
 
@@ -46,7 +46,7 @@ def test_the_example_can_be_won_and_lost(guess):
 
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_the_example_is_played(style, guess, llama, tokenizer):
-    played, metrics = rollout(llama, Encoder(tokenizer, style), guess, [3, 5], 2, max_new_tokens=4, context_limit=512)
+    played, metrics = play(llama, Encoder(tokenizer, style), guess, [3, 5], 2, max_new_tokens=4, context_limit=512)
     assert [t.task for t in played] == ["find my number from 1 to 32"] * 4
     assert metrics["episodes"] == 4
     assert all(1 <= len(t.steps) <= 6 for t in played)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from baselines.methods import METHODS
+from baselines import METHODS
 from experiments import compare
 from experiments.compare import QUICK, is_there, jobs_of, read_arms, read_results, run_all
 from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
@@ -149,7 +149,7 @@ def test_arms_are_runs_of_their_own(jobs, tmp_path):
     arms = PLAIN | read_arms()
     assert not read_arms().keys() & METHODS.keys()
     folders = tmp_path / "start", tmp_path / "results", tmp_path / "runs"
-    made = jobs_of(arms, 1, [*QUICK.split(), "--step-weight", "0.2"], *folders)
+    made = jobs_of(arms, 1, [*QUICK.split(), "--step-weight", "0.2", "--skill-writer", "reference"], *folders)
     assert len({json.dumps(compare.settings(job.config)) for job in made}) == len(arms)
     a = {job.arm: job.config for job in made}
     assert a["opid"].step_weight == a["opid-k0"].step_weight == 0.2

@@ -9,18 +9,17 @@ import pytest
 import torch
 
 import train as train_module
-from baselines import teacher
-from baselines.methods import METHODS
+from baselines import METHODS, opd
+from baselines.acting import lessons, remember
+from baselines.controls import scripted_skills
+from baselines.distillation import Distilled
 from config import Config, parse_args
 from data import Skills, Step, Trajectory
 from envs.alfworld import AlfworldEnv, words
 from envs.alfworld.engine import FastEngine, load_game
 from envs.alfworld.expert import shortest_plan
-from lm import writers
 from lm.encoder import Encoder
-from lm.writers import scripted_skills
-from rollout import rollout
-from skills import lessons, remember
+from tests.playing import play
 from tiny.warmstart import tiny_model
 from train import train
 
@@ -35,9 +34,9 @@ def run(monkeypatch, llama, tokenizer, tmp_path):
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     other = tiny_model(len(tokenizer), seed=5, width=48)
-    monkeypatch.setattr(teacher, "load_model", lambda *a, **k: (other, tokenizer))
+    monkeypatch.setattr(opd, "load_model", lambda *a, **k: (other, tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
     def start(algo, **changes) -> tuple[Config, list[dict]]:
         more = ["--teacher", "larger"] if algo == "opd" else []
@@ -64,13 +63,12 @@ def test_every_method_trains_and_logs_what_it_adds(algo, run, llama):
     method = METHODS[algo]
     assert differ(trained(config), dict(llama.named_parameters()))
     assert all(value == value for value in record.values())  # no NaN
-    assert ("loss/distill" in record) == (method.distill is not None)
-    assert record["loss/policy"] == 0 or method.outcome or method.teacher
-    assert (record["advantage/skill_abs"] > 0) == bool(config.levels or method.teacher)
-    assert record.get("guided/teacher", 0) == method.teacher
-    assert ("advantage/state_group_size" in record) == method.states
-    if method.distill == "k3":
-        assert record["loss/distill"] > 0
+    assert ("loss/distill" in record) == issubclass(method, Distilled)
+    assert (record["loss/policy"] == 0) == (algo == "opsd")  # no outcome
+    assert (record["advantage/skill_abs"] > 0) == bool(config.levels or algo == "opd")
+    assert ("advantage/state_group_size" in record) == (algo == "gigpo")
+    if algo == "skill-sd":
+        assert record["loss/distill"] > 0  # k3 is never negative
 
 
 def test_terms_of_weight_zero_leave_grpo_bit_for_bit(run):
@@ -91,7 +89,7 @@ def test_terms_of_weight_zero_leave_grpo_bit_for_bit(run):
 def test_whose_skills_guide(run, monkeypatch):
     def samples(algo):
         numbered = lambda prompts: [json.dumps({"episode_skill": f"skill {i}"}) for i in range(len(prompts))]
-        monkeypatch.setattr(writers, "model_writer", lambda *a, **k: numbered)
+        monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: numbered)
         config, _ = run(algo, sample_every=1)
         records = [json.loads(line) for line in Path(config.out, "samples.jsonl").read_text().splitlines()]
         return [(record["group"], record["skills"]["episode"]) for record in records]
@@ -106,9 +104,9 @@ def test_whose_skills_guide(run, monkeypatch):
 def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch, tokenizer, llama):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["entirely-new"])
-    monkeypatch.setattr(teacher, "load_model", lambda *a, **k: (llama, other))
+    monkeypatch.setattr(opd, "load_model", lambda *a, **k: (llama, other))
     with pytest.raises(ValueError, match="--teacher big has another tokenizer"):
-        teacher.load_teacher("big", tokenizer, dtype="float32")
+        opd.load_teacher("big", tokenizer, dtype="float32")
 
 
 # ---- skills by a script ------------------------------------------------------------------------------------------
@@ -153,7 +151,7 @@ def test_the_policy_acts_under_the_skill_of_its_games_type(style, llama, tokeniz
         torch.manual_seed(0)
         make = lambda: AlfworldEnv(prompt="compact", max_steps=2)
         sizes = {"max_new_tokens": 4, "context_limit": context_limit}
-        return rollout(llama, encoder, make, games[:1], 1, **sizes, episode_skills=episode_skills)
+        return play(llama, encoder, make, games[:1], 1, **sizes, episode_skills=episode_skills)
 
     (plain,), metrics = act(None)
     assert "rollout/skilled" not in metrics
@@ -175,7 +173,7 @@ def test_skill_grpo_acts_from_the_second_iteration_on_evaluates_both_ways_and_re
     assert [record["rollout/skilled"] for record in records] == [0, 4, 4]
     assert {"eval/valid_seen/success", "eval/seen+skill/success"} <= records[-1].keys()
     state = torch.load(Path(config.out, "checkpoints/000002.pt"), weights_only=True)
-    assert set(state["episode_skills"].values()) == {"open every closed place"}
+    assert set(state["method"]["episode_skills"].values()) == {"open every closed place"}
     Path(config.out, "checkpoints/000002.pt").unlink()
     train(replace(config, resume=True))
     again = torch.load(Path(config.out, "checkpoints/000002.pt"), weights_only=True)

@@ -47,18 +47,6 @@ def test_settings_move_the_parts_that_they_should():
     assert sizes(algo="grpo")["KV cache"] == 128 * 1024 * (2 * 2 * 192 * 4)
 
 
-def test_finished_conversations_stay_while_their_player_writes_about_them():
-    small = {"tasks": 2, "rollouts": 3, "context_limit": 100, "skill_context_limit": 150}
-    a_token = 2 * 2 * 192 * 4
-    asked = {"skill_transcript": "conversation", "skill_writer": "policy"}
-    assert sizes(**small, **asked)["KV cache"] == 2 * 3 * (100 + 150) * a_token
-    assert sizes(**small, **asked, generate_budget=300)["KV cache"] == (2 * 3 * 100 + 300) * a_token
-    for other in ({"skill_writer": "policy"}, {"skill_transcript": "conversation", "skill_writer": "reference"}):
-        assert sizes(**small, **other)["KV cache"] == 2 * 3 * 150 * a_token
-    base = sizes(**small, **asked)["reading prompts"]
-    assert base == sizes(**small)["reading prompts"]  # what is held is not read again
-
-
 def test_activations_are_what_a_real_model_saves():
     model = tiny_model(WORDS, seed=0)
     mine = {p.data_ptr() for p in model.parameters()}

@@ -26,11 +26,10 @@ from rescore import (
     layout_noise,
     response_logprobs,
     sequence_logprobs,
-    skill_logprobs,
     tree_logprobs,
 )
-from rollout import rollout
 from router import route
+from tests.playing import BUDGET, play, skill_logprobs
 
 
 class Bigram(torch.nn.Module):
@@ -52,18 +51,18 @@ def test_the_logits_before_a_token_predict_it():
     #  position:   0  1  2 | 3  4        scored: 3 given 2, 1 given 3
     model = Bigram()
     expected = model.table.log_softmax(-1)
-    got = response_logprobs(model, [[0, 4, 2]], [[3, 1]])
+    got = response_logprobs(model, [[0, 4, 2]], [[3, 1]], token_budget=BUDGET)
     assert torch.allclose(got, torch.stack([expected[2, 3], expected[3, 1]])[None])
 
 
 def test_temperature_divides_the_logits():
     model = Bigram()
     expected = (model.table / 0.5).log_softmax(-1)[2, 3]
-    assert torch.allclose(response_logprobs(model, [[2]], [[3]], temperature=0.5)[0, 0], expected)
+    assert torch.allclose(response_logprobs(model, [[2]], [[3]], temperature=0.5, token_budget=BUDGET)[0, 0], expected)
 
 
 def test_short_rows_end_in_nan():
-    got = response_logprobs(Bigram(), [[0], [1, 2]], [[1], [2, 3, 4]])
+    got = response_logprobs(Bigram(), [[0], [1, 2]], [[1], [2, 3, 4]], token_budget=BUDGET)
     assert got.isnan().tolist() == [[False, True, True], [False, False, False]]
 
 
@@ -118,12 +117,12 @@ def test_any_conversations_score_the_same_packed_or_not(conversations, budget):
 
 @pytest.fixture
 def played(tokenizer, compact_env, games):
-    def play(model, style="chat"):
+    def play_some(model, style="chat"):
         torch.manual_seed(0)
         encoder = Encoder(tokenizer, style)
-        return encoder, rollout(model, encoder, compact_env, games[:3], 2, max_new_tokens=6, context_limit=512)[0]
+        return encoder, play(model, encoder, compact_env, games[:3], 2, max_new_tokens=6, context_limit=512)[0]
 
-    return play
+    return play_some
 
 
 def rows_of(trajectories):
@@ -137,8 +136,8 @@ def test_packed_equals_plain_on_rollouts(architecture, played, request):
     _, trajectories = played(model)
     contexts, responses = rows_of(trajectories)
     assert len(pack(contexts, responses)) == len(trajectories) < len(contexts)
-    plain = response_logprobs(model, contexts, responses, packed=False)
-    packed = response_logprobs(model, contexts, responses)
+    plain = response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET)
+    packed = response_logprobs(model, contexts, responses, token_budget=BUDGET)
     assert torch.equal(plain.isnan(), packed.isnan())
     assert (plain - packed).abs().nan_to_num().max() < 1e-4
     assert plain.nanmean().abs() > 0.1
@@ -158,7 +157,7 @@ def test_only_guided_steps_are_scored_and_an_empty_skill_slot_shifts_nothing(lla
     encoder, trajectories = played(llama)
     skills = [Skills("s", "open every closed place", {1: "take apple"}), *[None] * (len(trajectories) - 1)]
     routes = [route(s, len(t.steps), "critical-first") for s, t in zip(skills, trajectories, strict=True)]
-    old = response_logprobs(llama, *rows_of(trajectories))
+    old = response_logprobs(llama, *rows_of(trajectories), token_budget=BUDGET)
     episode, _ = skill_logprobs(llama, encoder, trajectories, routes, "episode", context_limit=512)
     step, _ = skill_logprobs(llama, encoder, trajectories, routes, "step", context_limit=512)
     assert (~episode.isnan()).any(1).nonzero().flatten().tolist() == [0, 2, 3, 4]
@@ -259,7 +258,7 @@ def test_tree_equals_plain(architecture, mode, style, played, request):
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
     contexts, responses, branches, routed = guided_rollouts(model, played, mode, style)
-    old = response_logprobs(model, contexts, responses, packed=False)
+    old = response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET)
     step, _ = skill_logprobs(model, *routed, "step", context_limit=512, packed=False)
     trees = graft(pack(contexts, responses), branches, responses, 2048)
     assert sum(len(tree.branches) for tree in trees) == (3 * 6 if style == "chat" else 0)
@@ -305,7 +304,7 @@ def test_any_tree_scores_what_its_rows_score_alone(data, turns, budget):
 
 def test_lora_reference_scores_branches_with_the_adapters_off(llama, played):
     contexts, responses, branches, _ = guided_rollouts(llama, played, "step")
-    expected = tree_logprobs(llama, contexts, responses, branches)
+    expected = tree_logprobs(llama, contexts, responses, branches, token_budget=BUDGET)
     model = add_lora(llama, rank=4)
     reference = frozen_copy(model)
     with torch.no_grad():
@@ -313,9 +312,13 @@ def test_lora_reference_scores_branches_with_the_adapters_off(llama, played):
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     assert tree_obstacle(reference) is None
-    for got, want in zip(tree_logprobs(reference, contexts, responses, branches), expected, strict=True):
+    for got, want in zip(
+        tree_logprobs(reference, contexts, responses, branches, token_budget=BUDGET), expected, strict=True
+    ):
         assert_same(got, want)
-    assert (tree_logprobs(model, contexts, responses, branches)[1] - expected[1]).abs().nan_to_num().max() > 1e-2
+    assert (
+        tree_logprobs(model, contexts, responses, branches, token_budget=BUDGET)[1] - expected[1]
+    ).abs().nan_to_num().max() > 1e-2
 
 
 def test_only_a_pass_with_branches_changes_how_a_model_attends(llama):
@@ -345,24 +348,26 @@ def test_a_model_that_takes_no_tree_scores_plainly_and_says_so(kind, llama, play
     torch.manual_seed(0)
     model = other_models(len(tokenizer))[kind].eval()
     rescore._notice.cache_clear()
-    plain, branch = tree_logprobs(model, contexts, responses, branches)
+    plain, branch = tree_logprobs(model, contexts, responses, branches, token_budget=BUDGET)
     assert "a pass of its own" in caplog.text
-    assert_same(plain, response_logprobs(model, contexts, responses, packed=False))
+    assert_same(plain, response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET))
     assert_same(branch, skill_logprobs(model, *routed, "step", context_limit=512, packed=False)[0])
 
 
 def test_without_branches_the_pass_is_the_packed_one_bit_for_bit(llama, played):
     _, trajectories = played(llama)
     contexts, responses = rows_of(trajectories)
-    plain, branch = tree_logprobs(llama, contexts, responses, [None] * len(contexts))
-    assert torch.equal(plain.nan_to_num(), response_logprobs(llama, contexts, responses).nan_to_num())
+    plain, branch = tree_logprobs(llama, contexts, responses, [None] * len(contexts), token_budget=BUDGET)
+    assert torch.equal(
+        plain.nan_to_num(), response_logprobs(llama, contexts, responses, token_budget=BUDGET).nan_to_num()
+    )
     assert branch.isnan().all()
 
 
 def test_the_noise_floor_is_tiny_in_float32_and_larger_in_bfloat16(llama, played):
     contexts, responses = rows_of(played(llama)[1])
-    fine = layout_noise(llama, contexts, responses)
-    coarse = layout_noise(llama.bfloat16(), contexts, responses)
+    fine = layout_noise(llama, contexts, responses, temperature=1.0, token_budget=BUDGET)
+    coarse = layout_noise(llama.bfloat16(), contexts, responses, temperature=1.0, token_budget=BUDGET)
     assert 0 < fine < 1e-4 < coarse < 1
 
 
@@ -372,11 +377,11 @@ def test_smollm2_packed_equals_plain_over_ten_turns(smollm2, games):
     torch.manual_seed(0)
     make_env = lambda: AlfworldEnv(prompt="compact", max_steps=10)
     encoder = Encoder(tokenizer, "chat")
-    trajectories, _ = rollout(model, encoder, make_env, games[:1], 2, max_new_tokens=8, context_limit=2048)
+    trajectories, _ = play(model, encoder, make_env, games[:1], 2, max_new_tokens=8, context_limit=2048)
     contexts, responses = rows_of(trajectories)
     assert len(contexts) == 20
     assert len(pack(contexts, responses)) == 2
-    plain = response_logprobs(model, contexts, responses, packed=False)
-    packed = response_logprobs(model, contexts, responses)
+    plain = response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET)
+    packed = response_logprobs(model, contexts, responses, token_budget=BUDGET)
     assert torch.equal(plain.isnan(), packed.isnan())
     assert (plain - packed).abs().nan_to_num().max() < 1e-4

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baselines.controls import shuffle_skills
 from data import Guidance, Skills, Slot
-from router import MODES, fill, guided_messages, route, shuffle_skills
+from router import RULES, fill, guided_messages, route, rule
 
 SKILLS = Skills("summary", "work in order", {1: "open it"})
 EPISODE, STEP = Guidance("episode", "work in order"), Guidance("step", "open it")
@@ -28,9 +29,47 @@ def test_route(mode, expected):
     assert route(SKILLS, 3, mode) == expected
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RULES)
 def test_no_skills_guide_nothing(mode):
     assert route(None, 2, mode) == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("mode", "level", "expected"),
+    [
+        ("critical-first", "episode", [(EPISODE,), (EPISODE,)]),  # a critical step falls back to the episode skill
+        ("critical-first", "step", [(), (STEP,)]),
+        ("additive", "episode", [(EPISODE,), (EPISODE,)]),
+        ("step", "episode", [(), ()]),
+    ],
+)
+def test_a_level_that_is_left_out_counts_as_absent(mode, level, expected):
+    assert route(SKILLS, 2, mode, levels=(level,)) == expected
+
+
+@pytest.fixture
+def own_rule():
+    """Registers rules for one test."""
+    before = dict(RULES)
+    yield rule
+    RULES.clear()
+    RULES.update(before)
+
+
+def test_a_rule_gets_what_it_asks_for(own_rule):
+    @own_rule("unsure")
+    def unsure(episode, step, success, logprobs):
+        return step if min(logprobs) < -1 and not success else episode
+
+    logprobs = [[-0.1], [-0.5, -2.0], [-3.0]]
+    assert route(SKILLS, 3, "unsure", success=False, logprobs=logprobs) == [(EPISODE,), (STEP,), ()]
+    assert route(SKILLS, 3, "unsure", success=True, logprobs=logprobs) == [(EPISODE,)] * 3
+
+
+def test_two_skills_of_one_level_are_an_error(own_rule):
+    own_rule("twice")(lambda episode, step: episode + episode)
+    with pytest.raises(ValueError, match="gives step 0 two skills of one level"):
+        route(SKILLS, 1, "twice")
 
 
 def test_blank_skills_guide_nothing():

@@ -84,9 +84,9 @@ def test_the_log_probs_that_a_sampler_records_are_those_that_are_scored():
     contexts, responses, sampler = played(model, temperature=0.7, record=True)
     assert responses == played(model, temperature=0.7)[1]  # recording changes no token
     assert {episode: len(turns) for episode, turns in sampler.recorded.items()} == {0: 3, 1: 2, 2: 3}
-    scored = response_logprobs(model, contexts, responses, temperature=0.7)
+    scored = response_logprobs(model, contexts, responses, temperature=0.7, token_budget=60)
     assert logprob_gap(sampler.recorded, scored)[0] < 1e-5
-    assert logprob_gap(sampler.recorded, response_logprobs(model, contexts, responses))[0] > 0.1
+    assert logprob_gap(sampler.recorded, response_logprobs(model, contexts, responses, token_budget=60))[0] > 0.1
     check_gap(*logprob_gap(sampler.recorded, scored), torch.float32)
 
 

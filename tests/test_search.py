@@ -15,8 +15,8 @@ from envs.search.retrievers import Passage
 from envs.search.server import make_server
 from lm.encoder import Encoder
 from lm.sampler import Sampler
-from rollout import rollout
 from router import fill
+from tests.playing import play
 
 # The authors' templates (agent_system/environments/prompts/search.py), with their fields filled for two cases.
 TURN = """
@@ -299,7 +299,7 @@ def test_a_rollout_asks_the_server_once_a_turn(llama, monkeypatch):
     with counting_server() as (url, asked):
         make = lambda: SearchEnv(retriever=url, max_steps=3)
         limits = {"max_new_tokens": 99, "context_limit": 9999}
-        trajectories, _ = rollout(llama, Encoder(tokenizer, "chat"), make, make().tasks("train")[:3], 1, **limits)
+        trajectories, _ = play(llama, Encoder(tokenizer, "chat"), make, make().tasks("train")[:3], 1, **limits)
     assert [len(t.steps) for t in trajectories] == [3, 3, 3]
     assert asked == [([f"query {turn} {key}" for key in range(3)], 3) for turn in range(2)]
     assert all("Doc 3: r" in step.observation for t in trajectories for step in t.steps[1:])
@@ -310,7 +310,7 @@ def test_episodes_run_through_rollout(llama, tokenizer, style):
     make = lambda: SearchEnv(prompt="compact", retriever=Canned('"Lima"\nLima lies by sea.'), max_steps=3)
     games = make().tasks("train")[:2]
     limits = {"max_new_tokens": 4, "context_limit": 256}
-    trajectories, metrics = rollout(llama, Encoder(tokenizer, style), make, games, 2, **limits)
+    trajectories, metrics = play(llama, Encoder(tokenizer, style), make, games, 2, **limits)
     assert [t.game for t in trajectories] == [game for game in games for _ in range(2)]
     assert {len(t.steps) for t in trajectories} == {3}  # nothing that it says means anything here
     assert metrics["rollout/valid_actions"] == 0 and metrics["train/success"] == 0

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import signal
@@ -16,11 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rescore
-import scoring
 import train as train_module
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
-from lm import writers
 from train import Run, train
 
 SMALL = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
@@ -35,7 +34,7 @@ def random_tiny(monkeypatch, llama, tokenizer):
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
 
 def config(tmp_path, name, **changes) -> Config:
@@ -120,8 +119,8 @@ def test_every_variant_trains(changes, random_tiny, tmp_path, llama):
 def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, random_tiny, tmp_path, monkeypatch):
     """Whichever weights score the skills, and whichever pass their branches ride on."""
     passes = []
-    original = scoring.tree_logprobs
-    monkeypatch.setattr(scoring, "tree_logprobs", lambda *a, **k: (passes.append(any(a[3])), original(*a, **k))[1])
+    original = rescore.tree_logprobs
+    monkeypatch.setattr(rescore, "tree_logprobs", lambda *a, **k: (passes.append(any(a[3])), original(*a, **k))[1])
     # a learning rate at which the frozen copies and the policy differ in the second iteration
     settings = {"iterations": 2, "routing": routing, "learning_rate": 0.01, **changes}
     train(tree := config(tmp_path, "tree", **settings))
@@ -141,7 +140,7 @@ def test_a_skill_that_changes_nothing_shifts_nothing(changes, random_tiny, tmp_p
     def plain_contexts(encoder, trajectories, routes, level, *, context_limit):
         return [step.context for trajectory in trajectories for step in trajectory.steps], 0
 
-    monkeypatch.setattr(scoring, "guided_contexts", plain_contexts)
+    monkeypatch.setattr(train_module, "guided_contexts", plain_contexts)
     means = {}
     for base in ("scorer", "old"):
         train(c := config(tmp_path, base, iterations=2, learning_rate=0.01, shift_base=base, **changes))
@@ -149,24 +148,6 @@ def test_a_skill_that_changes_nothing_shifts_nothing(changes, random_tiny, tmp_p
     assert means["scorer"] == pytest.approx([0, 0], abs=1e-4)
     assert means["old"][0] == pytest.approx(0, abs=1e-4)
     assert (means["old"][1] > 1e-3) is (changes["scorer"] != "old")
-
-
-def test_the_policy_goes_on_from_its_own_cache_and_another_writer_reads(random_tiny, tmp_path, monkeypatch):
-    recalled = []
-
-    def writer(model, encoder, trajectories, *, recall, **answering):
-        def write(requests):
-            keys = [i for i, _ in requests]
-            recalled.append((held := recall(keys)) and held.keys == keys)
-            return ['{"episode_skill": "open every closed place"}'] * len(requests)
-
-        return write
-
-    monkeypatch.setattr(writers, "conversation_writer", writer)
-    for name in ("policy", "reference", "ema"):
-        train(config(tmp_path, name, iterations=1, skill_transcript="conversation", skill_writer=name))
-        assert lines(tmp_path / name)[0]["skills/parse_rate"] == 1
-    assert recalled == [True, None, None]
 
 
 @pytest.mark.parametrize("name", ["policy", "reference", "ema"])
@@ -177,15 +158,15 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
         authors.append(next(model.parameters()).detach().clone())
         return lambda prompts: ['{"episode_skill": "open every closed place"}'] * len(prompts)
 
-    monkeypatch.setattr(writers, "model_writer", writer)
+    monkeypatch.setattr(train_module, "model_writer", writer)
     run = Run(config(tmp_path, name, skill_writer=name, ema_decay=0.5))
-    start = next(run.reference.parameters()).clone()
+    start = next(run.models["reference"].parameters()).clone()
     with torch.no_grad():
-        next(run.model.parameters()).add_(1.0)  # the policy has moved away
-        if run.ema:
-            next(run.ema.parameters()).add_(0.5)
-    run.start(0)
-    run.write_skills(run.rollout())
+        next(run.policy.parameters()).add_(1.0)  # the policy has moved away
+        if "ema" in run.models:
+            next(run.models["ema"].parameters()).add_(0.5)
+    rng = run.seed(0)
+    run.write_skills(run.rollout(rng)[0], rng)
     assert torch.equal(authors[0], start + {"policy": 1.0, "reference": 0.0, "ema": 0.5}[name])
 
 
@@ -233,13 +214,13 @@ def test_a_run_from_before_a_flag_had_its_default(random_tiny, tmp_path):
 
 
 def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "k3", lambda new, reference: new * float("nan"))
+    monkeypatch.setattr(train_module, "k3", lambda new, reference, bound: new * float("nan"))
     with pytest.raises(FloatingPointError, match="checkpoint"):
         train(config(tmp_path, "nan"))
 
 
 def test_unparsable_skills_are_counted_and_shift_nothing(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(writers, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
     c, grpo = config(tmp_path, "run"), config(tmp_path, "grpo", algo="grpo")
     train(c)
     train(grpo)
@@ -315,3 +296,120 @@ def test_two_processes_share_the_tasks_and_stay_in_step(tmp_path):
     table = record["table"].splitlines()
     assert [line.split()[-1] for line in table] == ["games", "5", "5"]  # three games of one process, two of the other
     assert f"{100 * record['success']['valid_seen']:.1f}" in table[1]
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(random_tiny, tmp_path, capsys):
+    train(whole := config(tmp_path, "whole", iterations=4))
+    train(c := config(tmp_path, "run"))
+    newest = tmp_path / "run/checkpoints/000002.pt"
+    newest.write_bytes(newest.read_bytes()[:-300])
+    train(replace(c, iterations=4, resume=True))
+    assert f"{newest} is damaged or cut off: going on from {newest.with_name('000001.pt')}" in capsys.readouterr().out
+    assert lines(c.out) == lines(whole.out)
+    assert same(weights(c.out), weights(whole.out))
+    for path in (tmp_path / "run/checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+        train(replace(c, iterations=5, resume=True))
+
+
+def test_a_gradient_that_is_no_number_is_a_step_not_taken(random_tiny, tmp_path, monkeypatch):
+    """One token of the second mini-batch has a gradient of infinity at a finite loss."""
+    original, calls = train_module.policy_loss, []
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    def spoil(new, *more):
+        calls.append(1)
+        losses, clipped = original(new, *more)
+        return (Spoilt.apply(losses) if len(calls) == 2 else losses), clipped
+
+    monkeypatch.setattr(train_module, "policy_loss", spoil)
+    train(c := config(tmp_path, "run", mini_batch=4, iterations=1))
+    record = lines(c.out)[0]
+    assert record["update/skipped"] == 1 < len(calls)
+    assert math.isfinite(record["grad_norm"])
+    assert all(p.isfinite().all() for p in weights(c.out).values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(random_tiny, tmp_path):
+    run = Run(c := config(tmp_path, "run"))
+    with torch.no_grad():
+        next(run.policy.parameters())[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"embed_tokens.weight is not finite after iteration 0"):
+        run.log.save(0, run.policy, run.optimizer, None, {})
+    assert not list(Path(c.out, "checkpoints").iterdir())
+
+
+def test_resume_sees_that_the_starting_weights_changed(random_tiny, tmp_path, monkeypatch, llama, tokenizer):
+    train(c := config(tmp_path, "run", iterations=1))
+    changed = copy.deepcopy(llama)
+    with torch.no_grad():
+        changed.lm_head.weight[:2] = changed.lm_head.weight[[1, 0]]  # two rows exchanged
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(changed), tokenizer))
+    with pytest.raises(ValueError, match=r"are not those that .* started from"):
+        train(replace(c, iterations=2, resume=True))
+
+
+def test_what_messages_recommend_is_possible_on_resume(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1))
+    more = {"context_limit": 2048, "token_budget": 512, "gradient_checkpointing": True, "learning_rate": 1e-5}
+    train(replace(c, iterations=2, resume=True, **more))
+    assert len(lines(c.out)) == 2
+
+
+def test_a_task_that_does_not_fit_is_left_out_and_counted(random_tiny, tmp_path, monkeypatch):
+    original = AlfworldEnv.build_prompt
+
+    def build(self, style, task, history, observation, admissible):
+        prompt = original(self, style, task, history, observation, admissible)
+        return (*prompt, " look" * 400) if self.engine.game.path == first else prompt
+
+    first = Run(c := config(tmp_path, "games", iterations=1)).games[0]
+    monkeypatch.setattr(AlfworldEnv, "build_prompt", build)
+    train(c := replace(c, out=str(tmp_path / "run"), context_limit=256, tasks=6))
+    record = lines(c.out)[0]
+    assert (record["rollout/too_long"], record["episodes"]) == (2, 10)
+    monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (" look" * 400,))
+    with pytest.raises(ValueError, match="no task's first prompt fits: raise --context-limit"):
+        train(replace(c, out=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, "--dtype bfloat16 rounds most updates"),
+        ({"tracker": "wandb"}, "--tracker wandb needs its package"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_loaded(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(train_module, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        Run(config(tmp_path, "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_json(random_tiny, tmp_path):
+    run = Run(config(tmp_path, "run"))
+    run.log._append("metrics.jsonl", {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": -float("inf")}})
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text()) == {"a": None, "b": [None, 1.5], "c": {"d": None}}
+
+
+def test_empty_mini_batches_do_not_count_as_zero(random_tiny, tmp_path):
+    """More mini-batches than sequences: the means are over those that had tokens."""
+    train(few := config(tmp_path, "few", iterations=1, mini_batch=4, learning_rate=1e-12))
+    train(many := config(tmp_path, "many", iterations=1, mini_batch=1, learning_rate=1e-12))
+    few, many = lines(few.out)[0], lines(many.out)[0]
+    assert many["loss/policy"] == pytest.approx(few["loss/policy"], rel=0.3)
+    assert many["grad_norm"] > few["grad_norm"] / 2

@@ -15,8 +15,8 @@ from envs.webshop.compact import lacks, price_words, shown
 from envs.webshop.expert import TITLE, Shopper
 from envs.webshop.pages import Session
 from lm.encoder import Encoder
-from rollout import rollout
 from router import fill
+from tests.playing import play
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -374,7 +374,7 @@ def test_mistakes_are_named(tmp_path):
 
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_a_model_plays_it(llama, tokenizer, style):
-    trajectories, metrics = rollout(
+    trajectories, metrics = play(
         *(llama, Encoder(tokenizer, style), lambda: GENERATED(prompt="compact", max_steps=3)),
         *(["webshop/train/0", "webshop/train/1"], 2),
         max_new_tokens=6,

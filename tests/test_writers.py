@@ -88,7 +88,7 @@ def played():
     model.generation_config.eos_token_id = list(range(4, len(words), 5))
     games = cached_games("small", "train", 2)
     encoder, sampling = Encoder(words, "chat"), {"max_new_tokens": 8, "temperature": 1.0}
-    sampler = Sampler(model, words, **sampling)
+    sampler = Sampler(model, words, **sampling, keep_finished=True)
     torch.manual_seed(0)
     lengths = iter([2, 4, 4, 4])
     make_env = lambda: AlfworldEnv(prompt="compact", max_steps=next(lengths))
@@ -97,11 +97,35 @@ def played():
     return model, encoder, trajectories, sampler
 
 
+def test_conversation_writer_goes_on_from_the_cache_with_the_same_answers(played, monkeypatch):
+    model, encoder, trajectories, sampler = played
+    contexts, original = [], writers.generate
+    monkeypatch.setattr(writers, "generate", lambda *a, **k: (contexts.append(a[2]), original(*a, **k))[1])
+    requests = [(i, f"write skills task {i}") for i in (2, 0, 3)]  # a retry asks for some of them only
+    answering = {"max_new_tokens": 6, "temperature": 1.0, "context_limit": 512, "prefill": '{"episode_summary": "'}
+    answers, read = [], []
+    handle = model.register_forward_pre_hook(lambda _, a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
+    for recall in (sampler.recall, lambda keys: None):
+        torch.manual_seed(1)
+        read.append(0)
+        write = writers.conversation_writer(model, encoder, trajectories, recall=recall, **answering)
+        answers.append(write(requests))
+    handle.remove()
+    assert answers[0] == answers[1] and all(answer.startswith('{"episode_summary": "') for answer in answers[0])
+    split = read.index(0, 1)
+    assert sum(read[:split]) < sum(read[split:]) / 2
+    for context, (i, request) in zip(contexts[0], requests, strict=True):
+        last = trajectories[i].steps[-1]
+        assert context[: len(last.context) + len(last.response)] == last.context + last.response
+        asked = encoder._ids(f"<user>{request}<assistant>") + encoder._ids('{"episode_summary": "')
+        assert context[-len(asked) :] == asked
+
+
 def test_conversation_writer_leaves_out_what_does_not_fit(played):
-    model, encoder, trajectories, _ = played
+    model, encoder, trajectories, sampler = played
     ends = [len(t.steps[-1].context) + len(t.steps[-1].response) for t in trajectories]
     limit = sorted(ends)[2] + 4 + 5  # of request and end of turn, of new tokens; the longest conversation goes over it
-    answering = {"max_new_tokens": 5, "temperature": 1.0, "context_limit": limit}
+    answering = {"max_new_tokens": 5, "temperature": 1.0, "context_limit": limit, "recall": sampler.recall}
     write = writers.conversation_writer(model, encoder, trajectories, **answering)
     answers = write([(i, "write") for i in range(4)])
     assert answers[ends.index(max(ends))] is None

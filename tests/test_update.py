@@ -1,14 +1,83 @@
-"""The loss terms in hand-computed numbers, and where each method pushes a policy over two actions."""
+"""What an iteration makes of log-probs: the advantages of each method, the loss, and where each method pushes a policy
+over two actions. Hand-computed numbers."""
 
 import math
 
 import pytest
 import torch
 
-from advantage import combine, rescale, skill_advantage
-from baselines.losses import distillation_loss, k3, policy_loss
+from advantage import combine, skill_advantage
+from baselines import METHODS
+from baselines.distillation import distillation_loss
+from baselines.rlsd import rescale
+from config import Config
+from train import k3, make_batch, policy_loss
 
 NAN = float("nan")
+
+
+def advantages_of(config, iteration, outcome, old, guided, base=None, teacher=None):
+    """-> (A (B, R), A_skill (B, R)) of the method that `config` names. `base`: the scorer's own plain log-probs."""
+    plain = {"old": old, "reference": old if base is None else base}  # (B, R) each
+    plain |= {} if teacher is None else {"teacher": teacher}
+    batch = make_batch(METHODS[config.algo](config), [], [], outcome, plain, guided, iteration)
+    return batch.advantages, batch.skill_advantages
+
+
+@pytest.mark.parametrize(
+    ("algo", "expected"),
+    [
+        ("grpo", [[2, 2], [-1, 0]]),
+        ("gigpo", [[2, 2], [-1, 0]]),  # what it adds is in `outcome` already
+        ("opid", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
+        ("opid-shuffled", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
+        ("opid-oracle", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
+        ("opsd", [[0, 0], [0, 0]]),
+        ("grpo+opsd", [[2, 2], [-1, 0]]),
+        ("sdar", [[2, 2], [-1, 0]]),
+        ("skill-sd", [[2, 2], [-1, 0]]),
+        ("skill-grpo", [[2, 2], [-1, 0]]),
+        # half of A_ep times exp(0.3) -> 1.2, exp(-0.1) = 0.904837; for the failure exp(-0.2) = 0.818731
+        ("rlsd", [[2.2, 1.904837], [-0.909365, 0]]),
+    ],
+)
+def test_what_enters_the_advantage_of_each_method(algo, expected):
+    """Two steps, the first guided by the episode skill, the second by a step skill."""
+    old = torch.tensor([[-1.0, -1.0], [-2.0, NAN]])
+    scored = {"episode": torch.tensor([[-0.7, -1.1], [NAN, NAN]]), "step": torch.tensor([[NAN, NAN], [-1.8, NAN]])}
+    config = Config(algo=algo, episode_weight=0.5, step_weight=0.25)
+    got, skill_advantages = advantages_of(config, 0, torch.tensor([2.0, -1.0]), old, scored if config.levels else {})
+    assert torch.allclose(got, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
+    assert skill_advantages.isnan().tolist() == ([[False, False], [False, True]] if config.levels else [[True] * 2] * 2)
+
+
+def test_the_shift_is_the_difference_to_its_base():
+    """By the scorer's own plain log-prob -1.4 the skill praises with 0.4 what the policy's -0.5 would have blamed."""
+    old, base, scored = torch.tensor([[-0.5, NAN]]), torch.tensor([[-1.4, NAN]]), {"step": torch.tensor([[-1.0, NAN]])}
+    outcome, config = torch.tensor([1.0]), Config(step_weight=2.0, shift_base="scorer")
+    assert torch.allclose(advantages_of(config, 0, outcome, old, scored, base)[0], torch.tensor([[1.8, 0.0]]))
+    config = Config(step_weight=2.0)
+    assert torch.allclose(advantages_of(config, 0, outcome, old, scored, base)[0], torch.tensor([[0.0, 0.0]]))
+
+
+def test_the_skill_term_fades_in_a_line_to_grpo():
+    config = Config(episode_weight=0.5, step_weight=1.0, skill_iterations=4)
+    old, outcome = torch.tensor([[-1.0], [-2.0]]), torch.tensor([2.0, -1.0])
+    scored = {"episode": torch.tensor([[-0.6], [NAN]]), "step": torch.tensor([[NAN], [-1.0]])}  # shifts 0.4 and 1
+    expected = {0: [2 + 0.5 * 0.4, -1 + 1], 1: [2 + 0.75 * 0.5 * 0.4, -1 + 0.75], 4: [2, -1], 9: [2, -1]}
+    for iteration, wanted in expected.items():
+        advantages, skills = advantages_of(config, iteration, outcome, old, scored)
+        assert torch.allclose(advantages[:, 0], torch.tensor(wanted, dtype=torch.float32))
+        assert torch.allclose(skills[:, 0], torch.tensor([0.4, 1.0]))  # what is logged stays what it was
+
+
+def test_opd_is_the_teachers_shift_and_nothing_else():
+    config = Config(algo="opd", teacher="smollm2")
+    old, teacher = torch.tensor([[-1.0, NAN]]), torch.tensor([[-0.25, NAN]])
+    assert advantages_of(config, 0, torch.tensor([7.0]), old, {}, teacher=teacher)[0].tolist() == [[0.75, 0]]
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------------
 
 
 def test_policy_loss_by_hand():
@@ -26,51 +95,31 @@ def test_clipped_tokens_carry_no_gradient_and_others_push_along_the_advantage():
     assert new.grad.tolist() == [-1, 1, 0]
 
 
+def test_dual_clip_bounds_what_a_token_with_a_negative_advantage_costs():
+    new, advantages = torch.tensor([5.0, 5.0, 0.5]), torch.tensor([-1.0, 1.0, -1.0])  # log-ratios; old is 0
+    loss, _ = policy_loss(new, torch.zeros(3), advantages, clip=0.2)
+    assert torch.allclose(loss, torch.tensor([148.41316, -1.2, 1.648721]))  # e^5, 1.2, e^0.5
+    bounded, _ = policy_loss(new, torch.zeros(3), advantages, clip=0.2, dual_clip=3.0)
+    assert torch.allclose(bounded, torch.tensor([3.0, -1.2, 1.648721]))
+
+
+def test_extreme_ratios_stay_numbers():
+    new = torch.tensor([100.0, 100.0, -1000.0], requires_grad=True)
+    advantages = torch.tensor([0.0, -1.0, 1.0])
+    loss = policy_loss(new, torch.zeros(3), advantages, clip=0.2)[0] + k3(new, torch.zeros(3), 10.0)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert new.grad.isfinite().all()
+    assert k3(torch.tensor([-1000.0]), torch.zeros(1), 10.0).tolist() == [10]
+    assert k3(torch.tensor([5.0]), torch.zeros(1)).item() == pytest.approx(math.exp(-5) + 4)
+
+
 def test_k3_is_zero_at_the_reference_positive_elsewhere_and_pulls_back():
     new = torch.tensor([0.0, 0.5, -0.5], requires_grad=True)
     kl = k3(new, torch.zeros(3))
     assert torch.allclose(kl, torch.tensor([0.0, 0.106531, 0.148721]), atol=1e-5)  # e^-0.5 - 0.5, e^0.5 - 1.5
     kl.sum().backward()
     assert new.grad[1] > 0 > new.grad[2]
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected", "gradient"),
-    [
-        # Delta_now = 0.2 and -0.4, sigmoid(5 Delta_now) = 0.731059 and 0.119203
-        ("gated", [0.146212, -0.047681], [-0.731059, -0.119203]),
-        ("ungated", [0.1, -0.2], [-0.5, -0.5]),
-        # rho = e^0.1 and 1, k3 = e^0.2 - 1.2 and e^-0.4 - 0.6; d(rho k3)/dnew = rho (k3 + 1 - e^Delta)
-        ("k3", [0.023654, 0.070320], [-0.221034, 0.4]),
-    ],
-)
-def test_distillation_by_hand(kind, expected, gradient):
-    new = torch.tensor([-1.0, -0.5, -3.0], requires_grad=True)
-    old, teacher = torch.tensor([-1.1, -0.5, -2.0]), torch.tensor([-0.8, -0.9, NAN])
-    loss = distillation_loss(kind, new, old, teacher, beta=5.0)
-    assert torch.allclose(loss, torch.tensor([*expected, 0.0]), atol=1e-5)
-    loss.sum().backward()
-    assert torch.allclose(new.grad, torch.tensor([*gradient, 0.0]), atol=1e-5)
-
-
-def test_the_gate_is_one_half_at_beta_zero():
-    new, old, teacher = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]), torch.tensor([-3.0, -0.1])
-    gated = distillation_loss("gated", new, old, teacher, beta=0.0)
-    assert torch.equal(gated, distillation_loss("ungated", new, old, teacher, beta=5.0))
-
-
-@pytest.mark.parametrize("kind", ["gated", "ungated", "k3"])
-def test_nothing_scored_and_huge_ratios_stay_finite(kind):
-    new = torch.tensor([-1.0, -2.0], requires_grad=True)
-    distillation_loss(kind, new, new.detach(), torch.full((2,), NAN), beta=5.0).sum().backward()
-    assert new.grad.tolist() == [0, 0]
-    far = distillation_loss(kind, new, torch.tensor([-500.0, 0]), torch.tensor([0.0, -500]), beta=5.0)
-    assert far.isfinite().all()
-
-
-def test_an_unknown_term_is_named():
-    with pytest.raises(ValueError, match="unknown distillation term 'mse'"):
-        distillation_loss("mse", torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=1.0)
 
 
 # ---- a policy over two actions -----------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""The hooks by which a method departs from OPID. Here each of them leaves OPID, as train.py reads, as it is."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from data import Batch, Guidance, Level, Skills, Trajectory
+from router import LEVELS
+
+if TYPE_CHECKING:
+    from config import Config
+
+
+class Method:
+    """OPID. Another method is a subclass that overrides the hooks where it differs, and a line in METHODS.
+
+    `check`, `levels` and `writes_skills` are asked before anything is loaded; the others follow the order of a run.
+    """
+
+    one_teacher = False  # whether a token can have but one, so that no step may be guided by two skills
+    loss_weight = 0.0  # of `loss`
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Raises ValueError for settings with which the method cannot run."""
+
+    @staticmethod
+    def levels(config: Config) -> tuple[Level, ...]:
+        """The levels of skills that the policy's tokens are re-scored under: those whose lambda is not 0. With none, no
+        skill is written and nothing is re-scored, which is GRPO bit for bit."""
+        given = {"episode": config.episode_weight, "step": config.step_weight}
+        return tuple(level for level in LEVELS if given[level] != 0)
+
+    @staticmethod
+    def writes_skills(config: Config) -> bool:
+        """Whether `--skill-writer` is asked for skills."""
+        return bool(config.levels)
+
+    def load(self, tokenizer, device) -> dict[str, Any]:
+        """Further frozen models that read the plain contexts, by a name of their own."""
+        return {}
+
+    def acts_under(self) -> dict[str, str] | None:
+        """Task type -> the episode skill that is in the prompt while the policy acts; None: it acts without."""
+        return None
+
+    def skills(
+        self, trajectories: list[Trajectory], written: list[Skills | None], rng: random.Random
+    ) -> list[Skills | None]:
+        """The skills that guide each trajectory's steps, in place of those that were written about it."""
+        return written
+
+    def check_routes(self, routes: list[list[tuple[Guidance, ...]]]) -> None:
+        """Raises ValueError where a step has two teachers and the method can use but one."""
+        if self.one_teacher and any(len(guidances) > 1 for route in routes for guidances in route):
+            raise ValueError(
+                f"--algo {self.config.algo} has one teacher per token: --routing {self.config.routing} gives a step two"
+            )
+
+    def outcome(self, outcome: Tensor, trajectories: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
+        """A_ep (B,) -> what takes its place (B,), and metrics."""
+        return outcome, {}
+
+    def adjust(
+        self, batch: Batch, outcome: Tensor, plain: dict[str, Tensor], guided: dict[str, Tensor], iteration: int
+    ) -> Batch:
+        """The batch with the method's own advantages or teacher. `outcome` (B,); log-probs (B, R): `plain` by reader,
+        `guided` by level, NaN where not scored."""
+        return batch
+
+    def loss(self, new: Tensor, old: Tensor, teacher: Tensor) -> Tensor | None:
+        """A further term of the loss, before `loss_weight`. Log-probs (N,) -> (N,); None: there is none."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps for `restore`: plain values only."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` returned."""
+
+
+class Grpo(Method):
+    """The zero of OPID: no skills."""
+
+    @staticmethod
+    def levels(config: Config) -> tuple[Level, ...]:
+        return ()

@@ -1,0 +1,44 @@
+"""On-policy distillation from a larger model: log pi_teacher(y | h) - log pi_old(y | h) in place of A_ep. No skills."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from advantage import skill_advantage
+from baselines.method import Grpo
+from data import Batch
+from tiny.loading import load_model
+
+if TYPE_CHECKING:
+    from config import Config
+
+
+class Opd(Grpo):
+    @staticmethod
+    def check(config: Config) -> None:
+        if config.teacher is None:
+            raise ValueError("--algo opd needs --teacher, the larger model")
+
+    def load(self, tokenizer, device) -> dict[str, Any]:
+        return {"teacher": load_teacher(self.config.teacher, tokenizer, dtype=self.config.dtype).to(device)}
+
+    def adjust(
+        self, batch: Batch, outcome: Tensor, plain: dict[str, Tensor], guided: dict[str, Tensor], iteration: int
+    ) -> Batch:
+        shift = skill_advantage(plain["teacher"], batch.old_logprobs, batch.mask)  # (B, R)
+        known = shift.masked_fill(plain["teacher"].isnan(), float("nan"))  # (B, R)
+        bound = self.config.skill_clip
+        advantages = shift if bound is None else shift.clamp(-bound, bound)  # (B, R)
+        return replace(batch, skill_advantages=known, advantages=advantages)
+
+
+def load_teacher(name: str, tokenizer, *, dtype: str):
+    """The frozen model that the student learns from. Raises ValueError where its tokenizer is not the student's: it has
+    to score the student's token ids."""
+    teacher, own = load_model(name, dtype=dtype)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--teacher {name} has another tokenizer than --model: it cannot score the model's tokens")
+    return teacher.requires_grad_(False).eval()

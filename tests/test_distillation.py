@@ -1,0 +1,56 @@
+"""The distillation terms in hand-computed numbers."""
+
+import pytest
+import torch
+
+from baselines.distillation import distillation_loss, only_scores
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "gradient"),
+    [
+        # Delta_now = 0.2 and -0.4, sigmoid(5 Delta_now) = 0.731059 and 0.119203
+        ("gated", [0.146212, -0.047681], [-0.731059, -0.119203]),
+        ("ungated", [0.1, -0.2], [-0.5, -0.5]),
+        # rho = e^0.1 and 1, k3 = e^0.2 - 1.2 and e^-0.4 - 0.6; d(rho k3)/dnew = rho (k3 + 1 - e^Delta)
+        ("k3", [0.023654, 0.070320], [-0.221034, 0.4]),
+    ],
+)
+def test_distillation_by_hand(kind, expected, gradient):
+    new = torch.tensor([-1.0, -0.5, -3.0], requires_grad=True)
+    old, teacher = torch.tensor([-1.1, -0.5, -2.0]), torch.tensor([-0.8, -0.9, NAN])
+    loss = distillation_loss(kind, new, old, teacher, beta=5.0)
+    assert torch.allclose(loss, torch.tensor([*expected, 0.0]), atol=1e-5)
+    loss.sum().backward()
+    assert torch.allclose(new.grad, torch.tensor([*gradient, 0.0]), atol=1e-5)
+
+
+def test_the_gate_is_one_half_at_beta_zero():
+    new, old, teacher = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]), torch.tensor([-3.0, -0.1])
+    gated = distillation_loss("gated", new, old, teacher, beta=0.0)
+    assert torch.equal(gated, distillation_loss("ungated", new, old, teacher, beta=5.0))
+
+
+@pytest.mark.parametrize("kind", ["gated", "ungated", "k3"])
+def test_nothing_scored_and_huge_ratios_stay_finite(kind):
+    new = torch.tensor([-1.0, -2.0], requires_grad=True)
+    distillation_loss(kind, new, new.detach(), torch.full((2,), NAN), beta=5.0).sum().backward()
+    assert new.grad.tolist() == [0, 0]
+    far = distillation_loss(kind, new, torch.tensor([-500.0, 0]), torch.tensor([0.0, -500]), beta=5.0)
+    assert far.isfinite().all()
+
+
+def test_an_unknown_term_is_named():
+    with pytest.raises(ValueError, match="unknown distillation term 'mse'"):
+        distillation_loss("mse", torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=1.0)
+
+
+def test_each_token_has_one_teacher():
+    episode, step = torch.tensor([[1.0, NAN, NAN]]), torch.tensor([[NAN, 2.0, NAN]])
+    got = only_scores(torch.ones(1, 3), episode, step)
+    assert got[0, :2].tolist() == [1, 2]
+    assert got[0, 2].isnan()
+    with pytest.raises(ValueError, match="two teachers"):
+        only_scores(torch.ones(1, 3), episode, torch.tensor([[1.0, 2.0, NAN]]))
