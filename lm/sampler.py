@@ -222,7 +222,7 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float,
-    token_budget: int = 65536,
+    token_budget: int,
 ) -> list[list[int]]:
     """Independent responses to independent contexts -> their ids. Rows x length stays within `token_budget` a call."""
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))

@@ -1,4 +1,4 @@
-"""Rollouts: plain sampling, the cache carried over turns, contexts as sampled."""
+"""Rollouts: sampling, the cache carried over turns, contexts as sampled."""
 
 import copy
 import json
@@ -14,6 +14,7 @@ from lm.encoder import Encoder
 from lm.sampler import Sampler, generate, temperature_sampling
 from rescore import guided_context, response_logprobs
 from tests import playing
+from tests.templates import TEMPLATES, byte_tokenizer
 
 STRIPPING = (  # a template that drops earlier thoughts, as some do
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'].split('</think>')[-1] }}<end>"
@@ -150,7 +151,7 @@ def test_a_models_own_generation_config_does_not_leak_in(llama, tokenizer):
 
 def test_generate_keeps_order_over_batches(llama, tokenizer):
     contexts = [tokenizer(f"<user>look{' bed 1' * n}<assistant>")["input_ids"] for n in (1, 9, 4)]
-    together = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0)
+    together = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0, token_budget=10**6)
     apart = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0, token_budget=1)
     assert together == apart
     assert all(together)
@@ -234,6 +235,22 @@ def test_a_template_that_drops_thoughts_is_rendered_anew(llama, tokenizer, compa
     trajectories, _ = play(llama, stripping, compact_env, games[:1])  # and rollouts go on, without cache
     step = Guidance("step", "open bed")
     assert guided_context(encoder, trajectories[0], 2, step) != trajectories[0].steps[2].context
+
+
+def test_a_tag_that_the_template_opens_counts_as_part_of_the_response(llama, games, monkeypatch):
+    """Such a model writes `where?</think><action>look</action>`, which keeps the format that the prompt asks for."""
+    template = TEMPLATES["deepseek-r1"]
+    words_of = byte_tokenizer(template)
+    said = words_of.encode("where?</think><action>look</action>", add_special_tokens=False)
+    monkeypatch.setattr(Sampler, "__call__", lambda self, keys, contexts: [said for _ in keys])
+    make_env = lambda: AlfworldEnv(max_steps=2)
+    for opened, valid in ((True, True), (False, False)):
+        words_of.chat_template = template.text if opened else template.text.replace("<think>\\n", "")
+        trajectories, metrics = play(llama, words_of, make_env, games[:1], context_limit=10**6)
+        assert metrics["rollout/valid_actions"] == valid
+        step = trajectories[0].steps[0]
+        assert step.text == "<think>\n" * opened + "where?</think><action>look</action>"
+        assert step.response == said  # what the template wrote is no part of what is scored
 
 
 def test_unknown_style(tokenizer):
