@@ -134,8 +134,8 @@ def _probe_ids(model, count: int) -> Tensor:
 
 def _next_logprobs(model, ids: Tensor, mask: Tensor) -> Tensor:
     """(S, L) -> (S, V)"""
-    options = GenerationConfig(max_new_tokens=1, do_sample=False, output_logits=True, pad_token_id=0)
-    options.return_dict_in_generate = True
+    returned = {"return_dict_in_generate": True, "output_logits": True}
+    options = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0, **returned)
     out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options)
     return out.logits[0].float().log_softmax(-1)
 
