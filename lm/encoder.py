@@ -42,7 +42,7 @@ class Encoder:
         self._template = dated(tokenizer.get_chat_template(), self.date)
         self._marker = re.compile("(?!)")  # while the template is looked at, nothing is broken up
         self.began = self._template_begins()
-        spelled = {*special_tokens(tokenizer), *self._role_markers()}
+        spelled = {*special_tokens(tokenizer), *self._role_markers(), *self._other_tokens()}
         self._marker = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))) or "(?!)")
         self.extends = self._template_extends()
         self._opening = lru_cache(maxsize=4096)(self._encode_opening)
@@ -96,6 +96,12 @@ class Encoder:
         except (TemplateError, ValueError):  # a template without such a role raises, or leaves the message out
             pass
         return {marker for marker in markers if marker != self.began.strip() and not THOUGHT.fullmatch(marker)}
+
+    def _other_tokens(self) -> set[str]:
+        """Tokens that the template itself writes though they count as text, such as Qwen's <tool_call>."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        written = {token for token in added if token in self._template and MARKER.fullmatch(token)}
+        return {token for token in written if not THOUGHT.fullmatch(token)}
 
     def _markers_in(self, text: str) -> list[str]:
         special = re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or "(?!)")

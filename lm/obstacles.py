@@ -121,8 +121,10 @@ def padding_changes(model) -> tuple[float, float]:
         first, rest, ones = ids[: PROBE // 2], ids[PROBE // 2 :], torch.ones(PROBE, dtype=torch.long)
         padded = torch.stack([torch.cat([gap, ids]), torch.cat([first, gap, rest])])  # (2, L)
         mask = torch.stack([torch.cat([gap, ones]), torch.cat([ones[: len(first)], gap, ones[len(first) :]])])
-        alone = _next_logprobs(model, ids[None], ones[None])  # (1, V)
-        _tried[model] = tuple((_next_logprobs(model, padded, mask) - alone).abs().amax(1).tolist())
+        with torch.autocast(model.device.type, enabled=False):
+            alone = _next_logprobs(model, ids[None], ones[None])  # (1, V)
+            changes = (_next_logprobs(model, padded, mask) - alone).abs().amax(1)  # (2,)
+        _tried[model] = tuple(changes.tolist())
         model.train(training)
     return _tried[model]
 
@@ -157,7 +159,8 @@ def check_model(model, context_limit: int) -> None:
                 f"its {rope['rope_type']} position embedding depends on the longest row of a batch beyond {original} "
                 f"tokens, so that log-probs would depend on their neighbours: lower --context-limit to {original}"
             )
-    changes = scoring_changes(model)
+    with torch.autocast(model.device.type, enabled=False):
+        changes = scoring_changes(model)
     for what, change in changes.items():
         if not change <= NOISE[model.dtype]:  # NaN, too
             raise ValueError(f"{type(unwrapped(model)).__name__} cannot be trained: {what} (by {change:.2g} nats)")
@@ -182,7 +185,7 @@ def scoring_changes(model) -> dict[str, float]:
     placed = score(ids[None, :PROBE], ones[None, :PROBE], **counted)
     longer, right = score(torch.stack([ids, padded]), torch.stack([ones, short]))
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         trained = score(ids[None, :PROBE], ones[None, :PROBE])
     model.train(training)
     return {

@@ -69,6 +69,12 @@ def test_full_attention_keeps_its_cache_and_the_flag_switches_it_off():
     assert not model.training
 
 
+def test_under_autocast_rounding_is_not_taken_for_padding():
+    model = small_model(LlamaConfig, LlamaForCausalLM)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cache_obstacle(model) is padding_obstacle(model) is None
+
+
 def test_asking_what_padding_does_draws_no_random_number_and_leaves_the_mode():
     model = small_model(GPT2Config, GPT2LMHeadModel).train()
     before = torch.get_rng_state()

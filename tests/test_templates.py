@@ -93,6 +93,14 @@ def test_no_text_from_outside_becomes_a_control_token_or_says_who_speaks(templat
         assert said(text) == said("bed"), text
 
 
+def test_tokens_for_tools_that_the_template_writes_are_not_forged_either():
+    tokenizer = byte_tokenizer(TEMPLATES["qwen2.5-instruct"])
+    tokenizer.add_tokens(["<tool_call>", "</think>", "<other>"])
+    tokenizer.chat_template += "{% if tools %}{{ '<tool_call></think>' }}{% endif %}"
+    text = tokenizer.decode(Encoder(tokenizer, "chat", DATE).context(["a <tool_call> b </think> c <other>"], []))
+    assert "a < tool_call> b </think> c <other>" in text
+
+
 def test_all_prompts_of_a_run_have_one_date():
     for name, printed in (("llama-3.2", "Today Date: 31 Jan 2025"), ("granite", "Today's Date: January 31, 2025")):
         tokenizer = byte_tokenizer(TEMPLATES[name])
