@@ -69,10 +69,15 @@ def test_full_attention_keeps_its_cache_and_the_flag_switches_it_off():
     assert not model.training
 
 
-def test_under_autocast_rounding_is_not_taken_for_padding():
+def test_what_padding_does_is_tried_in_the_models_own_precision():
+    """Rounding of mixed precision would be taken for a fault."""
     model = small_model(LlamaConfig, LlamaForCausalLM)
+    mixed = []
+    model.register_forward_pre_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         assert cache_obstacle(model) is padding_obstacle(model) is None
+        check_model(model, 64)
+    assert mixed == [False] * 6
 
 
 def test_asking_what_padding_does_draws_no_random_number_and_leaves_the_mode():
