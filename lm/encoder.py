@@ -42,7 +42,7 @@ class Encoder:
         self._template = dated(tokenizer.get_chat_template(), self.date)
         self._marker = re.compile("(?!)")  # while the template is looked at, nothing is broken up
         self.began = self._template_begins()
-        spelled = {*special_tokens(tokenizer), *self._role_markers(), *self._other_tokens()}
+        spelled = {*special_tokens(tokenizer), *self._role_markers(), *self._other_tokens()} - {self.began.strip()}
         self._marker = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))) or "(?!)")
         self.extends = self._template_extends()
         self._opening = lru_cache(maxsize=4096)(self._encode_opening)
@@ -95,7 +95,7 @@ class Encoder:
             markers |= around - set(self._markers_in(opening))
         except (TemplateError, ValueError):  # a template without such a role raises, or leaves the message out
             pass
-        return {marker for marker in markers if marker != self.began.strip() and not THOUGHT.fullmatch(marker)}
+        return {marker for marker in markers if not THOUGHT.fullmatch(marker)} - {self.began.strip()}
 
     def _other_tokens(self) -> set[str]:
         """Tokens that the template itself writes though they count as text, such as Qwen's <tool_call>."""
@@ -158,7 +158,7 @@ def special_tokens(tokenizer) -> list[str]:
 
 def closing_token(tokenizer) -> int | None:
     """Id of the special token that the chat template ends an assistant's turn with; None where it uses none."""
-    if tokenizer.chat_template is None:
+    if getattr(tokenizer, "chat_template", None) is None:
         return None
     try:
         finished = render(tokenizer, _conversation([USER], [ANSWER]), prompt=False)

