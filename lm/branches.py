@@ -60,17 +60,18 @@ AttentionInterface.register(NAME, causal_then_masked)
 @contextmanager
 def tree_attention(model) -> Iterator[None]:
     """The model's layers use `causal_then_masked` inside."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    config = text_config(model)  # that of other parts, such as one that sees, stays as it is
+    before = config._attn_implementation
+    config._attn_implementation = NAME
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
 
 
 def tree_obstacle(model) -> str | None:
     """Why this model cannot score branches in one pass with their trunk; None where it can."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
+    if not hasattr(model, "config") or text_config(model)._attn_implementation != "sdpa":
         return "its attention is not 'sdpa', which takes a mask of any form"
     core = unwrapped(model)
     if layers := other_layers(core):
