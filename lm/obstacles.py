@@ -10,12 +10,13 @@ Shapes: S sequences of length L, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # |difference| of a log-prob, in nats, that is taken for rounding: the largest of a few tokens', and the mean of a
 # rollout's. Measured on SmolLM2-135M, sampled with a cache and scored packed: largest 3e-5 and mean 3e-6 in float32,
@@ -61,33 +62,39 @@ def other_layers(model) -> list[str]:
     """Kinds of layers that are not full attention over all tokens before, as the configuration names them."""
     config = text_config(model)
     kinds = getattr(config, "layer_types", None)
-    if not kinds:  # GPT-Neo and others have a name of their own for a window
-        kinds = ["windowed" if any(getattr(config, name, None) for name in WINDOWS) else "full_attention"]
+    if not kinds:
+        windowed = next((name for name in WINDOWS if getattr(config, name, None)), None)
+        kinds = [{None: "full_attention", "sliding_window": "sliding_attention"}.get(windowed, windowed)]
     return sorted({str(kind) for kind in kinds} - {"full_attention"})
 
 
 def cache_obstacle(model) -> str | None:
-    """Why keys and values cannot be kept from one turn to the next, where rows have padding inside; None if they can.
+    """Why keys and values cannot be kept from one turn to the next, where rows have padding inside; None if they can
+    (up to `cached_columns`).
 
-    Sliding windows count columns, padding included; recurrent and convolutional states take it in. Whatever is not
-    known to be exact counts as an obstacle: then each turn reads its whole context again.
+    Recurrent and convolutional states take padding in, some positions count it. Whatever is not known to be exact
+    counts as an obstacle: then each turn reads its whole context again.
     """
     core = unwrapped(model)
-    if layers := other_layers(model):
+    if layers := [layer for layer in other_layers(model) if layer != "sliding_attention"]:
         return f"it has layers that are not full attention ({', '.join(layers)})"
     if getattr(core, "_is_stateful", False) or not (core._supports_default_dynamic_cache() and takes(core, "cache")):
         return "it keeps a state of its own in place of keys and values"
-    others = {
-        type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer
-    }
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    others = {kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}}
     if others:
-        return f"its cache has layers that do not hold every column ({', '.join(sorted(others))})"
+        return f"its cache has layers of other kinds than keys and values ({', '.join(sorted(others))})"
     if not takes(model, "position_ids"):
         return "it takes no position ids, so that padding inside a row moves what comes after"
     left, inside = padding_changes(model)
     if max(left, inside) > NOISE[model.dtype]:
         return f"padding inside a row changes its log-probs (by {max(left, inside):.2g} nats on a few tokens)"
     return None
+
+
+def cached_columns(model) -> float:
+    """How many columns a kept cache may have: a sliding window counts padding, too, so it must leave none out yet."""
+    return text_config(model).sliding_window - 1 if "sliding_attention" in other_layers(model) else math.inf
 
 
 def padding_obstacle(model) -> str | None:
@@ -103,7 +110,12 @@ def padding_obstacle(model) -> str | None:
 def sampling_note(model, *, reuse_cache: bool = True) -> str:
     """One line for the start of a run: how this model samples, and why not in the fastest way."""
     cache = cache_obstacle(model) if reuse_cache else "switched off"
-    kept = "the cache is kept from turn to turn" if cache is None else f"each turn reads its whole context: {cache}"
+    columns = "" if cached_columns(model) == math.inf else f", up to {cached_columns(model)} tokens of a sliding window"
+    kept = (
+        f"the cache is kept from turn to turn{columns}"
+        if cache is None
+        else f"each turn reads its whole context: {cache}"
+    )
     padding = padding_obstacle(model)
     return kept + (f"; rows of unequal length are sampled apart: {padding}" if padding else "")
 

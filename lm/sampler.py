@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lm.encoder import closing_token
-from lm.obstacles import MEAN_NOISE, NOISE, cache_obstacle, padding_obstacle
+from lm.obstacles import MEAN_NOISE, NOISE, cache_obstacle, cached_columns, padding_obstacle
 
 COMPACT_AT = 0.25  # share of spare columns at which a cache is compacted; the copy costs about as much as one new token
 
@@ -123,9 +123,9 @@ class Sampler:
     A new turn's tokens are left-padded within their own chunk, and what `generate` wrote after a row's end-of-turn
     token is masked; position ids follow the mask, so padding inside a row changes nothing. Where more than `compact_at`
     of the columns could be done without, rows are moved together. Where any context does not extend what its row holds,
-    all are read anew. Where the model's architecture makes padding matter (lm/obstacles.py) the cache is not kept, and
-    rows of unequal length are sampled apart. `record=True` keeps in `recorded` the log-prob of each sampled token:
-    episode -> turn -> one a token.
+    all are read anew. Where the model's architecture makes padding matter (lm/obstacles.py) the cache is not kept, or
+    not beyond a sliding window, and rows of unequal length are sampled apart. `record=True` keeps in `recorded` the
+    log-prob of each sampled token: episode -> turn -> one a token.
     """
 
     def __init__(
@@ -140,8 +140,9 @@ class Sampler:
         record: bool = False,
     ):
         self.model, self.compact_at = model, compact_at
-        self.reuse_cache = reuse_cache and cache_obstacle(model) is None
-        self.padding = padding_obstacle(model) is None
+        # how many columns a cache may have that is kept
+        self.columns = cached_columns(model) if reuse_cache and cache_obstacle(model) is None else 0
+        self.pads = padding_obstacle(model) is None
         self.config = temperature_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
         self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
         self.held: CachedConversations | None = None
@@ -149,7 +150,7 @@ class Sampler:
 
     def __call__(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         """Sample one response for each of `contexts`; `keys` name the episodes, so that finished ones leave."""
-        if not self.padding:
+        if not self.pads:
             return self._by_length(keys, contexts)
         if not self._grows(keys, contexts):
             self.held = None
@@ -191,6 +192,9 @@ class Sampler:
     @torch.no_grad()
     def _generate(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         ids, mask = self._append(contexts)
+        if self.held and ids.shape[1] + self.config.max_new_tokens > self.columns:
+            self.held = None
+            ids, mask = self._append(contexts)
         options = {"cache": self.held.cache} if self.held else {}
         recorder = None if self.recorded is None else Recorder(self.temperature)
         options |= {"logits_processor": LogitsProcessorList([recorder])} if recorder else {}
@@ -200,7 +204,7 @@ class Sampler:
         if recorder:
             for key, response, row in zip(keys, responses, recorder.finish(out.sequences[:, ids.shape[1] :])):
                 self.recorded[key].append(row[: len(response)])
-        if self.reuse_cache:
+        if out.sequences.shape[1] <= self.columns:
             written = [[1] * len(response) + [0] * (len(row) - len(response)) for row, response in zip(new, responses)]
             mask = torch.cat([mask, torch.tensor(written, device=mask.device)], 1)
             seen = [context + response for context, response in zip(contexts, responses)]

@@ -16,9 +16,9 @@ FIELDS = {
     "lru_width",
     24: "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size "
     "shared_intermediate_size",
-    16: "qk_head_dim index_n_heads",  # few heads of an index would leave ties between tokens, broken at random
+    16: "sliding_window qk_head_dim index_n_heads",  # an index of few heads has ties between tokens
     8: "head_dim global_head_dim swa_head_dim v_head_dim swa_v_head_dim qk_nope_head_dim qk_rope_head_dim kv_lora_rank "
-    "q_lora_rank d_kv sliding_window window_size attention_chunk_size local_attention mamba_d_state state_size "
+    "q_lora_rank d_kv window_size attention_chunk_size local_attention mamba_d_state state_size "
     "mamba_d_head mamba_head_dim mamba_chunk_size chunk_size linear_key_head_dim linear_value_head_dim index_head_dim "
     "hidden_size_per_layer_input",
     6: "index_topk",

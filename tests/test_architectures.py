@@ -2,7 +2,7 @@
 
 Three episodes of unequal length, one of which ends earlier, are sampled over three turns as a rollout does. The
 log-probs of what was sampled, their packed, per-step and branched scores and the training gradients are compared with
-one unpadded, uncached pass over each row alone. Windows have 8 tokens here, and every row grows beyond them.
+one unpadded, uncached pass over each row alone. Windows have 8 or 16 tokens here, and rows grow beyond them.
 """
 
 from types import SimpleNamespace

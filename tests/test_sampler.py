@@ -29,7 +29,7 @@ from lm import logprobs
 from lm.branches import tree_obstacle
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy, without_dropout
-from lm.obstacles import cache_obstacle, check_model, padding_obstacle, sampling_note
+from lm.obstacles import cache_obstacle, cached_columns, check_model, padding_obstacle, sampling_note
 from lm.packing import pack
 from lm.sampler import Sampler, check_gap, end_of_turn_ids, logprob_gap
 from rescore import response_logprobs, sequence_logprobs
@@ -48,7 +48,7 @@ def played(model, **options):
 @pytest.mark.parametrize("kind", ["sliding", "recurrent", "alibi"])
 def test_a_cache_that_padding_would_change_is_not_kept_and_tokens_are_the_same(kind):
     model, reason = {
-        "sliding": lambda: (small_model(MistralConfig, MistralForCausalLM), "windowed"),
+        "sliding": lambda: (small_model(MistralConfig, MistralForCausalLM, sliding_window=8), "padding inside a row"),
         "recurrent": lambda: (small_model(Qwen3NextConfig, Qwen3NextForCausalLM), "linear_attention"),
         "alibi": lambda: (small_model(MptConfig, MptForCausalLM), "padding inside a row"),
     }[kind]()
@@ -57,6 +57,20 @@ def test_a_cache_that_padding_would_change_is_not_kept_and_tokens_are_the_same(k
     assert sampler.held is None
     assert kept == played(model, reuse_cache=False, temperature=0.0)[1]
     assert "each turn reads its whole context: " + cache_obstacle(model) == sampling_note(model)
+
+
+def test_a_cache_is_kept_until_a_sliding_window_would_leave_something_out():
+    model = small_model(MistralConfig, MistralForCausalLM, sliding_window=30)
+    assert cache_obstacle(model) is None
+    assert sampling_note(model) == "the cache is kept from turn to turn, up to 29 tokens of a sliding window"
+    read = []
+    model.register_forward_pre_hook(lambda _, args, inputs: read.append(inputs["input_ids"].shape[1]), with_kwargs=True)
+    contexts, kept, sampler = played(model, temperature=0.0)
+    first = [width for width in read if width > 1]
+    assert first == [9, 6, max(map(len, contexts))]  # the second turn reads what is new alone, the third everything
+    assert sampler.held.ids.shape[1] <= 29
+    assert played(small_model(MistralConfig, MistralForCausalLM, sliding_window=20))[2].held is None
+    assert kept == played(model, reuse_cache=False, temperature=0.0)[1]
 
 
 def test_full_attention_keeps_its_cache_and_the_flag_switches_it_off():
@@ -188,7 +202,7 @@ def test_a_nested_configuration_is_read_where_the_text_model_has_it(monkeypatch)
     model = small_model(Gemma3Config, Gemma3ForConditionalGeneration)
     assert not hasattr(model.config, "layer_types")
     assert "sliding_attention" in tree_obstacle(model)
-    assert "sliding_attention" in cache_obstacle(model)
+    assert cached_columns(model) == 15
     sequences = pack([[5, 6, 7]], [[8, 9, 10]])
     whole = sequence_logprobs(model, sequences, 1.0)[0]
     chunks = []
