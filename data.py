@@ -42,7 +42,7 @@ class Step:
     observation: str  # the environment's text that this turn answers
     context: list[int]  # h_t: ids of everything the policy saw, slots empty
     response: list[int]  # y_t: ids exactly as sampled, end-of-turn token included where one was sampled
-    text: str  # the response decoded, for people and for skill prompts
+    text: str  # the response decoded, after what the template began it with; for the parser, people and skill prompts
     action: str  # the action parsed from it, as sent to the environment
     valid: bool  # False: no admissible action could be parsed
 

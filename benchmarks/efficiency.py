@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.generation import endless
 from benchmarks.score import load, play
 from lm.encoder import Encoder
-from lm.logprobs import CHUNK, has_plain_head
+from lm.logprobs import CHUNK, has_linear_head
 from lm.packing import Sequence, pack
 from rescore import sequence_logprobs
 
@@ -216,7 +216,7 @@ def account_table(kinds: dict[str, dict[str, float]], whole: float) -> str:
 def recomputed(model, scored: int, flops: float) -> str:
     """Whether head.py computes the output layer once more in the backward pass. Never counted as the model's work."""
     again = 2 * model.get_output_embeddings().weight.numel() * scored
-    if scored * model.config.vocab_size <= CHUNK or not has_plain_head(model):
+    if scored * model.config.vocab_size <= CHUNK or not has_linear_head(model):
         return "the update computes nothing twice: all logits fit in one chunk"
     return f"not counted: the update computes the output layer's chunks twice, {100 * again / flops:.1f}% more FLOPs"
 

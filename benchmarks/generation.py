@@ -30,7 +30,7 @@ from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConf
 from benchmarks.score import load
 from envs.alfworld import AlfworldEnv, cached_games
 from lm.encoder import Encoder
-from lm.sampler import plain_sampling
+from lm.sampler import temperature_sampling
 from rollout import Episode
 
 PAGE = 256  # tokens of a page of the paged cache
@@ -38,7 +38,7 @@ PAGE = 256  # tokens of a page of the paged cache
 
 def endless(model, tokenizer, new_tokens: int) -> GenerationConfig:
     """Plain sampling of exactly that many tokens: nothing ends a response."""
-    config = plain_sampling(model, tokenizer, max_new_tokens=new_tokens, temperature=1.0)
+    config = temperature_sampling(model, tokenizer, max_new_tokens=new_tokens, temperature=1.0)
     # `generate` fills what is unset from the model's own configuration
     config.eos_token_id = model.generation_config.eos_token_id = None
     return config

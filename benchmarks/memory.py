@@ -26,7 +26,7 @@ def case(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lm.logprobs import CHUNK, chunked_logprobs, whole_logprobs
+    from lm.logprobs import token_logprobs
     from runlog import peak_mib
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,7 +36,7 @@ def case(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
     def step(count: int) -> None:
         ids = torch.randint(0, vocabulary, (1, count), device=device)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.ones_like(ids).bool(), ids[0], 1.0
-        score = whole_logprobs(model, *batch) if way == "at once" else chunked_logprobs(model, *batch, CHUNK)
+        score = token_logprobs(model, *batch, chunk=2**62 if way == "at once" else None)
         score.sum().backward()
 
     # Gradients of the weights exist after it, and the second use of them adds up: both are part of any training.

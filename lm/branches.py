@@ -1,11 +1,14 @@
-"""What a model has to be told of branches beside their trunk in one forward pass. Used by rescore.py alone.
+"""One forward pass over a conversation and its variants: which token may see which, and at what position each stands.
+
+A step skill changes a context from one point on. So the conversation (the trunk) is read once, and each changed ending
+(a branch) is put behind it in the same sequence; a branch sees the trunk up to the point where it leaves it, and
+itself. lm/packing.py lays such sequences out; here is the mask, and the attention that uses it.
 
 Shapes: S sequences of padded length L, the longest branches' part M; heads and head size as the model has them.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lm.obstacles import other_layers, ropes, takes, text_config, unwrapped
 
 NAME = "opid_tree"  # of our attention, in transformers' table
 
@@ -41,11 +46,11 @@ def causal_then_masked(module, query: Tensor, key: Tensor, value: Tensor, attent
 
     query (S, heads, L, size), key and value (S, kv heads, L, size), attention_mask (S, 1, M, L) -> (S, L, heads, size)
     """
-    plain = query.shape[2] - (0 if attention_mask is None else attention_mask.shape[2])
-    before = [states[:, :, :plain] for states in (query, key, value)]
+    causal = query.shape[2] - (0 if attention_mask is None else attention_mask.shape[2])
+    before = [states[:, :, :causal] for states in (query, key, value)]
     parts = [sdpa_attention_forward(module, *before, None, **options)[0]]
     if attention_mask is not None:
-        parts += [sdpa_attention_forward(module, query[:, :, plain:], key, value, attention_mask, **options)[0]]
+        parts += [sdpa_attention_forward(module, query[:, :, causal:], key, value, attention_mask, **options)[0]]
     return torch.cat(parts, 1), None
 
 
@@ -55,29 +60,27 @@ AttentionInterface.register(NAME, causal_then_masked)
 @contextmanager
 def tree_attention(model) -> Iterator[None]:
     """The model's layers use `causal_then_masked` inside."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    config = text_config(model)  # that of other parts, such as one that sees, stays as it is
+    before = config._attn_implementation
+    config._attn_implementation = NAME
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
 
 
 def tree_obstacle(model) -> str | None:
     """Why this model cannot score branches in one pass with their trunk; None where it can."""
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    if not hasattr(model, "config") or text_config(model)._attn_implementation != "sdpa":
         return "its attention is not 'sdpa', which takes a mask of any form"
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    layers = set(getattr(config, "layer_types", None) or ["sliding" if any(windows) else "full_attention"])
-    if layers != {"full_attention"}:
-        return f"it has layers that are not full attention ({', '.join(sorted(layers - {'full_attention'}))})"
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = unwrapped(model)
+    if layers := other_layers(core):
+        return f"it has layers that are not full attention ({', '.join(layers)})"
     if not getattr(core, "_supports_attention_backend", False):
         return "it does not take its attention from transformers' AttentionInterface"
-    if getattr(core, "_is_stateful", False) or "position_ids" not in inspect.signature(core.forward).parameters:
+    if getattr(core, "_is_stateful", False) or not takes(core, "position_ids"):
         return "it is recurrent, or takes no position ids"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        return f"its {rope['rope_type']} position embedding depends on the length of the whole input"
+    for rope in ropes(text_config(core)):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return f"its {rope['rope_type']} position embedding depends on the length of the whole input"
     return None

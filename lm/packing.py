@@ -30,7 +30,7 @@ def pack(contexts: list[list[int]], responses: list[list[int]], *, packed: bool 
 
     In "chat" style a trajectory of T turns becomes one sequence: one forward pass instead of T, with the same numbers,
     since causal attention gives a position nothing but its past. Where contexts do not extend one another ("window"
-    style, or a template that drops old thoughts) every row stays alone. `packed=False` is the plain version.
+    style, or a template that drops old thoughts) every row stays alone, as all do with `packed=False`.
     Raises ValueError for an empty context or response.
     """
     sequences: list[Sequence] = []

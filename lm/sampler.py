@@ -1,4 +1,4 @@
-"""Plain sampling with Hugging Face `generate`, and the KV cache carried from turn to turn.
+"""Sampling with Hugging Face `generate`, and the KV cache carried from turn to turn.
 
 Sampling is temperature, and nothing else (top_p 1, top_k off, no repetition penalty). What is sampled must be what is
 scored, so a model's own generation_config may not leak in.
@@ -6,26 +6,28 @@ scored, so a model's own generation_config may not leak in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from lm.encoder import closing_token
+from lm.obstacles import MEAN_NOISE, NOISE, cache_obstacle, cached_columns, padding_obstacle
 
 COMPACT_AT = 0.25  # share of spare columns at which a cache is compacted; the copy costs about as much as one new token
 
 
 def end_of_turn_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those that the model's own configuration names."""
+    """Every token that ends a response: the tokenizer's, those that the model's own configuration names, and what the
+    chat template closes an assistant's turn with (of Qwen2.5 base models that is neither of the others)."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({i for i in [*ids, tokenizer.eos_token_id, closing_token(tokenizer)] if i is not None})
 
 
-def plain_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
+def temperature_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
     """Temperature sampling and nothing else; temperature 0 is greedy.
 
     `generate` fills every option that is unset from `model.generation_config`, so that one is replaced, too, by one
@@ -46,7 +48,7 @@ def plain_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float)
 
 
 @dataclass
-class Held:
+class CachedConversations:
     """Conversations that a cache has seen, a row each. The newest column of `ids` is not in the cache yet: `generate`
     reads it together with what comes next."""
 
@@ -57,39 +59,30 @@ class Held:
     cache: DynamicCache  # keys and values of a layer: (rows, heads, length - 1, size)
 
     @property
-    def movable(self) -> bool:
-        """Whether the cache keeps every column, so that columns can be told apart: a sliding window does not."""
-        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
-
-    @property
     def spare(self) -> float:
         """The share of the columns that could be done without."""
         return 1 - max(map(len, self.seen)) / self.ids.shape[1]
 
-    def rows(self, rows: list[int], width: int | None = None) -> Held:
-        """A copy of some rows without the padding inside them: left-padded to the longest, or to `width` columns.
+    def compacted(self) -> CachedConversations:
+        """A copy without the padding inside rows: left-padded to the longest.
 
         Exact, since keys carry their positions with them and position ids follow the mask. A row whose newest token is
         in the cache already has it read once more, as every row's newest column is.
         """
-        seen = [self.seen[row] for row in rows]
-        longest = max(map(len, seen))
-        index = torch.tensor(rows, device=self.ids.device)
+        longest = max(map(len, self.seen))
         # masked columns first, the others in their order: the last `longest` are the row
-        columns = self.mask[index].argsort(dim=1, stable=True)[:, -longest:]  # (rows, longest)
-        left = (width or longest) - longest
+        columns = self.mask.argsort(dim=1, stable=True)[:, -longest:]  # (rows, longest)
         cached = columns[:, :-1, None].clamp(max=self.ids.shape[1] - 2)  # (rows, longest - 1, 1)
 
         def move(states: Tensor) -> Tensor:
-            """(all rows, heads, length - 1, size) -> (rows, heads, width - 1, size)"""
-            at = cached[:, None].expand(-1, states.shape[1], -1, states.shape[3])  # (rows, heads, longest - 1, size)
-            return pad(states[index].gather(2, at), (0, 0, left, 0))
+            """(rows, heads, length - 1, size) -> (rows, heads, longest - 1, size)"""
+            return states.gather(2, cached[:, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
-        return Held(
-            [self.keys[row] for row in rows],
-            seen,
-            pad(self.ids[index].gather(1, columns), (left, 0)),
-            pad(self.mask[index].gather(1, columns), (left, 0)),
+        return CachedConversations(
+            self.keys,
+            self.seen,
+            self.ids.gather(1, columns),
+            self.mask.gather(1, columns),
             DynamicCache([(move(layer.keys), move(layer.values)) for layer in self.cache.layers]),
         )
 
@@ -101,26 +94,27 @@ class Held:
         self.cache.batch_select_indices(index)
 
 
-def join(parts: list[Held], keys: list[int]) -> Held | None:
-    """The rows of `keys` out of several batches, in that order, as one; None where one of them is nowhere."""
-    where = {key: (part, row) for part in parts for row, key in enumerate(part.keys)}
-    if not keys or not where.keys() >= set(keys):
-        return None
-    width = max(len(where[key][0].seen[where[key][1]]) for key in keys)
-    taken = []
-    for part in parts:
-        if rows := [where[key][1] for key in keys if where[key][0] is part]:
-            taken.append(part.rows(rows, width))
-    layers = zip(*(part.cache.layers for part in taken), strict=True)
-    whole = Held(
-        [key for part in taken for key in part.keys],
-        [seen for part in taken for seen in part.seen],
-        torch.cat([part.ids for part in taken]),
-        torch.cat([part.mask for part in taken]),
-        DynamicCache([(torch.cat([x.keys for x in same]), torch.cat([x.values for x in same])) for same in layers]),
-    )
-    whole.keep([whole.keys.index(key) for key in keys])
-    return whole
+class Recorder(LogitsProcessor):
+    """Log-probs of the tokens that `generate` chooses, one step of logits at a time."""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.columns, self.previous = temperature, [], None
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """ids (rows, length so far), logits (rows, V) of the token to come; both are left as they are."""
+        self._choose(ids[:, -1])
+        self.previous = torch.log_softmax(logits.float() / self.temperature, -1)  # (rows, V)
+        return logits
+
+    def _choose(self, tokens: Tensor) -> None:
+        if self.previous is not None:
+            self.columns.append(self.previous.gather(1, tokens[:, None])[:, 0])
+
+    def finish(self, new: Tensor) -> list[list[float]]:
+        """`new` (rows, n): all sampled tokens -> their log-probs, n a row."""
+        if len(self.columns) < new.shape[1]:
+            self._choose(new[:, -1])
+        return torch.stack(self.columns[: new.shape[1]], 1).tolist()
 
 
 class Sampler:
@@ -129,7 +123,9 @@ class Sampler:
     A new turn's tokens are left-padded within their own chunk, and what `generate` wrote after a row's end-of-turn
     token is masked; position ids follow the mask, so padding inside a row changes nothing. Where more than `compact_at`
     of the columns could be done without, rows are moved together. Where any context does not extend what its row holds,
-    all are read anew. `keep_finished`: the rows of episodes that leave are set aside, for `recall`.
+    all are read anew. Where the model's architecture makes padding matter (lm/obstacles.py) the cache is not kept, or
+    not beyond a sliding window, and rows of unequal length are sampled apart. `record=True` keeps in `recorded` the
+    log-prob of each sampled token: episode -> turn -> one a token.
     """
 
     def __init__(
@@ -141,27 +137,37 @@ class Sampler:
         temperature: float,
         reuse_cache: bool = True,
         compact_at: float = COMPACT_AT,
-        keep_finished: bool = False,
+        record: bool = False,
     ):
-        self.model, self.reuse_cache, self.compact_at = model, reuse_cache, compact_at
-        self.config = plain_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
+        self.model, self.compact_at = model, compact_at
+        # how many columns a cache may have that is kept
+        self.columns = cached_columns(model) if reuse_cache and cache_obstacle(model) is None else 0
+        self.pads = padding_obstacle(model) is None
+        self.config = temperature_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
         self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
-        self.held: Held | None = None
-        self.keep_finished, self.finished = keep_finished, []  # [Held]
+        self.held: CachedConversations | None = None
+        self.temperature, self.recorded = temperature or 1.0, defaultdict(list) if record else None
 
     def __call__(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         """Sample one response for each of `contexts`; `keys` name the episodes, so that finished ones leave."""
+        if not self.pads:
+            return self._by_length(keys, contexts)
         if not self._grows(keys, contexts):
             self.held = None
         elif keys != self.held.keys:
-            self._leave(keys)
-        if self.held and self.held.movable and self.held.spare > self.compact_at:
-            self.held = self.held.rows(list(range(len(keys))))
+            self.held.keep([self.held.keys.index(key) for key in keys])
+        if self.held and self.held.spare > self.compact_at:
+            self.held = self.held.compacted()
         return self._generate(keys, contexts)
 
-    def recall(self, keys: list[int]) -> Held | None:
-        """The conversations of finished episodes as one batch, in the order of `keys`; None where any is not kept."""
-        return join([*self.finished, *([self.held] if self.held and self.held.movable else [])], keys)
+    def _by_length(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
+        """Rows of one length at a time, so that none has padding."""
+        responses: dict[int, list[int]] = {}
+        for length in sorted({len(context) for context in contexts}):
+            rows = [row for row, context in enumerate(contexts) if len(context) == length]
+            same = self._generate([keys[row] for row in rows], [contexts[row] for row in rows])
+            responses |= dict(zip(rows, same, strict=True))
+        return [responses[row] for row in range(len(contexts))]
 
     def _grows(self, keys: list[int], contexts: list[list[int]]) -> bool:
         if self.held is None:
@@ -171,12 +177,6 @@ class Sampler:
             key in held and len(context) > len(held[key]) and context[: len(held[key])] == held[key]
             for key, context in zip(keys, contexts, strict=True)
         )
-
-    def _leave(self, keys: list[int]) -> None:
-        if self.keep_finished and self.held.movable:
-            gone = [row for row, key in enumerate(self.held.keys) if key not in keys]
-            self.finished += [self.held.rows(gone)] if gone else []
-        self.held.keep([self.held.keys.index(key) for key in keys])
 
     def _append(self, contexts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """What is held and the contexts' new tokens -> ids and mask, both (rows, length)."""
@@ -192,15 +192,23 @@ class Sampler:
     @torch.no_grad()
     def _generate(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         ids, mask = self._append(contexts)
-        cache = {"cache": self.held.cache} if self.held else {}
-        out = self.model.generate(ids, attention_mask=mask, generation_config=self.config, **cache)
+        if self.held and ids.shape[1] + self.config.max_new_tokens > self.columns:
+            self.held = None
+            ids, mask = self._append(contexts)
+        options = {"cache": self.held.cache} if self.held else {}
+        recorder = None if self.recorded is None else Recorder(self.temperature)
+        options |= {"logits_processor": LogitsProcessorList([recorder])} if recorder else {}
+        out = self.model.generate(ids, attention_mask=mask, generation_config=self.config, **options)
         new = out.sequences[:, ids.shape[1] :].tolist()  # (rows, new tokens)
         responses = [self._cut(row) for row in new]
-        if self.reuse_cache:
+        if recorder:
+            for key, response, row in zip(keys, responses, recorder.finish(out.sequences[:, ids.shape[1] :])):
+                self.recorded[key].append(row[: len(response)])
+        if out.sequences.shape[1] <= self.columns:
             written = [[1] * len(response) + [0] * (len(row) - len(response)) for row, response in zip(new, responses)]
             mask = torch.cat([mask, torch.tensor(written, device=mask.device)], 1)
             seen = [context + response for context, response in zip(contexts, responses)]
-            self.held = Held(list(keys), seen, out.sequences, mask, out.cache)
+            self.held = CachedConversations(list(keys), seen, out.sequences, mask, out.cache)
         return responses
 
     def _cut(self, tokens: list[int]) -> list[int]:
@@ -218,23 +226,43 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float,
-    token_budget: int = 65536,
-    keys: list[int] | None = None,
-    recall: Callable[[list[int]], Held | None] = lambda keys: None,
+    token_budget: int,
 ) -> list[list[int]]:
-    """Independent responses to independent contexts -> their ids. Rows x length stays within `token_budget` a call.
-
-    `keys` name the contexts (default: 0, 1, ...), and `recall` says what a cache holds of those of a batch already
-    (`Sampler.recall`), so that only the rest is read.
-    """
+    """Independent responses to independent contexts -> their ids. Rows x length stays within `token_budget` a call."""
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     responses: list[list[int]] = [[] for _ in contexts]
     while order:
         rows = max(1, token_budget // (len(contexts[order[0]]) + max_new_tokens))
         batch, order = order[:rows], order[rows:]
         sampler = Sampler(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, reuse_cache=False)
-        names = [keys[i] for i in batch] if keys else batch
-        sampler.held = recall(names)
-        for i, response in zip(batch, sampler(names, [contexts[i] for i in batch]), strict=True):
+        for i, response in zip(batch, sampler(batch, [contexts[i] for i in batch]), strict=True):
             responses[i] = response
     return responses
+
+
+def logprob_gap(recorded: dict[int, list[list[float]]], scored: Tensor) -> tuple[float, float]:
+    """(largest, mean) |log p when sampled - log p when scored| of a token, in nats.
+
+    `recorded`: of a `Sampler(record=True)`, episodes numbered in the order of the rollout; `scored` (B, R): the same
+    tokens' log-probs under the same weights and temperature, rows by episode, then by turn.
+    Raises ValueError where the two are not about the same tokens.
+    """
+    rows = [turn for episode in sorted(recorded) for turn in recorded[episode]]
+    if [len(row) for row in rows] != (~scored.isnan()).sum(1).tolist():
+        raise ValueError("what was sampled and what was scored are not the same tokens")
+    gaps = torch.cat([(torch.tensor(row) - scored[i, : len(row)]).abs() for i, row in enumerate(rows)])  # (tokens,)
+    return gaps.max().item(), gaps.mean().item()
+
+
+def check_gap(largest: float, mean: float, dtype: torch.dtype) -> None:
+    """Raise ValueError where sampled and scored log-probs (`logprob_gap`) differ by more than rounding explains.
+
+    `dtype`: the least precise type in use, of the weights or of mixed precision.
+    """
+    # In 16 bits the largest of a hundred thousand differences is a matter of chance, and only the mean tells.
+    if not (mean <= MEAN_NOISE[dtype] and (dtype.itemsize == 2 or largest <= NOISE[dtype])):  # NaN, too
+        raise ValueError(
+            f"log-probs when sampled and when scored differ by {mean:.2g} nats on average and {largest:.2g} at most, "
+            f"more than rounding in {dtype} explains: training would be wrong. Try --no-reuse-cache; if that does not "
+            "help, this model cannot be trained here"
+        )

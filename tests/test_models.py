@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lm.loading import add_lora, frozen_copy, save_policy
 from tiny.loading import load_model
@@ -28,6 +28,14 @@ def test_a_saved_policy_loads_plainly(llama, tokenizer, tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert load_model(str(tmp_path))[1].chat_template == tokenizer.chat_template
+
+
+def test_a_loaded_model_has_no_dropout(tokenizer, tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2))
+    save_policy(model, tokenizer, tmp_path)
+    loaded = load_model(str(tmp_path))[0].train()
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
 def test_a_model_without_a_chat_template_is_refused(llama, tokenizer, tmp_path):

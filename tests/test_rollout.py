@@ -1,4 +1,4 @@
-"""Rollouts: plain sampling, the cache carried over turns, contexts as sampled."""
+"""Rollouts: sampling, the cache carried over turns, contexts as sampled."""
 
 import copy
 import json
@@ -11,9 +11,10 @@ from transformers import GenerationConfig
 from data import Guidance
 from envs.alfworld import AlfworldEnv, words
 from lm.encoder import Encoder
-from lm.sampler import Sampler, generate, plain_sampling
+from lm.sampler import Sampler, generate, temperature_sampling
 from rescore import guided_context, response_logprobs
 from tests import playing
+from tests.templates import TEMPLATES, byte_tokenizer
 
 STRIPPING = (  # a template that drops earlier thoughts, as some do
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'].split('</think>')[-1] }}<end>"
@@ -99,43 +100,15 @@ def test_a_compacted_cache_holds_the_rows_and_nothing_else(llama, tokenizer):
     sampler = Sampler(llama, tokenizer, max_new_tokens=9, temperature=1.0, compact_at=1.0)
     ragged(Encoder(tokenizer, "chat"), sampler, turns=4)
     before = sampler.held
-    after = before.rows([2, 0])
-    assert after.keys == [2, 0]
-    assert after.ids.shape[1] == max(len(before.seen[0]), len(before.seen[2])) < before.ids.shape[1]
-    for row, old in enumerate([2, 0]):
-        seen = before.seen[old]
+    after = before.compacted()
+    assert after.keys == [0, 1, 2]
+    assert after.ids.shape[1] == max(map(len, before.seen)) < before.ids.shape[1]
+    for row, seen in enumerate(before.seen):
         assert after.ids[row][after.mask[row].bool()].tolist() == seen == after.ids[row, -len(seen) :].tolist()
         fresh = llama(torch.tensor([seen])).cache.layers
         for layer, expected in zip(after.cache.layers, fresh, strict=True):
             for moved, plain in ((layer.keys, expected.keys), (layer.values, expected.values)):
                 assert torch.allclose(moved[row, :, 1 - len(seen) :], plain[0, :, :-1], atol=1e-4)
-
-
-def test_finished_conversations_go_on_from_the_cache(llama, tokenizer, compact_env, games):
-    """Of episodes that left at different turns, in any order, beside re-reading them: the same answers."""
-    llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
-    torch.manual_seed(0)
-    encoder = Encoder(tokenizer, "chat")
-    sampler = Sampler(llama, tokenizer, max_new_tokens=9, temperature=1.0, keep_finished=True)
-    responses, _ = ragged(encoder, sampler)
-    assert [part.keys for part in sampler.finished] == [[1]]
-    assert sampler.recall([0, 3]) is None
-    rows = [2, 0, 1]
-    held = {key: seen for part in [*sampler.finished, sampler.held] for key, seen in zip(part.keys, part.seen)}
-    contexts = [held[row] + tokenizer("<user>write skills now<assistant>")["input_ids"] for row in rows]
-    assert [len(responses[row]) for row in rows] == [9, 9, 4]
-    reads = []
-    handle = llama.register_forward_pre_hook(
-        lambda _, args, kw: reads.append(kw["input_ids"].numel()), with_kwargs=True
-    )
-    answers = []
-    for cached in ({"keys": rows, "recall": sampler.recall}, {}):
-        torch.manual_seed(1)
-        answers.append(generate(llama, tokenizer, contexts, max_new_tokens=7, temperature=1.0, **cached))
-    handle.remove()
-    assert answers[0] == answers[1]
-    assert reads[0] == 3 * 6  # the token that was not in the cache yet, and five new ones
-    assert max(reads) == 3 * max(map(len, contexts))
 
 
 def test_a_context_that_does_not_extend_its_row_is_read_anew(llama, tokenizer):
@@ -160,7 +133,7 @@ def test_a_models_own_generation_config_does_not_leak_in(llama, tokenizer):
         no_repeat_ngram_size=2,
         eos_token_id=[4, 7],
     )
-    config = plain_sampling(llama, tokenizer, max_new_tokens=6, temperature=0.7)
+    config = temperature_sampling(llama, tokenizer, max_new_tokens=6, temperature=0.7)
     assert config.eos_token_id == [4, 7]  # where a turn ends is the model's to say
     contexts = [tokenizer("<user>look in bed 1<assistant>")["input_ids"]] * 4
     torch.manual_seed(0)
@@ -178,7 +151,7 @@ def test_a_models_own_generation_config_does_not_leak_in(llama, tokenizer):
 
 def test_generate_keeps_order_over_batches(llama, tokenizer):
     contexts = [tokenizer(f"<user>look{' bed 1' * n}<assistant>")["input_ids"] for n in (1, 9, 4)]
-    together = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0)
+    together = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0, token_budget=10**6)
     apart = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0, token_budget=1)
     assert together == apart
     assert all(together)
@@ -262,6 +235,22 @@ def test_a_template_that_drops_thoughts_is_rendered_anew(llama, tokenizer, compa
     trajectories, _ = play(llama, stripping, compact_env, games[:1])  # and rollouts go on, without cache
     step = Guidance("step", "open bed")
     assert guided_context(encoder, trajectories[0], 2, step) != trajectories[0].steps[2].context
+
+
+def test_a_tag_that_the_template_opens_counts_as_part_of_the_response(llama, games, monkeypatch):
+    """Such a model writes `where?</think><action>look</action>`, which keeps the format that the prompt asks for."""
+    template = TEMPLATES["deepseek-r1"]
+    words_of = byte_tokenizer(template)
+    said = words_of.encode("where?</think><action>look</action>", add_special_tokens=False)
+    monkeypatch.setattr(Sampler, "__call__", lambda self, keys, contexts: [said for _ in keys])
+    make_env = lambda: AlfworldEnv(max_steps=2)
+    for opened, valid in ((True, True), (False, False)):
+        words_of.chat_template = template.text if opened else template.text.replace("<think>\\n", "")
+        trajectories, metrics = play(llama, words_of, make_env, games[:1], context_limit=10**6)
+        assert metrics["rollout/valid_actions"] == valid
+        step = trajectories[0].steps[0]
+        assert step.text == "<think>\n" * opened + "where?</think><action>look</action>"
+        assert step.response == said  # what the template wrote is no part of what is scored
 
 
 def test_unknown_style(tokenizer):

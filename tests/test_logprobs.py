@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lm import logprobs as head
+from lm import logprobs
 from lm.loading import add_lora, frozen_copy
-from lm.logprobs import chunked_logprobs, has_plain_head, token_logprobs, whole_logprobs
+from lm.logprobs import chunked_logprobs, has_linear_head, token_logprobs
 from lm.packing import pack
 from rescore import response_logprobs, sequence_logprobs
 
@@ -50,7 +50,7 @@ def test_chunked_equals_whole_in_values_and_gradients(kind, chunk):
     if kind == "checkpointed":
         model.gradient_checkpointing_enable()
         model.train()
-    expected, gradients = values_and_gradients(whole_logprobs, model)
+    expected, gradients = values_and_gradients(token_logprobs, model)
     got, chunked = values_and_gradients(chunked_logprobs, model, chunk)
     assert (got - expected).abs().max() < 1e-5
     assert gradients.keys() == chunked.keys()
@@ -62,7 +62,7 @@ def test_chunked_equals_whole_in_values_and_gradients(kind, chunk):
 def test_under_autocast_the_numbers_are_those_of_autocast():
     model = llama(tied=True)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, gradients = values_and_gradients(whole_logprobs, model)
+        expected, gradients = values_and_gradients(token_logprobs, model)
         got, chunked = values_and_gradients(chunked_logprobs, model, 97 * 4)
     assert (got - expected).abs().max() < 1e-5
     for name, gradient in gradients.items():  # sums over chunks round differently in bfloat16
@@ -88,23 +88,23 @@ class Largest(TorchDispatchMode):
 def test_no_more_logits_than_a_chunk_exist_in_either_pass():
     model = llama(tied=False)
     with Largest(97) as whole:
-        values_and_gradients(whole_logprobs, model)
+        values_and_gradients(token_logprobs, model)
     with Largest(97) as chunked:
         values_and_gradients(chunked_logprobs, model, 97 * 4)
     assert whole.rows == 13
     assert chunked.rows == 4
 
 
-def test_logits_that_fit_take_the_plain_way_and_others_the_chunked_one(monkeypatch):
-    ways = []
-    for name in ("whole_logprobs", "chunked_logprobs"):
-        original = getattr(head, name)
-        monkeypatch.setattr(head, name, lambda *a, name=name, original=original: (ways.append(name), original(*a))[1])
+def test_logits_that_fit_are_held_whole_and_others_in_chunks(monkeypatch):
     model = llama(tied=True)
-    plain = token_logprobs(model, *inputs(), 1.0)
-    monkeypatch.setattr(head, "CHUNK", 97 * 13 - 1)
-    assert torch.allclose(token_logprobs(model, *inputs(), 1.0), plain, atol=1e-5)
-    assert ways == ["whole_logprobs", "chunked_logprobs"]
+    with Largest(97) as most:
+        whole = token_logprobs(model, *inputs(), 1.0)
+    assert most.rows == 13
+    monkeypatch.setattr(logprobs, "CHUNK", 97 * 13 - 1)
+    has_linear_head(model)  # asked beforehand: it makes logits of its own
+    with Largest(97) as most:
+        assert torch.allclose(token_logprobs(model, *inputs(), 1.0), whole, atol=1e-5)
+    assert most.rows == 12
 
 
 @pytest.mark.parametrize("kind", ["soft-capped", "scaled"])
@@ -114,15 +114,15 @@ def test_a_model_that_changes_its_logits_is_found_out_and_scored_plainly(kind, m
         "soft-capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=30.0)),
         "scaled": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
     }[kind]().eval()
-    monkeypatch.setattr(head, "CHUNK", 1)
-    assert not has_plain_head(model)
+    monkeypatch.setattr(logprobs, "CHUNK", 1)
+    assert not has_linear_head(model)
     assert "held as a whole" in caplog.text
-    assert torch.equal(token_logprobs(model, *inputs(), 1.0), whole_logprobs(model, *inputs(), 1.0))
+    assert torch.equal(token_logprobs(model, *inputs(), 1.0), token_logprobs(model, *inputs(), 1.0, chunk=10**6))
 
 
 def test_asking_leaves_the_model_as_it_was():
     model = llama(tied=True).train()
-    assert has_plain_head(model)
+    assert has_linear_head(model)
     assert model.training
     assert not model.model._forward_hooks
     assert all(p.grad is None for p in model.parameters())
@@ -138,8 +138,8 @@ def test_a_lora_reference_is_chunked_with_its_adapters_off(monkeypatch):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    monkeypatch.setattr(head, "CHUNK", 97 * 2)
-    assert has_plain_head(reference)
+    monkeypatch.setattr(logprobs, "CHUNK", 97 * 2)
+    assert has_linear_head(reference)
     assert (response_logprobs(reference, *rows, token_budget=64) - expected).abs().nan_to_num().max() < 1e-5
     assert (response_logprobs(model, *rows, token_budget=64) - expected).abs().nan_to_num().max() > 0.1
 
@@ -148,7 +148,7 @@ def test_training_scores_go_through_chunks(monkeypatch):
     model = llama(tied=True)
     sequences = pack([[1, 2, 3], [1, 2, 3, 6, 7, 5]], [[6, 7], [8, 9, 10]])
     whole, rows, columns = sequence_logprobs(model, sequences, 1.0)
-    monkeypatch.setattr(head, "CHUNK", 97 * 2)
+    monkeypatch.setattr(logprobs, "CHUNK", 97 * 2)
     chunked, *where = sequence_logprobs(model, sequences, 1.0)
     assert torch.allclose(whole, chunked, atol=1e-5)
     assert chunked.requires_grad

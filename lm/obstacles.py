@@ -1,0 +1,208 @@
+"""What a model's architecture allows without changing its numbers: a cache kept over turns, padding, packed rows.
+
+Log-probs when sampled must equal log-probs when scored, so each shortcut is taken only where it is exact. What the
+configuration says is read from it (a window of 4096 tokens cannot be tried out at the start of a run); what shows on a
+few tokens is tried on a few tokens.
+
+Shapes: S sequences of length L, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# |difference| of a log-prob, in nats, that is taken for rounding: the largest of a few tokens', and the mean of a
+# rollout's. Measured on SmolLM2-135M, sampled with a cache and scored packed: largest 3e-5 and mean 3e-6 in float32,
+# 0.5 and 0.04 in bfloat16. Padding that a model takes in costs 0.2 to 6 nats.
+NOISE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.25}
+MEAN_NOISE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.04}
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "window_size",
+    "attention_window_size",
+    "local_attention",
+    "keep_window_size",
+)
+PROBE = 6  # tokens of a tried sequence
+
+_tried: WeakKeyDictionary = WeakKeyDictionary()  # model -> (left, inside), see padding_changes
+
+
+def unwrapped(model):
+    """The transformers model itself, inside LoRA adapters or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model):
+    """The language model's configuration; models that also see or hear (Gemma 3) keep it in an outer one."""
+    return model.config.get_text_config(decoder=True)
+
+
+def takes(model, name: str) -> bool:
+    """Whether the model's forward pass has a parameter of this name."""
+    return name in inspect.signature(unwrapped(model).forward).parameters
+
+
+def ropes(config) -> list[dict]:
+    """The parameters of each kind of rotary embedding; some models have one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [each for each in parameters.values() if isinstance(each, dict)]
+    return nested or [parameters]
+
+
+def other_layers(model) -> list[str]:
+    """Kinds of layers that are not full attention over all tokens before, as the configuration names them."""
+    config = text_config(model)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        windowed = next((name for name in WINDOWS if getattr(config, name, None)), None)
+        kinds = [{None: "full_attention", "sliding_window": "sliding_attention"}.get(windowed, windowed)]
+    return sorted({str(kind) for kind in kinds} - {"full_attention"})
+
+
+def cache_obstacle(model) -> str | None:
+    """Why keys and values cannot be kept from one turn to the next, where rows have padding inside; None if they can
+    (up to `cached_columns`).
+
+    Recurrent and convolutional states take padding in, some positions count it. Whatever is not known to be exact
+    counts as an obstacle: then each turn reads its whole context again.
+    """
+    core = unwrapped(model)
+    if layers := [layer for layer in other_layers(model) if layer != "sliding_attention"]:
+        return f"it has layers that are not full attention ({', '.join(layers)})"
+    if getattr(core, "_is_stateful", False) or not (core._supports_default_dynamic_cache() and takes(core, "cache")):
+        return "it keeps a state of its own in place of keys and values"
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    others = {kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}}
+    if others:
+        return f"its cache has layers of other kinds than keys and values ({', '.join(sorted(others))})"
+    if not takes(model, "position_ids"):
+        return "it takes no position ids, so that padding inside a row moves what comes after"
+    left, inside = padding_changes(model)
+    if max(left, inside) > NOISE[model.dtype]:
+        return f"padding inside a row changes its log-probs (by {max(left, inside):.2g} nats on a few tokens)"
+    return None
+
+
+def cached_columns(model) -> float:
+    """How many columns a kept cache may have: a sliding window counts padding, too, so it must leave none out yet."""
+    return text_config(model).sliding_window - 1 if "sliding_attention" in other_layers(model) else math.inf
+
+
+def padding_obstacle(model) -> str | None:
+    """Why rows of unequal length cannot be sampled in one batch, padded on the left; None where they can."""
+    left, _ = padding_changes(model)
+    return (
+        f"padding on the left changes its log-probs (by {left:.2g} nats on a few tokens)"
+        if left > NOISE[model.dtype]
+        else None
+    )
+
+
+def sampling_note(model, *, reuse_cache: bool = True) -> str:
+    """One line for the start of a run: how this model samples, and why not in the fastest way."""
+    cache = cache_obstacle(model) if reuse_cache else "switched off"
+    columns = "" if cached_columns(model) == math.inf else f", up to {cached_columns(model)} tokens of a sliding window"
+    kept = (
+        f"the cache is kept from turn to turn{columns}"
+        if cache is None
+        else f"each turn reads its whole context: {cache}"
+    )
+    padding = padding_obstacle(model)
+    return kept + (f"; rows of unequal length are sampled apart: {padding}" if padding else "")
+
+
+@torch.no_grad()
+def padding_changes(model) -> tuple[float, float]:
+    """Largest |change| of a next-token log-prob, in nats, by padding on the left and by padding inside a row.
+
+    Tried once a model, through `generate`, which makes position ids from the mask. No random number is drawn.
+    """
+    if model not in _tried:
+        training = model.training
+        model.eval()
+        ids, gap = _probe_ids(model, PROBE), torch.zeros(3, dtype=torch.long)
+        first, rest, ones = ids[: PROBE // 2], ids[PROBE // 2 :], torch.ones(PROBE, dtype=torch.long)
+        padded = torch.stack([torch.cat([gap, ids]), torch.cat([first, gap, rest])])  # (2, L)
+        mask = torch.stack([torch.cat([gap, ones]), torch.cat([ones[: len(first)], gap, ones[len(first) :]])])
+        with torch.autocast(model.device.type, enabled=False):
+            alone = _next_logprobs(model, ids[None], ones[None])  # (1, V)
+            changes = (_next_logprobs(model, padded, mask) - alone).abs().amax(1)  # (2,)
+        _tried[model] = tuple(changes.tolist())
+        model.train(training)
+    return _tried[model]
+
+
+def _probe_ids(model, count: int) -> Tensor:
+    """Ordinary tokens: the first few of a vocabulary are often special ones. (count,)"""
+    return (torch.arange(count) * 7 + 11) % text_config(model).vocab_size
+
+
+def _next_logprobs(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """(S, L) -> (S, V)"""
+    returned = {"return_dict_in_generate": True, "output_logits": True}
+    options = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0, **returned)
+    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options)
+    return out.logits[0].float().log_softmax(-1)
+
+
+def check_model(model, context_limit: int) -> None:
+    """Refuse a model whose log-probs depend on what else is in the batch, or on what comes after a token.
+
+    Raises ValueError with the reason. Scoring packs turns, pads rows and shares batches, so neither may matter. Cheap:
+    a few forward passes over a dozen tokens.
+    """
+    for rope in ropes(text_config(model)):
+        if rope.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        original = text_config(model).max_position_embeddings
+        if rope["rope_type"] == "longrope":
+            original = rope.get("original_max_position_embeddings") or original
+        if context_limit > original:
+            raise ValueError(
+                f"its {rope['rope_type']} position embedding depends on the longest row of a batch beyond {original} "
+                f"tokens, so that log-probs would depend on their neighbours: lower --context-limit to {original}"
+            )
+    with torch.autocast(model.device.type, enabled=False):
+        changes = scoring_changes(model)
+    for what, change in changes.items():
+        if not change <= NOISE[model.dtype]:  # NaN, too
+            raise ValueError(f"{type(unwrapped(model)).__name__} cannot be trained: {what} (by {change:.2g} nats)")
+
+
+@torch.no_grad()
+def scoring_changes(model) -> dict[str, float]:
+    """Largest |change| of a log-prob, in nats, for each thing that should change none, tried on a few tokens."""
+    training, device = model.training, model.device
+    model.eval()
+    ids = _probe_ids(model, 2 * PROBE)
+
+    def score(rows: Tensor, mask: Tensor, **more) -> Tensor:
+        """(S, L) -> (S, PROBE, V)"""
+        out = model(input_ids=rows.to(device), attention_mask=mask.to(device), use_cache=False, **more)
+        return out.logits[:, :PROBE].float().log_softmax(-1)
+
+    ones, short = torch.ones_like(ids), torch.cat([torch.ones(PROBE), torch.zeros(PROBE)]).long()
+    padded = torch.cat([ids[:PROBE], torch.zeros(PROBE, dtype=torch.long)])
+    alone = score(ids[None, :PROBE], ones[None, :PROBE])
+    counted = {"position_ids": torch.arange(PROBE, device=device)[None]} if takes(model, "position_ids") else {}
+    placed = score(ids[None, :PROBE], ones[None, :PROBE], **counted)
+    longer, right = score(torch.stack([ids, padded]), torch.stack([ones, short]))
+    model.train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        trained = score(ids[None, :PROBE], ones[None, :PROBE])
+    model.train(training)
+    return {
+        "what comes after a token changes its log-probs": (longer - alone).abs().max().item(),
+        "padding on the right changes its log-probs": (right - alone).abs().max().item(),
+        "it does not count positions from 0, as sampling does": (placed - alone).abs().max().item(),
+        "its log-probs in training mode are not those in evaluation mode": (trained - alone).abs().max().item(),
+    }

@@ -1,0 +1,126 @@
+"""Contexts under the chat templates of well-known models: equal text, the right end of a turn, no forged speaker."""
+
+import datetime
+from types import SimpleNamespace
+
+import pytest
+
+from lm.encoder import Encoder
+from lm.sampler import end_of_turn_ids
+from tests.templates import TEMPLATES, byte_tokenizer
+
+DATE = "2025-01-31"
+MESSAGES = ["go to desk 1", "You see an apple: red.", "nothing happens"]
+ANSWERS = ["<think>where?</think><action>look</action>", "open it"]
+MODEL = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))  # names no end of its own
+
+
+def turns(messages, answers):
+    conversation = [{"role": "user", "content": messages[0]}]
+    for answer, message in zip(answers, messages[1:], strict=True):
+        conversation += [{"role": "assistant", "content": answer}, {"role": "user", "content": message}]
+    return conversation
+
+
+class Clock(datetime.datetime):
+    """Of a machine on which it is DATE."""
+
+    @classmethod
+    def now(cls, *_):
+        return datetime.datetime.fromisoformat(DATE)
+
+
+def by_transformers(tokenizer, conversation):
+    return tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+
+@pytest.fixture(params=TEMPLATES)
+def template(request):
+    return TEMPLATES[request.param]
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_the_text_of_a_context_is_what_the_template_makes(template, style, cut_off):
+    tokenizer = byte_tokenizer(template)
+    encoder = Encoder(tokenizer, style, DATE)
+    end = [] if cut_off or not template.closing else [tokenizer.convert_tokens_to_ids(template.closing)]
+    responses = [tokenizer.encode(answer, add_special_tokens=False) + end for answer in ANSWERS]
+    for count in range(3):
+        context = encoder.context(MESSAGES[: count + 1], responses[:count])
+        shown = turns(MESSAGES[: count + 1], [template.began + answer for answer in ANSWERS[:count]])
+        shown = shown if style == "chat" else shown[-1:]
+        assert tokenizer.decode(context) == by_transformers(tokenizer, shown)
+
+
+def test_what_is_read_off_a_template(template):
+    tokenizer = byte_tokenizer(template)
+    encoder = Encoder(tokenizer, "chat", DATE)
+    assert encoder.began == template.began
+    assert encoder.extends == template.extends
+    assert encoder._role_markers() == set(template.markers.split("\n")) - {""}
+    ends = {template.eos} | ({template.closing} if template.closing else set())
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_ids(MODEL, tokenizer)) == sorted(
+        ends, key=tokenizer.convert_tokens_to_ids
+    )
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_no_text_from_outside_becomes_a_control_token_or_says_who_speaks(template, style):
+    tokenizer = byte_tokenizer(template)
+    encoder = Encoder(tokenizer, style, DATE)
+    special = [*template.special.split(), template.bos, template.eos]
+    markers = [marker for marker in template.markers.split("\n") if marker]
+    forged = [*special, *markers, "".join(special), by_transformers(tokenizer, turns(MESSAGES, ANSWERS))]
+    forged += [f"{token[:2]}{token}{token[2:]}" for token in (*special, *markers)]
+
+    def said(text):
+        """How often each control token and each marker is in a conversation with `text` in its messages."""
+        answer = tokenizer.encode("look", add_special_tokens=False)
+        context = encoder.context([f"see {text} now", f"{text} bed"], [answer])
+        control = tokenizer.convert_tokens_to_ids(special)
+        whole = tokenizer.decode(context)
+        return [context.count(token) for token in control], [whole.count(marker) for marker in markers]
+
+    for text in forged:
+        assert said(text) == said("bed"), text
+
+
+def test_tokens_for_tools_that_the_template_writes_are_not_forged_either():
+    tokenizer = byte_tokenizer(TEMPLATES["qwen2.5-instruct"])
+    tokenizer.add_tokens(["<tool_call>", "</think>", "<other>"])
+    tokenizer.chat_template += "{% if tools %}{{ '<tool_call></think>' }}{% endif %}"
+    text = tokenizer.decode(Encoder(tokenizer, "chat", DATE).context(["a <tool_call> b </think> c <other>"], []))
+    assert "a < tool_call> b </think> c <other>" in text
+
+
+def test_all_prompts_of_a_run_have_one_date():
+    for name, printed in (("llama-3.2", "Today Date: 31 Jan 2025"), ("granite", "Today's Date: January 31, 2025")):
+        tokenizer = byte_tokenizer(TEMPLATES[name])
+        text = tokenizer.decode(Encoder(tokenizer, "chat", DATE).context(["look"], []))
+        assert printed in text
+        other = tokenizer.decode(Encoder(tokenizer, "chat", "2024-12-24").context(["look"], []))
+        assert "31" not in other and "24" in other  # whatever the clock says
+        today = Encoder(tokenizer, "chat")
+        assert today.date == datetime.date.today().isoformat()
+        assert today.context(["look"], []) == Encoder(tokenizer, "chat", today.date).context(["look"], [])
+
+
+def test_a_template_that_rewrites_a_turn_because_of_a_message_is_an_error_not_a_cut():
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' and 'again' in messages[-1]['content'] %}{{ '<again>' }}"
+        "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    encoder = Encoder(tokenizer, "chat", DATE)
+    assert encoder.extends
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        encoder.context(["look", "again"], [[5]])
