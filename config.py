@@ -11,7 +11,7 @@ from pathlib import Path
 
 from baselines import METHODS
 from data import Level, Skills
-from envs import ENVIRONMENTS
+from envs import ENVIRONMENTS, read_options
 from lm.writers import import_writer
 from router import RULES, route
 
@@ -35,7 +35,10 @@ def group(title: str):
     """-> a function that makes a setting of that group of `--help`."""
 
     def setting(default, help: str, choices=None):
-        return field(default=default, metadata={"help": help, "choices": choices, "group": title})
+        told = {"help": help, "choices": choices, "group": title}
+        if isinstance(default, dict):  # each Config its own
+            return field(default_factory=lambda: dict(default), metadata=told)
+        return field(default=default, metadata=told)
 
     return setting
 
@@ -127,14 +130,12 @@ class Config:
     weight_decay: float = UPDATE(0.01, "AdamW's weight decay")
     max_grad_norm: float = UPDATE(1.0, "gradient clipping, L2 norm")
 
-    engine: str = ENV("fast", "ALFWorld engine", ("fast", "textworld"))
-    games: str = ENV(
-        "generate", "official games or data: a folder (Search QA: also a file or hub id of questions), or 'generate'"
-    )
-    retriever: str = ENV("generate", "Search QA passages: a JSON-lines corpus, http:// of a server, 'generate'")
-    game_size: str = ENV("small", "size of generated ALFWorld rooms", ("small", "full"))
-    webshop_goals: str = ENV(
-        "human", "WebShop: what people asked for, or synthetic instructions", ("human", "synthetic")
+    env_options: dict[str, str] = ENV(  # noqa: RUF009
+        {},
+        "the environment's own options. alfworld: engine=fast|textworld, data=generate or the official games' folder, "
+        "size=small|full of generated rooms. webshop: data=generate or the official files' folder, "
+        "goals=human|synthetic. search: questions=generate, a file, folder or hub id, retriever=generate, a corpus "
+        "file or http:// of a server",
     )
     train_games: int = ENV(1000, "generated training games")
     prompt: str = ENV("auto", "prompt style; auto: compact for the tiny model", ("auto", "official", "compact"))
@@ -171,9 +172,7 @@ class Config:
         self._check_values()
         if self.prompt == "auto":
             self.prompt = "compact" if self.model == "tiny" else "official"
-        outside = self.games != "generate" or (self.env == "search" and self.retriever != "generate")
-        if self.model == "tiny" and self.env != "alfworld" and outside:
-            raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no --games, --retriever")
+        read_options(self.env, self.env_options)
         if self.max_new_tokens >= self.context_limit:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip:
@@ -247,6 +246,8 @@ def flag(name: str) -> str:
 
 
 def _is_of(value, annotation) -> bool:
+    if annotation == dict[str, str]:
+        return isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair)
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if isinstance(value, bool):
         return bool in kinds
@@ -263,18 +264,40 @@ def _optional(kind: type):
     return read
 
 
-def read_recipe(name: str) -> dict:
-    """A recipe's settings: a name in recipes/ or a path to a .toml file. Raises ValueError for one that is not there
-    or holds an unknown setting."""
+def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
+    """A recipe's settings, on top of those of the recipe that it names as its `base`: a name in recipes/ or a path to a
+    .toml file. Raises ValueError for one that is not there, holds an unknown setting or is its own base."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
         raise ValueError(f"no recipe {name!r}; known: {known}, or a path to a .toml file")
+    if name in above:
+        raise ValueError(f"recipes are one another's base: {' -> '.join((*above, name))}")
     settings = tomllib.loads(path.read_text())
+    base = read_recipe(settings.pop("base"), (*above, name)) if "base" in settings else {}
     unknown = settings.keys() - {f.name for f in fields(Config)}
     if unknown:
         raise ValueError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
-    return {name: float(v) if typing.get_type_hints(Config)[name] is float else v for name, v in settings.items()}
+    hints = typing.get_type_hints(Config)
+    floats = {key: float(value) for key, value in settings.items() if hints[key] in (float, float | None)}
+    return _over(base, settings | floats)
+
+
+def _over(below: dict, above: dict) -> dict:
+    """Settings on top of others. Options of an environment are taken one by one, unless the environment is another."""
+    merged = below | above
+    if "env_options" in below and "env_options" in above and above.get("env", below.get("env")) == below.get("env"):
+        merged["env_options"] = below["env_options"] | above["env_options"]
+    elif "env" in above and above["env"] != below.get("env", "alfworld") and "env_options" not in above:
+        merged["env_options"] = {}
+    return merged
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not (key and sign):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return key, value
 
 
 def parse_args(argv: list[str] | None = None, base: dict | None = None) -> Config:
@@ -294,6 +317,10 @@ def parse_args(argv: list[str] | None = None, base: dict | None = None) -> Confi
         groups.setdefault(title, None)
         groups[title] = groups[title] or parser.add_argument_group(title)
         annotation = typing.get_type_hints(Config)[f.name]
+        if annotation == dict[str, str]:
+            help = {"metavar": "KEY=VALUE", "default": argparse.SUPPRESS, "help": f.metadata["help"]}
+            groups[title].add_argument(flag(f.name), nargs="*", type=_key_value, **help)
+            continue
         kind = next(k for k in (*typing.get_args(annotation), annotation) if k in (str, int, float, bool))
         options: dict = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} (default: {f.default})"}
         if kind is bool:
@@ -304,8 +331,12 @@ def parse_args(argv: list[str] | None = None, base: dict | None = None) -> Confi
             options["metavar"] = None if f.metadata["choices"] else kind.__name__.upper()
         groups[title].add_argument(flag(f.name), **options)
     given = vars(parser.parse_args(argv))
+    given |= {"env_options": dict(given["env_options"])} if "env_options" in given else {}
     try:
         recipe = given.pop("recipe", None)
-        return Config(**{**(base or {}), **(read_recipe(recipe) if recipe else {}), **given})
+        settings = _over(_over(base or {}, read_recipe(recipe) if recipe else {}), given)
+        if older := settings.keys() - {f.name for f in fields(Config)}:
+            raise ValueError(f"settings of another version: {', '.join(sorted(older))}; name them as flags instead")
+        return Config(**settings)
     except ValueError as error:
         parser.error(str(error))

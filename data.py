@@ -18,10 +18,15 @@ Level = Literal["episode", "step"]
 
 @dataclass(frozen=True)
 class Slot:
-    """A named place in a prompt where a skill of one level may be put. `template` shows it: it contains `{text}`."""
+    """A named place in a prompt where a skill of one level may be put. `template` shows it: it contains `{text}` once,
+    and other braces stand for themselves."""
 
     level: Level
     template: str
+
+    def __post_init__(self):
+        if self.template.count("{text}") != 1:
+            raise ValueError(f"a slot's template holds {{text}} once, where the skill goes; not so {self.template!r}")
 
 
 # A prompt with its slots still open: the pieces joined in order are one user message. A slot that no skill fills is
@@ -61,6 +66,7 @@ class Skills:
     summary: str
     episode: str
     steps: dict[int, str] = field(default_factory=dict)
+    dropped: int = 0  # step skills in the answer that name no step of the episode
 
 
 @dataclass(frozen=True)

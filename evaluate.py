@@ -16,47 +16,42 @@ from tqdm import tqdm
 
 from config import Config, parse_args
 from data import Trajectory
-from envs import TextEnv, make_env
-from envs.alfworld import SPLITS, TASK_TYPES, cached_games, list_games
-from envs.search import DATA_SOURCES, GENERATED_SOURCES
+from envs import TextEnv, make_env, read_options
 from lm.encoder import Encoder
 from lm.sampler import Sampler
 from rollout import rollout
 
-EVAL_SPLITS = ("valid_seen", "valid_unseen")
-TABLES = (TASK_TYPES, DATA_SOURCES, GENERATED_SOURCES)  # task type -> column, for each kind of table
+HELD_OUT = ("valid_seen", "valid_unseen")
 
 
 def environment(config: Config) -> Callable[[], TextEnv]:
-    """What makes one environment of the run."""
-    options = {"prompt": config.prompt, "history": config.history}
-    if config.env == "alfworld":
-        options |= {"engine": config.engine}
-    elif config.env == "webshop":
-        options |= {"data": config.games, "goals": config.webshop_goals}
-    elif config.env == "search":
-        options |= {"questions": config.games, "retriever": config.retriever}
-    return lambda: make_env(config.env, max_steps=config.max_steps, **options)
+    """What makes one environment of the run. Raises ValueError for options that it cannot have."""
+    common = {"max_steps": config.max_steps, "prompt": config.prompt, "history": config.history}
+    options = read_options(config.env, config.env_options)
+    make = lambda: make_env(config.env, **common, **options)
+    if config.model == "tiny" and not getattr(make(), "closed_vocabulary", True):
+        raise ValueError(f"--model tiny knows only the words of {config.env}'s generated data: no other --env-options")
+    return make
 
 
-def games_of(config: Config, split: str) -> list[str]:
-    """The run's games of one split: official ones, or generated ones (written to cache/ on first use).
-
-    Held-out games do not depend on the run's seed, so that every run is evaluated on the same ones.
+def games_of(config: Config, split: str) -> list:
+    """The run's games of one split, at most --train-games or --eval-games of them; for training on data from outside
+    all there are. Held-out games do not depend on the run's seed, so that every run is evaluated on the same ones.
     """
-    count = config.train_games if split == "train" else config.eval_games
-    if config.games != "generate" and split == "train":
-        count = None  # all there are
-    if config.env != "alfworld":
-        return environment(config)().tasks(split)[:count]
-    if config.games != "generate":
-        return list_games(config.games, split)[:count]
-    return cached_games(config.game_size, split, count)
+    env = environment(config)()
+    if split == "train":
+        return env.tasks(split, config.train_games if getattr(env, "generated", True) else None)
+    return env.tasks(split, config.eval_games)
 
 
 def eval_splits(config: Config) -> tuple[str, ...]:
-    """The held-out splits: of questions from outside `test` alone, whose data sets are the table's columns."""
-    return ("test",) if config.env == "search" and config.games != "generate" else EVAL_SPLITS
+    """The held-out splits."""
+    return getattr(environment(config)(), "held_out", HELD_OUT)
+
+
+def columns_of(config: Config) -> dict[str, str]:
+    """Task type -> column of the table; empty: the types' own names."""
+    return getattr(environment(config)(), "columns", {})
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -99,16 +94,16 @@ def play(
     return trajectories
 
 
-def columns(trajectories: list[Trajectory]) -> dict[str, str]:
-    """Task type -> its column: those of the paper's table that knows every type here, else the types' own names."""
+def named(trajectories: list[Trajectory], columns: dict[str, str]) -> dict[str, str]:
+    """Task type -> its column: `columns` where they name every type here, else the types' own names, in order."""
     types = {t.task_type for t in trajectories}
-    return next((table for table in TABLES if types <= table.keys()), {name: name for name in sorted(types)})
+    return columns if types <= columns.keys() else {name: name for name in sorted(types)}
 
 
-def success_by_type(trajectories: list[Trajectory]) -> dict[str, tuple[int, int]]:
+def success_by_type(trajectories: list[Trajectory], columns: dict[str, str]) -> dict[str, tuple[int, int]]:
     """Column -> (solved, played), for the columns that occur and All."""
     table = {}
-    for task_type, column in columns(trajectories).items():
+    for task_type, column in named(trajectories, columns).items():
         played = [t.success for t in trajectories if t.task_type == task_type]
         if played:
             table[column] = (sum(played), len(played))
@@ -116,14 +111,15 @@ def success_by_type(trajectories: list[Trajectory]) -> dict[str, tuple[int, int]
     return table
 
 
-def format_table(results: dict[str, list[Trajectory]]) -> str:
-    """A line a split: success in % by task type, then over all games, its 95% interval, the number of games."""
-    names = [*columns([t for trajectories in results.values() for t in trajectories]).values(), "All"]
+def format_table(results: dict[str, list[Trajectory]], columns: dict[str, str]) -> str:
+    """A line per split: success in % by task type, then over all games, its 95% interval, the number of games."""
+    columns = named([t for trajectories in results.values() for t in trajectories], columns)
+    names = [*columns.values(), "All"]
     widths = [max(8, len(name) + 2) for name in names]
     head = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
     lines = [f"{'split':<13}{head}{'95% interval':>17}{'games':>7}"]
     for split, trajectories in results.items():
-        table = success_by_type(trajectories)
+        table = success_by_type(trajectories, columns)
         shares = [f"{100 * table[name][0] / table[name][1]:.1f}" if name in table else "-" for name in names]
         cells = [f"{share:>{width}}" for share, width in zip(shares, widths, strict=True)]
         low, high = wilson(*table["All"])
@@ -156,11 +152,9 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_args(argv, base=json.loads(run.read_text()))
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(format_table(evaluate(model, Encoder(tokenizer, config.context), config)))
+    results = evaluate(model, Encoder(tokenizer, config.context), config)
+    print(format_table(results, columns_of(config)))
 
 
 if __name__ == "__main__":
     main()
-
-
-__all__ = ["EVAL_SPLITS", "SPLITS", "environment", "evaluate", "format_table", "games_of", "play", "wilson"]

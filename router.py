@@ -96,17 +96,20 @@ def route(
 def fill(prompt: Prompt, *guidances: Guidance) -> str:
     """The user message with each of `guidances` in the slot of its level; every other slot stays empty.
 
-    Raises ValueError where the prompt has no slot for it: a skill that is silently left out would turn OPID into GRPO.
+    Raises ValueError where the prompt has no slot for it (a skill that is silently left out would turn OPID into GRPO),
+    and for two of one level.
     """
     slots = [piece.level for piece in prompt if isinstance(piece, Slot)]
     texts = {guidance.level: guidance.text for guidance in guidances}
+    if len(texts) < len(guidances):
+        raise ValueError(f"two skills of one level for one prompt: {guidances}")
     if missing := texts.keys() - slots:
         raise ValueError(f"this prompt has no {missing.pop()} slot (it has: {slots or 'none'})")
 
     def text(piece: str | Slot) -> str:
         if isinstance(piece, str):
             return piece
-        return piece.template.format(text=texts[piece.level]) if piece.level in texts else ""
+        return piece.template.replace("{text}", texts[piece.level]) if piece.level in texts else ""
 
     return "".join(text(piece) for piece in prompt)
 

@@ -37,7 +37,7 @@ from advantage import (
 from baselines import METHODS, Method
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
-from evaluate import environment, evaluate, format_table, games_of
+from evaluate import columns_of, environment, evaluate, format_table, games_of
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.packing import Sequence, micro_batches, pack
@@ -184,6 +184,12 @@ class Run:
         check_before_loading(config)
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
+        self.make_env, self.games = environment(config), games_of(config, "train")
+        if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
+            raise ValueError(
+                f"{config.tasks} tasks of {len(self.games)} training games are too few for "
+                f"{self.accelerator.num_processes} processes: each needs one"
+            )
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
         model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
@@ -203,9 +209,6 @@ class Run:
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.encoder = Encoder(self.tokenizer, config.context)
-        self.make_env, self.games = environment(config), games_of(config, "train")
-        if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
-            raise ValueError("--tasks (and the games there are) must be at least the number of processes")
         self.log.restore(self.policy, self.optimizer, self.models.get("ema"), self.method)
         if config.eval_every and self.log.first_iteration == 0:
             self.evaluate(-1)
@@ -462,7 +465,7 @@ class Run:
         for split, trajectory in gather_object(played):
             results[split].append(trajectory)
         success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
-        self.log.evaluation(iteration, success, format_table(results))
+        self.log.evaluation(iteration, success, format_table(results, columns_of(self.config)))
         return {f"eval/{split}/success": share for split, share in success.items()}
 
     def _play_share(self, episode_skills: dict[str, str] | None) -> dict[str, list[Trajectory]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,9 +14,17 @@ if TYPE_CHECKING:
 class TextEnv(Protocol):
     """Gymnasium's conventions on text, plus the two things an environment knows best: its prompt and its parser.
 
-    Optional: `prefetch(responses: list[str]) -> None`, called on one live environment of a rollout before each turn's
-    steps, with the texts of all live episodes' responses in order. An environment whose steps ask something slow (a
-    search server) can ask for all of them in one request there, and find the answers in its steps.
+    Its constructor's keywords are its options. `max_steps`, `prompt` and `history` are flags of train.py, given to the
+    constructors that take them; the others come from `--env-options key=value ...` (see `read_options`).
+
+    Optional attributes, with what holds where an environment has none:
+    - `held_out`: the splits that evaluation plays (valid_seen, valid_unseen)
+    - `columns`: task type -> its column in the table, in order (the types' own names)
+    - `generated`: False where the data come from outside, so that training takes all there are (True)
+    - `closed_vocabulary`: False where its data have other words than the tiny model knows (True)
+    - `prefetch(responses: list[str]) -> None`, called on one live environment of a rollout before each turn's steps,
+      with the texts of all live episodes' responses in order. An environment whose steps ask something slow (a search
+      server) can ask for all of them in one request there, and find the answers in its steps.
     """
 
     max_steps: int
@@ -26,8 +36,9 @@ class TextEnv(Protocol):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """-> (observation, reward, terminated, truncated, info). `info["won"]` says whether the task is solved."""
 
-    def tasks(self, split: str) -> list[Any]:
-        """What `reset(options={"game": ...})` accepts for `split` (train, valid_seen, valid_unseen, ...), in order."""
+    def tasks(self, split: str, count: int | None = None) -> list[Any]:
+        """What `reset(options={"game": ...})` accepts for `split` (train, valid_seen, valid_unseen, ...), in order: the
+        first `count`, or all there are."""
 
     def build_prompt(
         self, style: str, task: str, history: list[tuple[str, str]], observation: str, admissible: list[str]
@@ -55,11 +66,63 @@ _REGISTRY = {
 
 
 ENVIRONMENTS = tuple(_REGISTRY)
+COMMON = ("max_steps", "prompt", "history")  # constructor keywords that have a flag of their own
 
 
-def make_env(name: str, **options) -> TextEnv:
-    """An environment by its name. Raises ValueError for an unknown name or option, listing the known ones."""
+def env_class(name: str) -> type:
+    """Raises ValueError for an unknown environment, listing the known ones."""
     if name not in _REGISTRY:
         raise ValueError(f"unknown environment {name!r}; known: {', '.join(sorted(_REGISTRY))}")
     module, cls = _REGISTRY[name]
-    return getattr(import_module(module), cls)(**options)
+    return getattr(import_module(module), cls)
+
+
+def make_env(name: str, **options) -> TextEnv:
+    """An environment by its name. Of COMMON it gets what its constructor takes. Raises ValueError for an unknown name
+    or option, listing the known ones."""
+    cls = env_class(name)
+    known = inspect.signature(cls).parameters
+    options = {key: value for key, value in options.items() if key in known or key not in COMMON}
+    if unknown := options.keys() - known:
+        raise ValueError(f"--env {name} has no option {unknown.pop()!r}; it has: {', '.join(known) or 'none'}")
+    return cls(**options)
+
+
+def read_options(name: str, texts: dict[str, str]) -> dict[str, Any]:
+    """The text of `--env-options` -> keywords of the constructor, by its annotations: int, float, bool, a Literal or
+    str, each possibly None. Raises ValueError for an unknown option or a value that cannot be read."""
+    cls = env_class(name)
+    hints = typing.get_type_hints(cls.__init__)
+    known = {key: kinds for key in inspect.signature(cls).parameters if (kinds := _kinds(hints.get(key, str)))}
+    options = {}
+    for key, text in texts.items():
+        if key not in known or key in COMMON:
+            names = [option for option in known if option not in COMMON]
+            raise ValueError(f"--env {name} has no option {key!r}; --env-options knows: {', '.join(names) or 'none'}")
+        options[key] = _read(key, text, known[key])
+    return options
+
+
+def _kinds(hint) -> list:
+    """The kinds of value that a text can be read as, for an annotation; none: it takes what no text can say."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [hint]
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    return [kind for kind in kinds if kind in (int, float, bool, str) or typing.get_origin(kind) is typing.Literal]
+
+
+def _read(key: str, text: str, kinds: list):
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            if text in typing.get_args(kind):
+                return text
+        elif kind is bool:
+            if text in ("true", "false"):
+                return text == "true"
+        else:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    choices = [str(typing.get_args(kind)) if typing.get_args(kind) else kind.__name__ for kind in kinds]
+    raise ValueError(f"--env-options {key} must be {' or '.join(choices)}, not {text!r}")

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from baselines import METHODS
-from config import Config, changed, parse_args
+from config import Config, changed, flag, parse_args
 from evaluate import games_of
 from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
@@ -90,12 +90,14 @@ def is_there(job: Job) -> bool:
 
 def launch(job: Job, children: Children) -> None:
     """Train in a process of its own. Raises RuntimeError with the end of its output where that fails."""
-    flags = [f"--{k.replace('_', '-')}" for k in job.config.to_dict()]
-    values = job.config.to_dict().values()
     command = [sys.executable, "train.py"]
-    for flag, value in zip(flags, values, strict=True):
-        named = flag if value is not False else f"--no-{flag[2:]}"
-        command += [named] if isinstance(value, bool) else [flag, "none" if value is None else str(value)]
+    for name, value in job.config.to_dict().items():
+        if isinstance(value, bool):
+            command += [flag(name) if value else f"--no-{flag(name)[2:]}"]
+        elif isinstance(value, dict):
+            command += [flag(name), *(f"{key}={text}" for key, text in value.items())]
+        else:
+            command += [flag(name), "none" if value is None else str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = children.run(command, cwd=ROOT, env=environment)
     if done.returncode:

@@ -109,7 +109,8 @@ def silent_of(trajectories: list[Trajectory]) -> dict[int, bool]:
 def guided_steps(
     config: Config, trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]], batch: Batch
 ) -> list[Guided]:
-    env, silent = environment(replace(config, engine="fast"))(), silent_of(trajectories)
+    env = environment(replace(config, env_options=config.env_options | {"engine": "fast"}))()
+    silent = silent_of(trajectories)
     outcome, _ = outcome_of(METHODS["grpo"](config), trajectories)  # (B,)
     steps, b = [], 0
     for trajectory, guidances in zip(trajectories, routes, strict=True):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import efficiency, generation, iteration, scale, skill_writing, trl_update
+from benchmarks import efficiency, generation, iteration, scale, trl_update
 from benchmarks.memory import measure
 from benchmarks.noise import scores_of, summary
 from benchmarks.rollout import WAYS, exponent, played
@@ -92,22 +92,6 @@ def test_three_ways_to_play_sample_the_same_and_compacting_takes_less_room(episo
 def test_exponent_by_hand():
     assert exponent([5, 10, 20], [3 * t**1.5 for t in (5, 10, 20)]) == pytest.approx(1.5)
     assert math.isnan(exponent([5], [1.0]))
-
-
-def test_three_ways_to_write_skills_and_the_cached_one_reads_least(episode):
-    model, encoder, _ = episode
-    trajectories, sampler, _ = skill_writing.play(model, encoder, "compact", 6, 3, keep=True)
-    assert [len(t.steps) for t in trajectories] == [6, 5, 4]
-    answers, first = {}, {}
-    for name, write in skill_writing.ways(model, encoder, trajectories, sampler, "{task} {steps} write", 5).items():
-        torch.manual_seed(0)
-        with skill_writing.counting(model) as shapes:
-            answers[name] = write()
-        first[name] = shapes[0]
-    assert answers["conversation"] == answers["cached"] != answers["prompt"]
-    assert first["conversation"][1] > max(len(t.steps[-1].context) for t in trajectories)
-    assert first["cached"][1] < first["conversation"][1] / 3
-    assert {rows for rows, _ in first.values()} == {3}
 
 
 def test_iteration_table_by_hand():

@@ -32,6 +32,8 @@ def test_every_flag_is_explained(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--env-options", "engine=slow"], "engine must be"),
+        (["--env-options", "engine"], "'engine' is not of the form key=value"),
         (["--lamda", "1"], "unrecognized arguments: --lamda"),
         (["--iter", "1"], "unrecognized"),  # no guessing of abbreviations
         (["--algo", "ppo"], "invalid choice"),
@@ -85,6 +87,33 @@ def test_paper_recipe_holds_the_papers_settings():
     )
     assert config.context_limit == 2048 + 512
     assert config.seed == 5
+
+
+def test_a_recipe_holds_what_differs_from_its_base():
+    config = parse_args(["--recipe", "webshop-qwen3-1.7b"])
+    assert (config.env, config.model) == ("webshop", "Qwen/Qwen3-1.7B")
+    assert (config.mini_batch, config.normalize, config.history, config.context_limit) == (64, "mean", 2, 4608)
+    assert (config.kl, config.iterations, config.scorer, config.dual_clip) == (0.01, 160, "old", 3.0)
+    assert config.env_options == {"data": "$WEBSHOP_DATA", "goals": "synthetic"}  # none of ALFWorld's
+
+
+def test_options_of_an_environment_are_taken_one_by_one():
+    config = parse_args(["--recipe", "webshop-qwen3-1.7b", "--env-options", "data=here", "page_size=5"])
+    assert config.env_options == {"data": "here", "goals": "synthetic", "page_size": "5"}
+    assert parse_args(["--recipe", "webshop-qwen3-1.7b", "--env", "alfworld"]).env_options == {}
+
+
+def test_recipes_that_cannot_be_are_named(tmp_path):
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    one.write_text(f'base = "{two}"\nseed = 1\n')
+    two.write_text(f'base = "{one}"\n')
+    with pytest.raises(ValueError, match=f"one another's base: {one} -> {two} -> {one}"):
+        read_recipe(str(one))
+    two.write_text('base = "nowhere"\n')
+    with pytest.raises(ValueError, match="no recipe 'nowhere'"):
+        read_recipe(str(one))
+    two.write_text("seed = 2\nkl = 1\n")
+    assert read_recipe(str(one)) == {"seed": 1, "kl": 1.0}
 
 
 def test_unknown_setting_in_a_recipe(tmp_path):

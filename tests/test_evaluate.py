@@ -5,6 +5,8 @@ import torch
 
 from config import Config
 from data import Trajectory
+from envs.alfworld import TASK_TYPES
+from envs.search import DATA_SOURCES, GENERATED_SOURCES
 from evaluate import environment, eval_splits, evaluate, format_table, games_of, success_by_type, wilson
 from lm.encoder import Encoder
 from rollout import rollout
@@ -24,8 +26,8 @@ def test_wilson_interval_by_hand():
 
 def test_table():
     games = played("pick_and_place_simple", True, False) + played("pick_two_obj_and_place", True, True, False)
-    assert success_by_type(games) == {"Pick": (1, 2), "Pick2": (2, 3), "All": (3, 5)}
-    header, line = format_table({"valid_seen": games}).splitlines()
+    assert success_by_type(games, TASK_TYPES) == {"Pick": (1, 2), "Pick2": (2, 3), "All": (3, 5)}
+    header, line = format_table({"valid_seen": games}, TASK_TYPES).splitlines()
     assert header.split()[:8] == ["split", "Pick", "Look", "Clean", "Heat", "Cool", "Pick2", "All"]
     assert line.split()[:8] == ["valid_seen", "50.0", "-", "-", "-", "-", "66.7", "60.0"]
     assert line.split()[-1] == "5"
@@ -33,14 +35,14 @@ def test_table():
 
 def test_table_of_questions_by_data_set():
     games = played("nq", True, False) + played("2wikimultihopqa", True)
-    header, line = format_table({"test": games}).splitlines()
+    header, line = format_table({"test": games}, DATA_SOURCES).splitlines()
     sets = ["NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle"]
     assert header.split()[1:9] == [*sets, "All"]
     assert line.split()[1:9] == ["50.0", "-", "-", "-", "100.0", "-", "-", "66.7"]
     assert header.index("All") + 3 == line.index("66.7") + 4  # columns line up under wide names
-    assert success_by_type(played("one_hop", True)) == {"1-hop": (1, 1), "All": (1, 1)}
+    assert success_by_type(played("one_hop", True), GENERATED_SOURCES) == {"1-hop": (1, 1), "All": (1, 1)}
     mine = played("my_set", False) + played("nq", True)  # a data set that no paper's table knows
-    assert success_by_type(mine) == {"my_set": (0, 1), "nq": (1, 1), "All": (1, 2)}
+    assert success_by_type(mine, DATA_SOURCES) == {"my_set": (0, 1), "nq": (1, 1), "All": (1, 2)}
 
 
 def test_search_questions_of_a_run(tmp_path):
@@ -49,7 +51,14 @@ def test_search_questions_of_a_run(tmp_path):
     for split in ("train", "test"):
         rows = "".join(f'{{"question": "q{i}", "golden_answers": ["a"]}}\n' for i in range(8))
         (tmp_path / f"{split}.jsonl").write_text(rows)
-    config = Config(env="search", model="smollm2", games=str(tmp_path), train_games=3, eval_games=5, max_steps=4)
+    config = Config(
+        env="search",
+        model="smollm2",
+        env_options={"questions": str(tmp_path)},
+        train_games=3,
+        eval_games=5,
+        max_steps=4,
+    )
     assert eval_splits(config) == ("test",)
     assert games_of(config, "train") == [f"search/train/{i}" for i in range(8)]  # of one's own, all
     assert games_of(config, "test") == [f"search/test/{i}" for i in range(5)]
@@ -58,7 +67,7 @@ def test_search_questions_of_a_run(tmp_path):
 
 def test_table_of_another_environment():
     games = played("grocery", True, False) + played("electronics", True)
-    header, line = format_table({"valid_seen": games}).splitlines()
+    header, line = format_table({"valid_seen": games}, {}).splitlines()
     assert header.split()[:4] == ["split", "electronics", "grocery", "All"]
     assert line.split()[:4] == ["valid_seen", "100.0", "50.0", "66.7"]
 

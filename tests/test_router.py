@@ -91,6 +91,18 @@ def test_fill_keeps_braces_of_a_skill():
     assert fill(PROMPT, Guidance("step", "{0} {text}")) == "task\nnow\nS:{0} {text}\nact"
 
 
+def test_braces_of_a_slot_stand_for_themselves():
+    assert fill(("a", Slot("step", ' {"hint": "{text}", {0}}')), Guidance("step", "go")) == 'a {"hint": "go", {0}}'
+    for template in ("no place", "{text} {text}"):
+        with pytest.raises(ValueError, match="once"):
+            Slot("step", template)
+
+
+def test_two_skills_of_one_level_do_not_fit_in_a_prompt():
+    with pytest.raises(ValueError, match="two skills of one level"):
+        fill(PROMPT, STEP, Guidance("step", "close it"))
+
+
 def test_a_skill_without_a_slot_is_an_error_not_a_plain_prompt():
     with pytest.raises(ValueError, match="no episode slot"):
         fill(("task", Slot("step", "{text}")), EPISODE)

@@ -242,7 +242,7 @@ def test_what_is_no_http_at_all_is_an_error():
 
 
 def test_serve_from_the_command_line(tmp_path):
-    command = [sys.executable, "envs/search.py", "serve", "--corpus", str(corpus(tmp_path)), "--port", "0"]
+    command = [sys.executable, "-m", "envs.search", "serve", "--corpus", str(corpus(tmp_path)), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = server.stdout.readline().split()[-1]

@@ -54,7 +54,7 @@ def trajectory(success=True, observations=("a shelf", "a drawer", "a lamp"), tas
     ],
 )
 def test_sloppy_answers_are_read(text):
-    read = parse_skills(text, num_steps=3, max_step_skills=5)
+    read = parse_skills(text, num_steps=3, max_step_skills=5, template=None)
     words = [read.summary, read.episode, *read.steps.values()]
     assert [" ".join(w.split()).rstrip(".") for w in words] == ["It won", "Look first", "Go", "Take it"]
     assert list(read.steps) == [0, 2]
@@ -227,7 +227,7 @@ def test_one_batch_one_batched_retry_and_hand_computed_metrics():
     # trajectory        0: parsed   1: parsed on retry   2: never   3: too long   4: too long on retry
     script = Script([GOOD, "no idea", '{"episode_skill": 1}', None, "hm"], ['{"episode_skill": "B"}', "x" * 5000, None])
     trajectories = [trajectory(task=f"task {i}") for i in range(5)]
-    written, metrics = write_skills(trajectories, script, max_step_skills=5)
+    written, metrics = write_skills(trajectories, script, max_step_skills=5, template=None)
     assert written == [READ, Skills("", "B", {}), None, None, None]
     assert metrics == {
         "skills/parse_rate": 2 / 5,
@@ -251,43 +251,55 @@ def test_no_retry_where_all_parse_and_long_answers_are_clipped():
     assert metrics["skills/parse_rate"] == metrics["skills/step_skills"] == 1 and metrics["skills/retried"] == 0
 
     script = Script(["x" * 5000], [GOOD])
-    write_skills([trajectory()], script, max_step_skills=1)
+    write_skills([trajectory()], script, max_step_skills=1, template=None)
     assert "x" * 1000 + " [...]" in script.asked[1][0] and "x" * 1001 not in script.asked[1][0]
 
 
 def test_nothing_to_write():
-    written, metrics = write_skills([], Script(), max_step_skills=5)
+    written, metrics = write_skills([], Script(), max_step_skills=5, template=None)
     assert written == [] and set(metrics.values()) == {0}
 
 
 def test_a_writer_that_loses_answers_or_dies_is_an_error():
     with pytest.raises(ValueError):
-        write_skills([trajectory(), trajectory()], Script([GOOD]), max_step_skills=5)
+        write_skills([trajectory(), trajectory()], Script([GOOD]), max_step_skills=5, template=None)
 
     def dead(prompts):
         raise RuntimeError("down")
 
     with pytest.raises(RuntimeError, match="down"):
-        write_skills([trajectory()], dead, max_step_skills=5)
+        write_skills([trajectory()], dead, max_step_skills=5, template=None)
 
 
-# --- a request at the end of the finished conversation ---
+@pytest.mark.parametrize(
+    "steps",
+    [
+        '{"<1>": "look"}',
+        '{"#1": "look"}',
+        '{"step-1": "look"}',
+        '{"Step 1 (critical)": "look"}',
+        '{"[1]": "look"}',
+        '[{"step_index": 1, "skill": "look"}]',
+        '[{"step": "<1>", "text": "look"}]',
+        '{"1": {"skill": "look"}}',
+        '["Step 1: look"]',
+    ],
+)
+def test_step_keys_that_models_print(steps):
+    skills = parse_skills(f'{{"episode_skill": "e", "step_skills": {steps}}}', 3, 5)
+    assert skills.steps == {1: "look"}
+    assert skills.dropped == 0
 
 
-def test_a_request_in_the_conversation_does_not_repeat_the_steps():
-    request = analysis_prompt(trajectory(False), 2, conversation=True)
-    assert "Task: put a pen on the desk\nOutcome: failure\nSteps: your replies above, numbered from 0" in request
-    assert "a shelf" not in request and "act 0" not in request
-    assert "at most 2 critical steps" in request and "what to avoid: the mistake" in request
-    assert request.endswith('"step_skills": {"<step>": "..."}}')
-    assert analysis_prompt(trajectory(), 2, "{task} {steps}!", conversation=True) == "put a pen on the desk !"
+def test_step_keys_that_name_no_step_are_counted():
+    steps = '{"<step>": "a", "7": "b", "-1": "c", "first": "d", "1.5": "e", "1": "look", "2": ""}'
+    skills = parse_skills(f'{{"episode_skill": "e", "step_skills": {steps}}}', 3, 5)
+    assert skills.steps == {1: "look"}
+    assert skills.dropped == 5  # a blank skill is none
+    _, metrics = write_skills([trajectory()], Script([GOOD.replace('"2"', '"9"')]), max_step_skills=5, template=None)
+    assert metrics["skills/step_keys_dropped"] == 1
 
 
-def test_requests_and_retries_say_whose_conversation_they_belong_to():
-    script = Script([GOOD, "no idea", GOOD], ['{"episode_skill": "B"}'])
-    trajectories = [trajectory(task=f"task {i}") for i in range(3)]
-    written, metrics = write_skills(trajectories, script, max_step_skills=5, conversation=True)
-    assert written == [READ, Skills("", "B", {}), READ] and metrics["skills/retried"] == 1
-    first, second = script.asked
-    assert first == [(i, analysis_prompt(t, 5, conversation=True)) for i, t in enumerate(trajectories)]
-    assert [i for i, _ in second] == [1] and "no idea" in second[0][1]
+def test_the_writers_order_decides_which_steps_stay():
+    text = '{"episode_skill": "e", "step_skills": {"2": "c", "0": "a", "1": "b"}}'
+    assert list(parse_skills(text, 3, 2).steps) == [2, 0]

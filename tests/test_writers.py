@@ -1,4 +1,4 @@
-"""writers.py: local models, conversations gone on from, an OpenAI-compatible endpoint."""
+"""lm/writers.py: local models, a function of the user's, an OpenAI-compatible endpoint."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lm import writers
-from lm.writers import model_writer, openai_writer
+from lm.writers import import_writer, model_writer, openai_writer
 
 # --- a local model ---
 
@@ -63,73 +63,17 @@ def test_model_writer_with_a_real_tiny_model(tokenizer):
         eos_token_id=1, bos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     write = model_writer(
-        LlamaForCausalLM(config), tokenizer, max_new_tokens=6, temperature=1.0, context_limit=30, prefill='{"a": "'
+        LlamaForCausalLM(config),
+        tokenizer,
+        max_new_tokens=6,
+        temperature=1.0,
+        context_limit=30,
+        prefill='{"a": "',
+        batch_tokens=4096,
     )
     answers = write(["one", "one two two", "two " * 40])
     assert answers[0].startswith('{"a": "') and answers[1].startswith('{"a": "') and answers[2] is None
     assert write(["two " * 40]) == [None]
-
-
-@pytest.fixture(scope="module")
-def played():
-    """(model, encoder, trajectories, the sampler that played them and kept their rows); episodes end at 2, 4, 4, 4
-    turns, since one context limit is reached earlier."""
-    from envs.alfworld import AlfworldEnv, cached_games
-    from lm.encoder import Encoder
-    from lm.sampler import Sampler
-    from rollout import rollout
-    from tiny.warmstart import tiny_model, tiny_tokenizer
-
-    words = tiny_tokenizer()
-    model = tiny_model(len(words), seed=0, width=48).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    model.generation_config.eos_token_id = list(range(4, len(words), 5))
-    games = cached_games("small", "train", 2)
-    encoder, sampling = Encoder(words, "chat"), {"max_new_tokens": 8, "temperature": 1.0}
-    sampler = Sampler(model, words, **sampling, keep_finished=True)
-    torch.manual_seed(0)
-    lengths = iter([2, 4, 4, 4])
-    make_env = lambda: AlfworldEnv(prompt="compact", max_steps=next(lengths))
-    trajectories, _ = rollout(model, encoder, make_env, games, 2, **sampling, context_limit=512, sampler=sampler)
-    assert [len(t.steps) for t in trajectories] == [2, 4, 4, 4]
-    return model, encoder, trajectories, sampler
-
-
-def test_conversation_writer_goes_on_from_the_cache_with_the_same_answers(played, monkeypatch):
-    model, encoder, trajectories, sampler = played
-    contexts, original = [], writers.generate
-    monkeypatch.setattr(writers, "generate", lambda *a, **k: (contexts.append(a[2]), original(*a, **k))[1])
-    requests = [(i, f"write skills task {i}") for i in (2, 0, 3)]  # a retry asks for some of them only
-    answering = {"max_new_tokens": 6, "temperature": 1.0, "context_limit": 512, "prefill": '{"episode_summary": "'}
-    answers, read = [], []
-    handle = model.register_forward_pre_hook(lambda _, a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
-    for recall in (sampler.recall, lambda keys: None):
-        torch.manual_seed(1)
-        read.append(0)
-        write = writers.conversation_writer(model, encoder, trajectories, recall=recall, **answering)
-        answers.append(write(requests))
-    handle.remove()
-    assert answers[0] == answers[1] and all(answer.startswith('{"episode_summary": "') for answer in answers[0])
-    split = read.index(0, 1)
-    assert sum(read[:split]) < sum(read[split:]) / 2
-    for context, (i, request) in zip(contexts[0], requests, strict=True):
-        last = trajectories[i].steps[-1]
-        assert context[: len(last.context) + len(last.response)] == last.context + last.response
-        asked = encoder._ids(f"<user>{request}<assistant>") + encoder._ids('{"episode_summary": "')
-        assert context[-len(asked) :] == asked
-
-
-def test_conversation_writer_leaves_out_what_does_not_fit(played):
-    model, encoder, trajectories, sampler = played
-    ends = [len(t.steps[-1].context) + len(t.steps[-1].response) for t in trajectories]
-    limit = sorted(ends)[2] + 4 + 5  # of request and end of turn, of new tokens; the longest conversation goes over it
-    answering = {"max_new_tokens": 5, "temperature": 1.0, "context_limit": limit, "recall": sampler.recall}
-    write = writers.conversation_writer(model, encoder, trajectories, **answering)
-    answers = write([(i, "write") for i in range(4)])
-    assert answers[ends.index(max(ends))] is None
-    assert answers[0] is not None
 
 
 # --- an OpenAI-compatible endpoint ---
@@ -258,3 +202,44 @@ def test_openai_writer_wants_a_key(monkeypatch):
 
 def test_openai_is_not_imported_unless_asked_for():
     assert not hasattr(writers, "openai")
+
+
+# --- a function of the user's ---
+
+
+def mine(prompts):
+    return [f"about {prompt}" for prompt in prompts]
+
+
+def too_few(prompts):
+    return prompts[1:]
+
+
+def numbers(prompts):
+    return [1 for _ in prompts]
+
+
+NOT_CALLABLE = "text"
+
+
+def test_a_function_of_the_users_writes():
+    assert import_writer(f"{__name__}:mine")(["a", "b"]) == ["about a", "about b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:write", "no_such_module"),
+        (f"{__name__}:nothing", "nothing"),
+        (f"{__name__}:NOT_CALLABLE", "is no function"),
+    ],
+)
+def test_a_writer_that_is_not_there_is_named(name, message):
+    with pytest.raises(ValueError, match=f"--skill-writer {name}.*{message}"):
+        import_writer(name)
+
+
+@pytest.mark.parametrize(("function", "message"), [("too_few", "a list of 2 answers"), ("numbers", "not int")])
+def test_a_writer_that_returns_something_else_is_told_so(function, message):
+    with pytest.raises(ValueError, match=message):
+        import_writer(f"{__name__}:{function}")(["a", "b"])

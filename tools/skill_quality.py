@@ -20,6 +20,7 @@ import torch
 
 from config import Config
 from data import Skills, Trajectory
+from envs.alfworld import TASK_TYPES
 from envs.prompts import COMPACT_ANALYSIS
 from evaluate import format_table, games_of, play
 from lm.encoder import Encoder
@@ -52,7 +53,7 @@ def main() -> None:
     encoder = Encoder(tokenizer, config.context)
     games = games_of(config, "valid_seen")
     trajectories = play(model, encoder, config, games, temperature=args.temperature)
-    print(format_table({"valid_seen": trajectories}))
+    print(format_table({"valid_seen": trajectories}, TASK_TYPES))
     write = model_writer(
         model,
         tokenizer,

@@ -14,6 +14,7 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from data import Prompt
 from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
@@ -21,6 +22,8 @@ from envs.alfworld.games import generate_games
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
+GENERATE = "generate"
+GENERATED = {"train": 1000, "valid_seen": 200, "valid_unseen": 200}  # games, where no number is asked for
 
 # The columns of the paper's table, in its order.
 TASK_TYPES = {
@@ -66,7 +69,7 @@ def list_games(folder: str | Path, split: str) -> list[str]:
     if not games:
         raise FileNotFoundError(
             f"no game.tw-pddl under {root / split}. Get the official games with `pip install alfworld && "
-            f"alfworld-download` and point --games at $ALFWORLD_DATA, or leave --games at 'generate' for generated ones"
+            f"alfworld-download` and pass --env-options data=$ALFWORLD_DATA, or leave `data` at 'generate'"
         )
     return games
 
@@ -93,21 +96,30 @@ def words(text: str) -> str:
 
 
 class AlfworldEnv:
-    """The environment of envs/__init__.py, on one engine. `games`: paths that reset(seed=...) draws from."""
+    """The environment of envs/__init__.py, on one engine.
+
+    `games`: paths to play, in place of `data`, which is a folder of official games, or "generate" for generated ones,
+    in rooms of that `size`. Raises ValueError for an unknown engine, prompt or size.
+    """
+
+    columns = TASK_TYPES
 
     def __init__(
         self,
         games: list[str] | None = None,
-        engine: str = "fast",
+        engine: Literal["fast", "textworld"] = "fast",
         max_steps: int = 30,
         prompt: str = "official",
         history: int = 5,
+        data: str = GENERATE,
+        size: Literal["small", "full"] = "small",
     ):
         if engine not in ENGINES:
             raise ValueError(f"unknown ALFWorld engine {engine!r}; known: {', '.join(ENGINES)}")
         if prompt not in ("official", "compact"):
             raise ValueError(f"unknown ALFWorld prompt {prompt!r}; known: official, compact")
-        self.games, self.engine_name, self.max_steps = games or [], engine, max_steps
+        self.games, self.engine_name, self.max_steps = games, engine, max_steps
+        self.data, self.size, self.generated = data, size, data == GENERATE
         self.prompt, self.history = prompt, history
         self.engine = None
 
@@ -143,9 +155,13 @@ class AlfworldEnv:
         info = {"admissible_actions": self._admissible(), "won": won}
         return self._text(observation), float(won), won, not won and self.steps >= self.max_steps, info
 
-    def tasks(self, split: str) -> list[str]:
-        """The games that this environment was given for `split`."""
-        return [game for game in self.games if f"/{split}/" in game]
+    def tasks(self, split: str, count: int | None = None) -> list[str]:
+        """The games of `split`: given ones, official ones, or generated ones (written to cache/ on first use)."""
+        if self.games is not None:
+            return [game for game in self.games if f"/{split}/" in game][:count]
+        if self.generated:
+            return cached_games(self.size, split, count or GENERATED[split])
+        return list_games(self.data, split)[:count]
 
     def build_prompt(
         self, style: str, task: str, history: list[tuple[str, str]], observation: str, admissible: list[str]

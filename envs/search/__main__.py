@@ -1,4 +1,7 @@
-"""python -m envs.search serve --corpus FILE --port 8000     # BM25 over a corpus, for --retriever http://127.0.0.1:8000"""
+"""BM25 over a corpus, for `--env-options retriever=http://127.0.0.1:8000`
+
+python -m envs.search serve --corpus FILE --port 8000
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Prompts. "official": the words of the authors' release (agent_system/environment
 `<think>...</think><search>...</search>` or `<answer>...</answer>`. "compact": lower-case words, responses are bare
 commands, "search capital of france" or "answer paris"; short enough for a model of a million parameters.
 
-python -m envs.search serve --corpus FILE --port 8000     # BM25 over a corpus, for --retriever http://127.0.0.1:8000
+python -m envs.search serve --corpus FILE --port 8000     # BM25 over a corpus, for --env-options retriever=http://127.0.0.1:8000
 """
 
 from __future__ import annotations
@@ -136,6 +136,10 @@ class SearchEnv:
             raise ValueError(f"unknown Search QA prompt {prompt!r}; known: official, compact")
         self.games, self.max_steps, self.prompt, self.history = games or [], max_steps, prompt, history
         self.questions, self.top_k = questions, top_k
+        self.generated = questions == GENERATE
+        self.closed_vocabulary = self.generated and retriever == GENERATE
+        self.held_out = ("valid_seen", "valid_unseen") if self.generated else ("test",)
+        self.columns = GENERATED_SOURCES if self.generated else DATA_SOURCES
         self.source = retriever if isinstance(retriever, str) else CachedRetriever(retriever, top_k)
         self.question, self.steps = None, 0
 
@@ -193,11 +197,11 @@ class SearchEnv:
         actions = (read_action(self.parse_action(response, [])[0]) for response in responses)
         self.retriever.warm([text for kind, text in filter(None, actions) if kind == "search" and text])
 
-    def tasks(self, split: str) -> list[str]:
+    def tasks(self, split: str, count: int | None = None) -> list[str]:
         """The tasks that this environment was given for `split`, or, given none, all of them."""
         if self.games:
-            return [game for game in self.games if game.startswith(f"search/{split}/")]
-        return [f"search/{split}/{i}" for i in range(len(load_questions(self.questions, split)))]
+            return [game for game in self.games if game.startswith(f"search/{split}/")][:count]
+        return [f"search/{split}/{i}" for i in range(len(load_questions(self.questions, split)))][:count]
 
     def build_prompt(
         self, style: str, task: str, history: list[tuple[str, str]], observation: str, admissible: list[str]

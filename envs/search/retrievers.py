@@ -26,7 +26,7 @@ import numpy as np
 
 CACHE = Path("cache")
 INDEX_VERSION = 1  # of what `_build` writes; part of the index folder's name
-SERVE_HINT = "start one with `python -m envs.search serve --corpus FILE --port 8000`, or point --retriever elsewhere"
+SERVE_HINT = "start one with `python -m envs.search serve --corpus FILE --port 8000`, or set --env-options retriever"
 
 
 class RetrieverError(RuntimeError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import Literal
 
 from data import Prompt
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
@@ -59,7 +60,7 @@ class WebshopEnv:
         prompt: str = "official",
         history: int = 2,
         data: str = "generate",
-        goals: str = "human",
+        goals: Literal["human", "synthetic"] = "human",
         page_size: int | None = None,
     ):
         if prompt not in ("official", "compact"):
@@ -67,6 +68,7 @@ class WebshopEnv:
         if max_steps < 1 or history < 0 or (page_size is not None and page_size < 1):
             raise ValueError(f"max_steps {max_steps}, history {history} or page_size {page_size} is out of range")
         self.games, self.max_steps, self.prompt, self.history = games, max_steps, prompt, history
+        self.generated = self.closed_vocabulary = data == "generate"
         self.page_size = page_size or (compact.PAGE_SIZE if prompt == "compact" else 10)
         self.shop, self.index, self.asins = open_shop(str(data), goals)
         self.session: Session | None = None
@@ -113,11 +115,11 @@ class WebshopEnv:
         observation = self._observation(score, acted)
         return observation, float(score == 1.0), done, not done and self.steps >= self.max_steps, info
 
-    def tasks(self, split: str) -> list[str]:
-        """Every task id of a split: train, valid_seen (officially: eval), valid_unseen (test)."""
+    def tasks(self, split: str, count: int | None = None) -> list[str]:
+        """The task ids of a split: train, valid_seen (officially: eval), valid_unseen (test)."""
         if (name := ALIASES.get(split, split)) not in self.shop.goals:
             raise ValueError(f"unknown WebShop split {split!r}; known: {', '.join((*SPLITS, *ALIASES))}")
-        return [f"webshop/{name}/{i}" for i in range(len(self.shop.goals[name]))]
+        return [f"webshop/{name}/{i}" for i in range(len(self.shop.goals[name]))][:count]
 
     def build_prompt(
         self, style: str, task: str, history: list[tuple[str, str]], observation: str, admissible: list[str]
