@@ -45,6 +45,7 @@ class Step:
     text: str  # the response decoded, after what the template began it with; for the parser, people and skill prompts
     action: str  # the action parsed from it, as sent to the environment
     valid: bool  # False: no admissible action could be parsed
+    logprobs: list[float] | None = None  # log p of each token when it was sampled; None: not recorded
 
 
 @dataclass
