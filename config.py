@@ -79,6 +79,9 @@ class Config:
     context_limit: int = ROLLOUT(1024, "most tokens of prompt and response together")
     max_new_tokens: int = ROLLOUT(12, "most tokens of a response")
     temperature: float = ROLLOUT(1.0, "sampling temperature of training rollouts")
+    reuse_cache: bool = ROLLOUT(
+        True, "keep keys and values from turn to turn where a model's architecture makes that exact; off: read anew"
+    )
     success_reward: float = ROLLOUT(10.0, "outcome reward of a solved task")
     # 0, not the paper's 0.1: in a group whose outcomes are all equal the penalty alone is what gets normalised, to the
     # same size as a real outcome, and for small models with many invalid actions that noise makes training collapse.

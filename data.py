@@ -45,6 +45,7 @@ class Step:
     text: str  # the response decoded, after what the template began it with; for the parser, people and skill prompts
     action: str  # the action parsed from it, as sent to the environment
     valid: bool  # False: no admissible action could be parsed
+    logprobs: list[float] | None = None  # log p of each token when it was sampled; None: not recorded
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Skills:
     summary: str
     episode: str
     steps: dict[int, str] = field(default_factory=dict)
-    dropped: int = 0  # step skills in the answer that name no step of the episode
+    dropped: int = field(default=0, compare=False)  # step skills in the answer that name no step of the episode
 
 
 @dataclass(frozen=True)

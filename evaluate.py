@@ -80,7 +80,8 @@ def play(
     trajectories: list[Trajectory] = []
     bar = tqdm(range(0, len(games), at_once), desc=f"evaluate {note}", leave=False, disable=None)
     for start in bar:
-        sampler = Sampler(model, encoder.tokenizer, max_new_tokens=config.max_new_tokens, temperature=temperature)
+        sampling = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+        sampler = Sampler(model, encoder.tokenizer, **sampling, reuse_cache=config.reuse_cache)
         trajectories += rollout(
             sampler,
             encoder,

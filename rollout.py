@@ -106,6 +106,8 @@ def rollout(
             prefetch(texts)
         for i, response, text in zip(live, responses, texts, strict=True):
             episodes[i].act(contexts[i], response, text)
+            if sampler.recorded is not None:
+                episodes[i].trajectory.steps[-1].logprobs = sampler.recorded[i][-1]
         live = [i for i in live if not episodes[i].done]
         turn += 1
     sampler.model.train(training)

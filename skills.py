@@ -51,7 +51,7 @@ _MAX_REPAIR_CHARS = 6_000  # json-repair takes quadratic time on nested garbage:
 _NO_SKILL = re.compile(r"\W*")  # blank, or a placeholder such as "..." copied from the prompt
 # "3", "step 3", "Step_3: look", "<1>", "#2", "step-3", "Step 4 (critical)"
 _STEP_KEY = re.compile(
-    r"[\s<#(\[]*(?:step)?[\s_<#-]*([0-9]{1,6})\s*[>)\]]?\s*(?:\([^()]*\)\s*)?(?::|\Z)", re.IGNORECASE
+    r"\s*[<#(\[]?(?:step[\s_<#-]*)?([0-9]{1,6})[>)\]]?[\s_]*(?:\([^()]*\)\s*)?(?::|\Z)", re.IGNORECASE
 )
 _STEP_NAMES, _SKILL_NAMES = ("step", "step_index", "index", "step_id"), ("skill", "step_skill", "text")
 _BETWEEN_OBJECTS = re.compile(r'(?<=\})(?!\s*,)[^{}"]*(?=\{)')  # what may stand between two objects: } here {

@@ -36,12 +36,13 @@ from advantage import (
 )
 from baselines import METHODS, Method
 from config import Config, parse_args
-from data import Batch, Guidance, Skills, Trajectory
+from data import Batch, Guidance, Skills, Step, Trajectory
 from evaluate import columns_of, environment, evaluate, format_table, games_of
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
+from lm.obstacles import check_model, sampling_note
 from lm.packing import Sequence, micro_batches, pack
-from lm.sampler import Sampler
+from lm.sampler import Sampler, check_gap, logprob_gap
 from lm.writers import Writer, import_writer, model_writer, openai_writer
 from rescore import guided_contexts, layout_noise, response_logprobs, score, sequence_logprobs
 from rollout import rollout
@@ -62,7 +63,7 @@ def train(config: Config, run: Run | None = None) -> RunLog:
     run = run or Run(config)
     for iteration in range(run.log.first_iteration, config.iterations):
         rng = run.seed(iteration)
-        trajectories, played = run.rollout(rng)
+        trajectories, played = run.rollout(iteration, rng)
         skills, written = run.write_skills(trajectories, rng)
         routes = run.route(trajectories, skills)
         batch, scored = run.rescore(trajectories, routes, iteration)
@@ -193,11 +194,13 @@ class Run:
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
         model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
-        self.log.start(model)
+        start = self.log.start(model)
         torch.manual_seed(config.seed)
         # The policy is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
         self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(device)
+        check_model(self.policy, config.context_limit)
+        self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
         self.models = {"policy": self.policy, "old": self.policy, "reference": frozen_copy(self.policy)}
         if config.keeps_ema:
@@ -208,7 +211,7 @@ class Run:
             self.policy.enable_input_require_grads()
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.encoder = Encoder(self.tokenizer, config.context)
+        self.encoder = Encoder(self.tokenizer, config.context, start["date"])
         self.log.restore(self.policy, self.optimizer, self.models.get("ema"), self.method)
         if config.eval_every and self.log.first_iteration == 0:
             self.evaluate(-1)
@@ -222,13 +225,18 @@ class Run:
     # ---- 1. rollout ----------------------------------------------------------------------------------------------
 
     @timed("rollout")
-    def rollout(self, rng: random.Random) -> tuple[list[Trajectory], Metrics]:
+    def rollout(self, iteration: int, rng: random.Random) -> tuple[list[Trajectory], Metrics]:
         """This process's share of the iteration's tasks, each played N times."""
         config, share = self.config, self.accelerator
         games = rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
         sampler = Sampler(
-            self.policy, self.tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature
+            self.policy,
+            self.tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            reuse_cache=config.reuse_cache,
+            record=iteration == 0,
         )
         with self._bar("rollout") as bar, self.accelerator.autocast():
             trajectories, metrics = rollout(
@@ -312,6 +320,8 @@ class Run:
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
         with self.accelerator.autocast():
             plain, guided, metrics = self._logprobs(contexts, responses, trajectories, routes)
+            if iteration == 0:
+                metrics["rollout/logprob_gap"] = self._check_sampled(steps, plain["old"])
             if config.levels and iteration == 0:
                 few = sum(len(trajectory.steps) for trajectory in trajectories[:NOISE_TRAJECTORIES])
                 limits = {"temperature": config.temperature, "token_budget": config.token_budget}
@@ -321,6 +331,12 @@ class Run:
         batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration)
         metrics |= {f"guided/{level}": (~x.isnan()).any(1).float().mean().item() for level, x in guided.items()}
         return batch, metrics | outcome_metrics | advantage_metrics(outcome, batch.skill_advantages, batch.mask)
+
+    def _check_sampled(self, steps: list[Step], old: Tensor) -> float:
+        """Largest |log p when sampled - log p when scored| of a token. Raises ValueError beyond rounding."""
+        largest, mean = logprob_gap([step.logprobs for step in steps], old)
+        check_gap(largest, mean, torch.bfloat16 if self.config.mixed_precision == "bf16" else self.policy.dtype)
+        return largest
 
     def _logprobs(
         self, contexts, responses, trajectories, routes

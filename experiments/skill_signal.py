@@ -76,7 +76,7 @@ def batch_of(config: Config, run: Path | None) -> tuple[Config, list[Trajectory]
         training = Run(config)
         iteration = training.log.first_iteration
         rng = training.seed(iteration)
-        trajectories, _ = training.rollout(rng)
+        trajectories, _ = training.rollout(iteration, rng)
         skills, _ = training.write_skills(trajectories, rng)
         routes = training.route(trajectories, skills)
         batch, _ = training.rescore(trajectories, routes, iteration)

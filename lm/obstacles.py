@@ -94,7 +94,9 @@ def cache_obstacle(model) -> str | None:
 
 def cached_columns(model) -> float:
     """How many columns a kept cache may have: a sliding window counts padding, too, so it must leave none out yet."""
-    return text_config(model).sliding_window - 1 if "sliding_attention" in other_layers(model) else math.inf
+    if "sliding_attention" not in other_layers(model):
+        return math.inf
+    return (getattr(text_config(model), "sliding_window", None) or 1) - 1
 
 
 def padding_obstacle(model) -> str | None:

@@ -240,17 +240,15 @@ def generate(
     return responses
 
 
-def logprob_gap(recorded: dict[int, list[list[float]]], scored: Tensor) -> tuple[float, float]:
+def logprob_gap(sampled: list[list[float]], scored: Tensor) -> tuple[float, float]:
     """(largest, mean) |log p when sampled - log p when scored| of a token, in nats.
 
-    `recorded`: of a `Sampler(record=True)`, episodes numbered in the order of the rollout; `scored` (B, R): the same
-    tokens' log-probs under the same weights and temperature, rows by episode, then by turn.
-    Raises ValueError where the two are not about the same tokens.
+    `sampled`: B rows, of a `Sampler(record=True)`; `scored` (B, R): the same tokens' log-probs by the same model at the
+    same temperature, NaN beyond a row's end. Raises ValueError where the two are not about the same tokens.
     """
-    rows = [turn for episode in sorted(recorded) for turn in recorded[episode]]
-    if [len(row) for row in rows] != (~scored.isnan()).sum(1).tolist():
+    if [len(row) for row in sampled] != (~scored.isnan()).sum(1).tolist():
         raise ValueError("what was sampled and what was scored are not the same tokens")
-    gaps = torch.cat([(torch.tensor(row) - scored[i, : len(row)]).abs() for i, row in enumerate(rows)])  # (tokens,)
+    gaps = torch.cat([(torch.tensor(row) - scored[i, : len(row)]).abs() for i, row in enumerate(sampled)])  # (tokens,)
     return gaps.max().item(), gaps.mean().item()
 
 

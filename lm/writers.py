@@ -17,10 +17,6 @@ from lm.sampler import generate
 
 Writer = Callable[[list[str]], list[str | None]]
 
-TIMEOUT = 60.0  # seconds for one request to an endpoint
-RETRIES = 3  # of one request: no connection, time-out, overload, server error
-CONCURRENCY = 8  # requests under way at a time
-
 
 def model_writer(
     model,
@@ -81,6 +77,9 @@ def openai_writer(
     base_url: str,
     max_new_tokens: int,
     temperature: float,
+    timeout: float = 60.0,  # seconds for one request
+    retries: int = 3,  # of one request: no connection, time-out, overload, server error
+    concurrency: int = 8,  # requests under way at a time
 ) -> Writer:
     """Skills from an OpenAI-compatible endpoint, as in the authors' set-up; the key comes from OPENAI_API_KEY.
 
@@ -90,7 +89,7 @@ def openai_writer(
 
     if not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("set OPENAI_API_KEY for the openai skill writer (any value does for a server without keys)")
-    client = openai.OpenAI(base_url=base_url, timeout=TIMEOUT, max_retries=RETRIES)
+    client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=retries)
     options = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature}
 
     def ask(prompt: str) -> str | None:
@@ -103,7 +102,7 @@ def openai_writer(
             raise RuntimeError(f"no usable answer from {base_url}: {type(error).__name__}: {error}") from error
 
     def write(prompts: list[str]) -> list[str | None]:
-        with ThreadPoolExecutor(CONCURRENCY) as pool:  # the first error cancels the requests that have not started
+        with ThreadPoolExecutor(concurrency) as pool:  # the first error cancels the requests that have not started
             return list(pool.map(ask, prompts))
 
     return write

@@ -102,7 +102,8 @@ def sampled_and_scored(model) -> dict[str, float]:
     contexts, responses = episodes(sampler)
     expected = alone(model, contexts, responses)
     truth = expected.detach()
-    largest_gap, mean_gap = logprob_gap(sampler.recorded, truth)
+    sampled = [turn for episode in sorted(sampler.recorded) for turn in sampler.recorded[episode]]
+    largest_gap, mean_gap = logprob_gap(sampled, truth)
     check_gap(largest_gap, mean_gap, model.dtype)
     branches = [[*c[:2], 50 + i, *c[2:]] if i % 3 else None for i, c in enumerate(contexts)]
     branched = [i for i, branch in enumerate(branches) if branch]

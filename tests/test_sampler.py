@@ -110,20 +110,21 @@ def test_the_log_probs_that_a_sampler_records_are_those_that_are_scored():
     assert responses == played(model, temperature=0.7)[1]  # recording changes no token
     assert {episode: len(turns) for episode, turns in sampler.recorded.items()} == {0: 3, 1: 2, 2: 3}
     scored = response_logprobs(model, contexts, responses, temperature=0.7, token_budget=60)
-    assert logprob_gap(sampler.recorded, scored)[0] < 1e-5
-    assert logprob_gap(sampler.recorded, response_logprobs(model, contexts, responses, token_budget=60))[0] > 0.1
-    check_gap(*logprob_gap(sampler.recorded, scored), torch.float32)
+    sampled = [turn for episode in sorted(sampler.recorded) for turn in sampler.recorded[episode]]
+    assert logprob_gap(sampled, scored)[0] < 1e-5
+    assert logprob_gap(sampled, response_logprobs(model, contexts, responses, token_budget=60))[0] > 0.1
+    check_gap(*logprob_gap(sampled, scored), torch.float32)
 
 
 def test_the_gap_by_hand():
     nan = math.nan
-    recorded = {1: [[-3.0]], 0: [[-1.0, -2.0], [-0.5]]}  # by episode, then by turn, whatever the order of the keys
+    sampled = [[-1.0, -2.0], [-0.5], [-3.0]]
     scored = torch.tensor([[-1.0, -2.5], [-0.75, nan], [-3.0, nan]])
-    assert logprob_gap(recorded, scored) == (0.5, 0.1875)  # (0 + 0.5 + 0.25 + 0) / 4
+    assert logprob_gap(sampled, scored) == (0.5, 0.1875)  # (0 + 0.5 + 0.25 + 0) / 4
     with pytest.raises(ValueError, match="not the same tokens"):
-        logprob_gap({0: [[-1.0, -2.0], [-0.5]]}, scored)
+        logprob_gap([[-1.0, -2.0], [-0.5]], scored)
     with pytest.raises(ValueError, match="not the same tokens"):
-        logprob_gap({0: [[-1.0], [-0.5]], 1: [[-3.0]]}, scored)
+        logprob_gap([[-1.0], [-0.5], [-3.0]], scored)
     for dtype, largest, mean, wrong in (
         (torch.float32, 9e-4, 9e-5, False),
         (torch.float32, 2e-3, 9e-5, True),

@@ -166,7 +166,7 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
         if "ema" in run.models:
             next(run.models["ema"].parameters()).add_(0.5)
     rng = run.seed(0)
-    run.write_skills(run.rollout(rng)[0], rng)
+    run.write_skills(run.rollout(0, rng)[0], rng)
     assert torch.equal(authors[0], start + {"policy": 1.0, "reference": 0.0, "ema": 0.5}[name])
 
 

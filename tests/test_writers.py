@@ -40,13 +40,15 @@ def test_model_writer_prompts_prefills_and_leaves_out_what_does_not_fit(tokenize
 
     monkeypatch.setattr(writers, "generate", generate)
     model = torch.nn.Linear(1, 1)
-    write = model_writer(model, tokenizer, max_new_tokens=4, temperature=0.5, context_limit=11, prefill="{ ")
+    write = model_writer(
+        model, tokenizer, max_new_tokens=4, temperature=0.5, context_limit=11, prefill="{ ", batch_tokens=99
+    )
     answers = write(["one", "one two one two", "two two two"])
     # user one <end> assistant {      user two two two <end> assistant {      4 new tokens: 11 fit, 12 do not
     assert calls == [
         (
             [[3, 5, 1, 4, 7], [3, 6, 6, 6, 1, 4, 7]],
-            {"max_new_tokens": 4, "temperature": 0.5, "token_budget": 65536},
+            {"max_new_tokens": 4, "temperature": 0.5, "token_budget": 99},
             False,
         )
     ]
