@@ -379,8 +379,9 @@ class Run:
         losses = policy + config.kl * kl
         terms = {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped}
 
-        if batch.teacher_logprobs is not None:  # never with OPID
-            terms["loss/distill"] = self.method.loss(new, old, batch.teacher_logprobs[at].to(device))  # (N,)
+        if self.method.loss_weight:  # never with OPID
+            teacher = None if batch.teacher_logprobs is None else batch.teacher_logprobs[at].to(device)  # (N,)
+            terms["loss/distill"] = self.method.loss(new, old, teacher)  # (N,)
             losses = losses + self.method.loss_weight * terms["loss/distill"]
         return losses, terms
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools.plot_run import plot_curve
+from runlog.curve import plot_curve
 from tools.report import write_report
 
 

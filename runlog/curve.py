@@ -1,4 +1,4 @@
-"""Draw a run's learning curve: python tools/plot_run.py runs/laptop [more runs ...]"""
+"""Draw a run's learning curve: python -m runlog.curve runs/laptop [more runs ...]"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def read_lines(path: Path) -> list[dict]:
+def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -21,7 +21,7 @@ def plot_curve(folder: str | Path, *more: str | Path) -> Path:
     figure, axis = plt.subplots(figsize=(7, 4))
     for run in map(Path, (folder, *more)):
         label = f"{run.name}: " if more else ""
-        metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl")
+        metrics, evaluations = records(run / "metrics.jsonl"), records(run / "evaluations.jsonl")
         axis.plot(
             [m["iteration"] + 1 for m in metrics],
             [100 * m["train/success"] for m in metrics],
