@@ -49,6 +49,7 @@ MEANS_OVER = {
     "tokens": ("advantage/outcome_abs",),
     "guided tokens": ("advantage/skill_abs", "advantage/skill_mean"),
 }
+LARGEST = {"rollout/logprob_gap"}
 WEIGHED_BY = {name: over for over, names in MEANS_OVER.items() for name in names}
 
 
@@ -144,10 +145,15 @@ class RunLog:
         names = sorted(name for name in metrics if not name.startswith("eval/") and name != "seconds/evaluate")
         shares = [1.0 if name in COUNTS else sizes.get(WEIGHED_BY.get(name), 1.0) for name in names]
         sums = [metrics[name] * share for name, share in zip(names, shares, strict=True)]
-        pairs = torch.tensor([sums, shares], dtype=torch.float64, device=self.accelerator.device)  # (2, names)
-        totals, counts = self.accelerator.reduce(pairs, "sum").tolist()
-        reduced = zip(names, totals, counts, strict=True)
-        return {name: total if name in COUNTS else total / max(count, 1e-9) for name, total, count in reduced}
+        pairs = torch.tensor([[sums, shares]], dtype=torch.float64, device=self.accelerator.device)  # (1, 2, names)
+        gathered = self.accelerator.gather(pairs)  # (processes, 2, names)
+        reduced = {}
+        for i, name in enumerate(names):
+            values, counts = gathered[:, 0, i], gathered[:, 1, i]  # (processes,) each
+            mean = values.sum() / counts.sum().clamp(min=1e-9)
+            chosen = values.max() if name in LARGEST else values.sum() if name in COUNTS else mean
+            reduced[name] = chosen.item()
+        return reduced
 
     def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
         """The held-out table, printed and kept with the success of each split."""
