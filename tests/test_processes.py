@@ -54,9 +54,6 @@ def note_played(run, *more):
     played.append(sorted({trajectory.game for trajectory in trajectories}))
     return trajectories, metrics
 
-def gap(run, *more):
-    return 0.1 + 0.2 * run.accelerator.process_index
-
 def step(self, action):
     observation, reward, terminated, truncated, info = moved(self, action)
     return observation, reward, terminated, truncated, info | {"won": drawn(action).random() < 0.5}
@@ -68,7 +65,8 @@ AlfworldEnv.parse_action = lambda self, text, admissible: (text, len(text) % 2 =
 AlfworldEnv.step = step
 train.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=48), tokenizer)
 train.model_writer = lambda *a, **k: writer
-train.Sampler, evaluate.Sampler, train.Run._check_sampled = Scripted, HeldOut, gap
+train.Sampler, evaluate.Sampler = Scripted, HeldOut
+train.logprob_gap, train.check_gap = lambda *a: (0.1 + 0.2 * int(os.environ["RANK"]), 0.0), lambda *a: None
 torch.optim.AdamW = lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr)
 config = parse_args(sys.argv[1:])
 run, rollout = train.Run(config), train.Run.rollout
