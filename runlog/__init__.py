@@ -221,7 +221,7 @@ class RunLog:
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""
         if self.accelerator.is_main_process:
-            from tools.plot_run import plot_curve  # matplotlib is not needed for anything else
+            from runlog.curve import plot_curve  # matplotlib is not needed for anything else
 
             write_whole(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary))
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")

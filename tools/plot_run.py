@@ -1,49 +1,28 @@
-"""Draw a run's learning curve: python tools/plot_run.py runs/laptop [more runs ...]"""
+"""Draws the learning curve of a run, or of several in one figure: curve.png in the first folder."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from pathlib import Path
 
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-def plot_curve(folder: str | Path, *more: str | Path) -> Path:
-    """Success in training and on held-out tasks by iteration -> the path of curve.png in the first folder."""
-    import matplotlib
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, such as runs/laptop")
+    args = parser.parse_args()
+    from runlog.curve import plot_curve  # here: PyTorch comes with it, and --help need not wait
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for run in map(Path, (folder, *more)):
-        label = f"{run.name}: " if more else ""
-        metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl")
-        axis.plot(
-            [m["iteration"] + 1 for m in metrics],
-            [100 * m["train/success"] for m in metrics],
-            alpha=0.35,
-            label=f"{label}train (T 1.0)",
-        )
-        for split in evaluations[0]["success"] if evaluations else []:
-            axis.plot(
-                [e["iteration"] + 1 for e in evaluations],
-                [100 * e["success"][split] for e in evaluations],
-                marker="o",
-                label=f"{label}{split}",
-            )
-    axis.set(xlabel="iteration", ylabel="success (%)", ylim=(0, 100))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.tight_layout()
-    path = Path(folder) / "curve.png"
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    for run in args.runs:
+        if not (run / "metrics.jsonl").exists():
+            sys.exit(f"plot_run.py: no metrics.jsonl in {run}: not the folder of a run, or no iteration has ended")
+    try:
+        print(plot_curve(*args.runs))
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot_run.py: {error}")
 
 
 if __name__ == "__main__":
-    print(plot_curve(*sys.argv[1:]))
+    main()
