@@ -100,23 +100,3 @@ def sum_of_scored(mask: Tensor, *scores: Tensor) -> Tensor:
 def linear_decay(iteration: int, iterations: int) -> float:
     """From 1 at iteration 0 in a line to 0 at `iterations`; always 1 where that is 0."""
     return max(0.0, 1 - iteration / iterations) if iterations else 1.0
-
-
-def silent_groups(groups: list[int], rewards: list[float]) -> dict[int, bool]:
-    """Group -> whether all its rollouts earned the same, so that the outcome says nothing about its steps. One entry of
-    `groups` and `rewards` per trajectory."""
-    seen: dict[int, set[float]] = {}
-    for group, reward in zip(groups, rewards, strict=True):
-        seen.setdefault(group, set()).add(reward)
-    return {group: len(earned) == 1 for group, earned in seen.items()}
-
-
-def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -> dict[str, float]:
-    """Mean |A_ep| over response tokens, and mean |A_skill| and A_skill over those that a skill was scored on."""
-    guided = skill_advantages[~skill_advantages.isnan()]  # (guided tokens,)
-    count = max(len(guided), 1)
-    return {
-        "advantage/outcome_abs": ((outcome.abs()[:, None] * mask).sum() / mask.sum()).item(),
-        "advantage/skill_abs": guided.abs().sum().item() / count,
-        "advantage/skill_mean": guided.sum().item() / count,
-    }

@@ -7,6 +7,7 @@ import tomllib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from baselines import METHODS
@@ -218,6 +219,17 @@ class Config:
                 f"--skill-writer must be one of {', '.join(LOCAL_WRITERS)}, openai or package.module:function, "
                 f"not {self.skill_writer!r}"
             )
+
+    def check_trainable(self) -> None:
+        """Raises ValueError for what would train on wrong numbers, or not do what was asked."""
+        if self.dtype == "bfloat16" and not self.lora_rank:
+            raise ValueError(
+                "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
+                "float32 (with --mixed-precision bf16 the products are in bfloat16 all the same), or --lora-rank"
+            )
+        needed = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(self.tracker, ())
+        if needed and not any(find_spec(name) for name in needed):
+            raise ValueError(f"--tracker {self.tracker} needs its package: pip install {needed[0]}")
 
     @property
     def levels(self) -> tuple[Level, ...]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from config import Config, parse_args
@@ -142,6 +144,25 @@ def evaluate(
             games = games_of(config, split)[process::processes]
             results[split] = play(model, encoder, config, games, note=split, **playing)
     return results
+
+
+def evaluate_everywhere(
+    model, encoder: Encoder, config: Config, accelerator, episode_skills: dict[str, str] | None
+) -> tuple[dict[str, float], str]:
+    """-> (held-out success by split, the table), each process playing its share. Without skills, and, where a method
+    acts under `episode_skills`, with them as well."""
+    share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    mine = evaluate(model, encoder, config, **share)
+    if episode_skills:
+        skilled = evaluate(model, encoder, config, **share, episode_skills=episode_skills)
+        mine |= {f"{split.removeprefix('valid_')}+skill": played for split, played in skilled.items()}
+    # only outcomes travel: a table needs no steps
+    played = [(split, replace(t, steps=[])) for split, trajectories in mine.items() for t in trajectories]
+    results = {split: [] for split in mine}
+    for split, trajectory in gather_object(played):
+        results[split].append(trajectory)
+    success = {split: sum(t.success for t in played) / max(1, len(played)) for split, played in results.items()}
+    return success, format_table(results, columns_of(config))
 
 
 def main(argv: list[str] | None = None) -> None:

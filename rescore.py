@@ -2,26 +2,22 @@
 
     contexts h, contexts h^ with a skill -> score -> log pi(y | h), log pi(y | h^), NaN where a row has no skill
 
-The same pass serves the old, skill-augmented, reference and training log-probs.
+The pass itself is lm/logprobs.py's, the same for old, skill-augmented, reference and training log-probs.
 
-Shapes: B rows (steps), R longest response; a micro-batch holds S packed sequences of padded length L and N response
-tokens in all.
+Shapes: B rows (steps), R longest response.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from data import Guidance, Trajectory
-from lm.branches import tree_attention, tree_inputs, tree_obstacle
+from lm.branches import notice, tree_obstacle
 from lm.encoder import Encoder
-from lm.logprobs import token_logprobs
+from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence, graft, micro_batches, pack
 from router import guided_messages
 
@@ -29,19 +25,6 @@ Progress = Callable[[list], Iterator]  # micro-batches -> the same, with a progr
 
 
 # ---- the contexts ----------------------------------------------------------------------------------------------------
-
-
-def guided_steps(
-    trajectories: list[Trajectory], routes: list[list[tuple[Guidance, ...]]], level: str
-) -> Iterator[tuple[int, Trajectory, int, Guidance]]:
-    """(row, trajectory, step, guidance) of each step with guidance of `level`; rows count steps pooled in order."""
-    row = 0
-    for trajectory, route in zip(trajectories, routes, strict=True):
-        for t, guidances in enumerate(route):
-            for guidance in guidances:
-                if guidance.level == level:
-                    yield row + t, trajectory, t, guidance
-        row += len(trajectory.steps)
 
 
 def guided_context(encoder: Encoder, trajectory: Trajectory, t: int, guidance: Guidance | None) -> list[int]:
@@ -60,15 +43,15 @@ def guided_contexts(
 ) -> tuple[list[list[int] | None], int]:
     """The context h^ of every step that a skill of one level guides, None for the others; how many were left unguided
     because h^ and the response would not fit in `context_limit` tokens: they are never truncated."""
-    steps = [step for trajectory in trajectories for step in trajectory.steps]
-    contexts: list[list[int] | None] = [None] * len(steps)
+    contexts: list[list[int] | None] = []
     too_long = 0
-    for row, trajectory, t, guidance in guided_steps(trajectories, routes, level):
-        context = guided_context(encoder, trajectory, t, guidance)
-        if len(context) + len(steps[row].response) > context_limit:
-            too_long += 1
-        else:
-            contexts[row] = context
+    for trajectory, route in zip(trajectories, routes, strict=True):
+        for t, (step, guidances) in enumerate(zip(trajectory.steps, route, strict=True)):
+            guidance = next((guidance for guidance in guidances if guidance.level == level), None)
+            context = guidance and guided_context(encoder, trajectory, t, guidance)
+            if context and len(context) + len(step.response) > context_limit:
+                too_long, context = too_long + 1, None
+            contexts.append(context)
     return contexts, too_long
 
 
@@ -105,31 +88,13 @@ def score(
         if rides:
             scored["step"] = branch
     if "episode" in guided:
-        scored["episode"] = guided_logprobs(
+        scored["episode"] = response_logprobs(
             scorer, guided["episode"], responses, **limits, progress=progress("episode")
         )
     return {name: plain[name] for name in readers}, scored
 
 
 def response_logprobs(
-    model,
-    contexts: list[list[int]],
-    responses: list[list[int]],
-    *,
-    temperature: float = 1.0,
-    token_budget: int,
-    packed: bool = True,
-    progress: Progress = iter,
-) -> Tensor:
-    """log pi(y | h) of every response token, NaN beyond a row's end. -> (B, R) on the CPU.
-
-    `packed=False` scores each row as a sequence of its own: the straightforward version, with the same numbers.
-    """
-    shape = len(responses), max(map(len, responses), default=0)
-    return _score_all(model, pack(contexts, responses, packed=packed), shape, temperature, token_budget, progress)
-
-
-def guided_logprobs(
     model,
     contexts: list[list[int] | None],
     responses: list[list[int]],
@@ -139,15 +104,12 @@ def guided_logprobs(
     packed: bool = True,
     progress: Progress = iter,
 ) -> Tensor:
-    """`response_logprobs` of the rows that have a context; NaN for the others. -> (B, R)"""
-    scores = torch.full((len(responses), max(map(len, responses), default=0)), float("nan"))  # (B, R)
-    rows = [row for row, context in enumerate(contexts) if context is not None]
-    if rows:
-        some = [contexts[row] for row in rows], [responses[row] for row in rows]
-        how = {"temperature": temperature, "token_budget": token_budget, "packed": packed, "progress": progress}
-        guided = response_logprobs(model, *some, **how)
-        scores[rows, : guided.shape[1]] = guided
-    return scores
+    """log pi(y | h) of every response token. -> (B, R) on the CPU, NaN beyond a row's end and where a context is None.
+
+    `packed=False` scores each row as a sequence of its own: the straightforward version, with the same numbers.
+    """
+    shape = len(responses), max(map(len, responses), default=0)
+    return _score_all(model, pack(contexts, responses, packed=packed), shape, temperature, token_budget, progress)
 
 
 def tree_logprobs(
@@ -167,8 +129,9 @@ def tree_logprobs(
     the numbers are those of `response_logprobs`. A model that cannot do this (see `tree_obstacle`) scores every second
     context by itself, and a notice is logged. `branches_only` leaves the first tensor NaN, and out what it needs.
     """
-    if (obstacle := tree_obstacle(model)) and any(branches):
-        _notice(f"{type(model).__name__} scores each step skill in a pass of its own: {obstacle}")
+    obstacle = tree_obstacle(model)
+    if obstacle and any(branches):
+        notice(f"{type(model).__name__} scores each step skill in a pass of its own: {obstacle}")
     trees = graft(pack(contexts, responses), branches, responses, 0 if obstacle else token_budget)
     count = len(responses)
     if branches_only:
@@ -177,12 +140,6 @@ def tree_logprobs(
     shape = 2 * count, max(map(len, responses), default=0)
     scores = _score_all(model, trees, shape, temperature, token_budget, progress)  # (2B, R)
     return scores[:count], scores[count:]
-
-
-@cache
-def _notice(text: str) -> None:
-    """Log it once."""
-    logging.getLogger(__name__).warning(text)
 
 
 @torch.no_grad()
@@ -198,34 +155,6 @@ def _score_all(
         scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
     model.train(training)
     return scores
-
-
-def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass -> log-probs (N,), their batch rows (N,) and response columns (N,). Gradient flows if enabled.
-
-    The causal shift lives here and nowhere else: the logits at position p - 1 predict the token at position p, so
-    logits are asked for at p - 1 only.
-    """
-    device = model.device
-    length = max(len(sequence.ids) for sequence in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)  # (S, L), right-padded
-    attention_mask = torch.zeros_like(ids)  # (S, L)
-    keep = torch.zeros(ids.shape, dtype=torch.bool)  # (S, L) True at p - 1 for a response token at p
-    rows, columns, targets = [], [], []
-    for s, sequence in enumerate(sequences):
-        ids[s, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        attention_mask[s, : len(sequence.ids)] = 1
-        for row, start, size in sequence.responses:
-            keep[s, start - 1 : start + size - 1] = True
-            rows += [row] * size
-            columns += range(size)
-            targets += sequence.ids[start : start + size]
-    inputs = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
-    branched = any(sequence.branches for sequence in sequences)
-    inputs |= tree_inputs(sequences, length, device) if branched else {}
-    with tree_attention(model) if branched else nullcontext():
-        logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)
-    return logprobs, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
 
 def layout_noise(

@@ -14,44 +14,32 @@ import copy
 import math
 import random
 import sys
-import time
-from dataclasses import replace
-from functools import wraps
-from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from advantage import (
-    advantage_metrics,
-    combine,
-    linear_decay,
-    outcome_advantage,
-    silent_groups,
-    skill_advantage,
-    sum_of_scored,
-)
+from advantage import combine, linear_decay, outcome_advantage, skill_advantage, sum_of_scored
 from baselines import METHODS, Method
 from config import Config, parse_args
-from data import Batch, Guidance, Skills, Step, Trajectory
-from evaluate import columns_of, environment, evaluate, format_table, games_of
+from data import Batch, Guidance, Skills, Trajectory
+from evaluate import environment, evaluate_everywhere, games_of
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
+from lm.logprobs import sequence_logprobs
 from lm.obstacles import check_model, sampling_note
 from lm.packing import Sequence, micro_batches, pack
 from lm.sampler import Sampler, check_gap, logprob_gap
 from lm.writers import Writer, import_writer, model_writer, openai_writer
-from rescore import guided_contexts, layout_noise, response_logprobs, score, sequence_logprobs
+from rescore import guided_contexts, layout_noise, response_logprobs, score
 from rollout import rollout
 from router import asks_for, route
 from runlog import RunLog, peak_mib
+from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of, timed
 from skills import write_skills
 from tiny.loading import load_model
 
-Metrics = dict[str, float]
 Routes = list[list[tuple[Guidance, ...]]]  # of each trajectory, of each of its steps
 
 MAX_LOG_RATIO = 20.0  # of a token's two probabilities, so that no exp overflows: infinity times A = 0 is not a number
@@ -134,47 +122,12 @@ def make_batch(
 
     # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
     fade = linear_decay(iteration, config.skill_iterations)
-    advantages = combine(
-        outcome,
-        shifts.get("episode"),
-        shifts.get("step"),
-        mask,
-        episode_weight=fade * config.episode_weight,
-        step_weight=fade * config.step_weight,
-        skill_clip=config.skill_clip,
-    )  # (B, R)
+    lambdas = {"episode_weight": fade * config.episode_weight, "step_weight": fade * config.step_weight}
+    episode, step = shifts.get("episode"), shifts.get("step")  # (B, R) each, or None
+    advantages = combine(outcome, episode, step, mask, **lambdas, skill_clip=config.skill_clip)  # (B, R)
     reference = plain["reference"] if config.kl else None  # (B, R)
     batch = Batch(contexts, responses, mask, old, reference, sum_of_scored(mask, *known), advantages)
     return method.adjust(batch, outcome, plain, guided, iteration)
-
-
-def timed(phase: str):
-    """A method of Run that returns metrics, alone or last, returns its wall clock among them."""
-
-    def wrap(method):
-        @wraps(method)
-        def run(*args):
-            started = time.perf_counter()
-            returned = method(*args)
-            metrics = returned[-1] if isinstance(returned, tuple) else returned
-            metrics[f"seconds/{phase}"] = time.perf_counter() - started
-            return returned
-
-        return run
-
-    return wrap
-
-
-def check_before_loading(config: Config) -> None:
-    """Raises ValueError for what would train on wrong numbers, or not do what was asked."""
-    if config.dtype == "bfloat16" and not config.lora_rank:
-        raise ValueError(
-            "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
-            "float32 (with --mixed-precision bf16 the products are in bfloat16 all the same), or --lora-rank"
-        )
-    needed = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(config.tracker, ())
-    if needed and not any(find_spec(name) for name in needed):
-        raise ValueError(f"--tracker {config.tracker} needs its package: pip install {needed[0]}")
 
 
 class Run:
@@ -182,7 +135,7 @@ class Run:
 
     def __init__(self, config: Config):
         self.config, self.method = config, METHODS[config.algo](config)
-        check_before_loading(config)
+        config.check_trainable()
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
         self.make_env, self.games = environment(config), games_of(config, "train")
@@ -321,7 +274,9 @@ class Run:
         with self.accelerator.autocast():
             plain, guided, metrics = self._logprobs(contexts, responses, trajectories, routes)
             if iteration == 0:
-                metrics["rollout/logprob_gap"] = self._check_sampled(steps, plain["old"])
+                largest, mean = logprob_gap([step.logprobs for step in steps], plain["old"])
+                check_gap(largest, mean, torch.bfloat16 if config.mixed_precision == "bf16" else self.policy.dtype)
+                metrics["rollout/logprob_gap"] = largest
             if config.levels and iteration == 0:
                 few = sum(len(trajectory.steps) for trajectory in trajectories[:NOISE_TRAJECTORIES])
                 limits = {"temperature": config.temperature, "token_budget": config.token_budget}
@@ -332,12 +287,6 @@ class Run:
         metrics |= {f"guided/{level}": (~x.isnan()).any(1).float().mean().item() for level, x in guided.items()}
         return batch, metrics | outcome_metrics | advantage_metrics(outcome, batch.skill_advantages, batch.mask)
 
-    def _check_sampled(self, steps: list[Step], old: Tensor) -> float:
-        """Largest |log p when sampled - log p when scored| of a token. Raises ValueError beyond rounding."""
-        largest, mean = logprob_gap([step.logprobs for step in steps], old)
-        check_gap(largest, mean, torch.bfloat16 if self.config.mixed_precision == "bf16" else self.policy.dtype)
-        return largest
-
     def _logprobs(
         self, contexts, responses, trajectories, routes
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Metrics]:
@@ -347,7 +296,8 @@ class Run:
             guided[level], metrics[f"guided/{level}_too_long"] = guided_contexts(
                 self.encoder, trajectories, routes, level, context_limit=config.context_limit
             )
-        names = ["old", *[config.scorer] * (config.shift_base == "scorer" and bool(guided))]
+        names = ["old"]
+        names += [config.scorer] if guided and config.shift_base == "scorer" else []
         names += ["reference"] if config.kl else []
         plain, scored = score(
             {name: self.models[name] for name in names} | self.further,
@@ -429,8 +379,9 @@ class Run:
         losses = policy + config.kl * kl
         terms = {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped}
 
-        if batch.teacher_logprobs is not None:  # never with OPID
-            terms["loss/distill"] = self.method.loss(new, old, batch.teacher_logprobs[at].to(device))  # (N,)
+        if self.method.loss_weight:  # never with OPID
+            teacher = None if batch.teacher_logprobs is None else batch.teacher_logprobs[at].to(device)  # (N,)
+            terms["loss/distill"] = self.method.loss(new, old, teacher)  # (N,)
             losses = losses + self.method.loss_weight * terms["loss/distill"]
         return losses, terms
 
@@ -468,25 +419,13 @@ class Run:
 
     @timed("evaluate")
     def evaluate(self, iteration: int) -> Metrics:
-        """Held-out success without skills, and with those that a method acts under; each process plays its share.
-        Iteration -1: the policy before training."""
+        """Held-out success, and its table printed. Iteration -1: the policy before training."""
         with self.accelerator.autocast():
-            mine = self._play_share(None)
-            if known := self.method.acts_under():
-                skilled = self._play_share(known)
-                mine |= {f"{split.removeprefix('valid_')}+skill": played for split, played in skilled.items()}
-        # only outcomes travel: a table needs no steps
-        played = [(split, replace(t, steps=[])) for split, trajectories in mine.items() for t in trajectories]
-        results = {split: [] for split in mine}
-        for split, trajectory in gather_object(played):
-            results[split].append(trajectory)
-        success = {split: sum(t.success for t in played) / len(played) for split, played in results.items()}
-        self.log.evaluation(iteration, success, format_table(results, columns_of(self.config)))
+            success, table = evaluate_everywhere(
+                self.policy, self.encoder, self.config, self.accelerator, self.method.acts_under()
+            )
+        self.log.evaluation(iteration, success, table)
         return {f"eval/{split}/success": share for split, share in success.items()}
-
-    def _play_share(self, episode_skills: dict[str, str] | None) -> dict[str, list[Trajectory]]:
-        share = {"process": self.accelerator.process_index, "processes": self.accelerator.num_processes}
-        return evaluate(self.policy, self.encoder, self.config, **share, episode_skills=episode_skills)
 
     def _sum(self, value: float | Tensor) -> float:
         """Over all processes."""
@@ -495,22 +434,6 @@ class Run:
 
     def _bar(self, name: str, batches: list | None = None, total: int | None = None) -> tqdm:
         return tqdm(batches, total=total, desc=name, leave=False, disable=None if self.main else True)
-
-
-def sizes_of(
-    trajectories: list[Trajectory], skills: list[Skills | None], batch: Batch, metrics: Metrics
-) -> dict[str, float]:
-    """How many of each this process has, for means over all processes (runlog.MEANS_OVER)."""
-    steps = len(batch.responses)
-    return {
-        "episodes": len(trajectories),
-        "skills": sum(s is not None for s in skills),
-        "groups": len({trajectory.group for trajectory in trajectories}),
-        "steps": steps,
-        "states": steps / metrics.get("advantage/state_group_size", 1.0),
-        "tokens": batch.mask.sum().item(),
-        "guided tokens": (~batch.skill_advantages.isnan()).sum().item(),
-    }
 
 
 def learning_rate(config: Config, iteration: int) -> float:

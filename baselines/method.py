@@ -21,7 +21,7 @@ class Method:
     """
 
     one_teacher = False  # whether a token can have but one, so that no step may be guided by two skills
-    loss_weight = 0.0  # of `loss`
+    loss_weight = 0.0  # of `loss`; 0: there is no such term
 
     def __init__(self, config: Config):
         self.config = config
@@ -74,9 +74,10 @@ class Method:
         `guided` by level, NaN where not scored."""
         return batch
 
-    def loss(self, new: Tensor, old: Tensor, teacher: Tensor) -> Tensor | None:
-        """A further term of the loss, before `loss_weight`. Log-probs (N,) -> (N,); None: there is none."""
-        return None
+    def loss(self, new: Tensor, old: Tensor, teacher: Tensor | None) -> Tensor:
+        """A further term of the loss, before `loss_weight`. Log-probs (N,) -> (N,). `teacher`: of the batch that
+        `adjust` returned; None where that has none."""
+        raise NotImplementedError(f"--algo {self.config.algo} has a loss_weight and no loss")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps for `restore`: plain values only."""

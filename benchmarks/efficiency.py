@@ -30,9 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.generation import endless
 from benchmarks.score import load, play
 from lm.encoder import Encoder
-from lm.logprobs import CHUNK, has_linear_head
+from lm.logprobs import CHUNK, has_linear_head, sequence_logprobs
 from lm.packing import Sequence, pack
-from rescore import sequence_logprobs
 
 # Kinds of operators by a part of their names, the first that fits; those of the last kind by their whole names.
 KINDS = {

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.score import LIMIT, load, play, rows
 from lm.encoder import Encoder
-from rescore import guided_logprobs, response_logprobs, tree_logprobs
+from rescore import response_logprobs, tree_logprobs
 
 PRECISIONS = {
     "float32": (torch.float32, False),
@@ -35,7 +35,7 @@ def scores_of(model, contexts, responses, guided) -> tuple[dict, torch.Tensor]:
         "packed": response_logprobs(model, contexts, responses, token_budget=LIMIT),
         "tree": tree_logprobs(model, contexts, responses, guided, token_budget=LIMIT)[0],
     }
-    return layouts, guided_logprobs(model, guided, responses, **alone) - layouts["per step"]
+    return layouts, response_logprobs(model, guided, responses, **alone) - layouts["per step"]
 
 
 def summary(differences: torch.Tensor) -> str:

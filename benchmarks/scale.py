@@ -33,9 +33,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.efficiency import clock
 from benchmarks.rollout import exponent
+from lm.logprobs import sequence_logprobs
 from lm.packing import micro_batches, pack
 from lm.sampler import Sampler
-from rescore import response_logprobs, sequence_logprobs
+from rescore import response_logprobs
 from runlog import peak_mib
 
 PHASES = ("rollout", "scoring", "update")

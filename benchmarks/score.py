@@ -28,7 +28,7 @@ from envs.alfworld import AlfworldEnv, cached_games
 from lm.encoder import Encoder
 from lm.packing import graft, pack
 from lm.sampler import Sampler
-from rescore import guided_contexts, guided_logprobs, response_logprobs, tree_logprobs
+from rescore import guided_contexts, response_logprobs, tree_logprobs
 from rollout import rollout
 from router import route
 from tiny.loading import load_model
@@ -76,7 +76,7 @@ def ways(model, contexts, responses, guided) -> dict:
 
     def apart(packed: bool):
         plain = response_logprobs(model, contexts, responses, packed=packed, **scoring)
-        return plain, guided_logprobs(model, guided, responses, packed=packed, **scoring)
+        return plain, response_logprobs(model, guided, responses, packed=packed, **scoring)
 
     def tree():
         return tree_logprobs(model, contexts, responses, guided, **scoring)

@@ -108,8 +108,9 @@ def ours(work: dict) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from lm.logprobs import sequence_logprobs
     from lm.packing import micro_batches, pack
-    from rescore import response_logprobs, sequence_logprobs
+    from rescore import response_logprobs
     from train import policy_loss
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

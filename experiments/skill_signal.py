@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from advantage import silent_groups
 from baselines import METHODS
 from config import Config, parse_args
 from data import Batch, Guidance, Trajectory
@@ -36,6 +35,7 @@ from evaluate import environment
 from experiments.estimates import bootstrap_interval, probability_of_superiority
 from experiments.runs import ROOT, commit, config_of, settings, write_result
 from experiments.tables import row
+from runlog.metrics import silent_groups
 from train import Run, outcome_of
 
 ROUNDING = 1e-6  # |A_ep| of a group of equal outcomes, where their mean is not exact

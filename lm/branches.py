@@ -9,8 +9,10 @@ Shapes: S sequences of padded length L, the longest branches' part M; heads and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,6 +69,12 @@ def tree_attention(model) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+@cache
+def notice(text: str) -> None:
+    """Log it once."""
+    logging.getLogger(__name__).warning(text)
 
 
 def tree_obstacle(model) -> str | None:

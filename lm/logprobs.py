@@ -1,26 +1,57 @@
-"""log p of given tokens: the model's hidden states go through its output layer a chunk at a time, to save memory.
+"""log p of given tokens: one forward pass over packed sequences, the output layer a chunk of tokens at a time.
 
 Logits are the largest tensor of training a small model: 8192 tokens x 151,936 words are 4.6 GiB in float32, and a
 backward pass holds three of that size. Here no more than CHUNK logits are alive at any time: each chunk of hidden
 states goes through the output layer by itself, and the backward pass computes it again rather than keep it.
 
-Shapes: S sequences of padded length L, N tokens asked for, H hidden size, V vocabulary.
+Shapes: S sequences of padded length L, N response tokens asked for, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lm.branches import tree_attention, tree_inputs
 from lm.obstacles import takes, text_config
+from lm.packing import Sequence
 
 CHUNK = 2**25  # tokens x vocabulary: 128 MiB of float32, and still 220 tokens a matrix product at 152k words
 
 _linear_heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether its logits are head(hidden states)
+
+
+def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass -> log-probs (N,), their batch rows (N,) and response columns (N,). Gradient flows if enabled.
+
+    The causal shift lives here and nowhere else: the logits at position p - 1 predict the token at position p, so
+    logits are asked for at p - 1 only.
+    """
+    device = model.device
+    length = max(len(sequence.ids) for sequence in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)  # (S, L), right-padded
+    attention_mask = torch.zeros_like(ids)  # (S, L)
+    keep = torch.zeros(ids.shape, dtype=torch.bool)  # (S, L) True at p - 1 for a response token at p
+    rows, columns, targets = [], [], []
+    for s, sequence in enumerate(sequences):
+        ids[s, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        attention_mask[s, : len(sequence.ids)] = 1
+        for row, start, size in sequence.responses:
+            keep[s, start - 1 : start + size - 1] = True
+            rows += [row] * size
+            columns += range(size)
+            targets += sequence.ids[start : start + size]
+    inputs = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
+    branched = any(sequence.branches for sequence in sequences)
+    inputs |= tree_inputs(sequences, length, device) if branched else {}
+    with tree_attention(model) if branched else nullcontext():
+        logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)
+    return logprobs, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
 
 def token_logprobs(

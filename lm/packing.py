@@ -25,16 +25,19 @@ class Sequence:
         return self.ids[: self.branches[0][1]] if self.branches else self.ids
 
 
-def pack(contexts: list[list[int]], responses: list[list[int]], *, packed: bool = True) -> list[Sequence]:
+def pack(contexts: list[list[int] | None], responses: list[list[int]], *, packed: bool = True) -> list[Sequence]:
     """Rows -> sequences. A row whose context extends the sequence before it, token by token, is packed into it.
 
     In "chat" style a trajectory of T turns becomes one sequence: one forward pass instead of T, with the same numbers,
     since causal attention gives a position nothing but its past. Where contexts do not extend one another ("window"
     style, or a template that drops old thoughts) every row stays alone, as all do with `packed=False`.
+    A row whose context is None is left out.
     Raises ValueError for an empty context or response.
     """
     sequences: list[Sequence] = []
     for row, (context, response) in enumerate(zip(contexts, responses, strict=True)):
+        if context is None:
+            continue
         if not context or not response:
             raise ValueError(f"row {row} has an empty {'response' if context else 'context'}; nothing can be scored")
         last = sequences[-1] if sequences else None

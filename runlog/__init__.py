@@ -16,6 +16,7 @@ from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
 from lm.loading import save_policy, write_whole
 from runlog import checkpoints
+from runlog.metrics import over_processes
 
 # What may differ between a run and its resumption; everything else would make it another run.
 FREE = {
@@ -33,23 +34,6 @@ FREE = {
 # number: it has to be possible in the run that needs it.
 FREE |= {"token_budget", "generate_budget", "gradient_checkpointing", "eval_batch", "context_limit"}
 FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
-
-# Over many processes counts are added up, and means are weighted by how many of these a process has.
-COUNTS = {
-    *("episodes", "rollout/context_full", "rollout/skilled", "rollout/too_long"),
-    *("skills/failed", "skills/retried", "skills/too_long", "skills/step_keys_dropped"),
-    *("guided/episode_too_long", "guided/step_too_long"),
-}
-MEANS_OVER = {
-    "episodes": ("train/success", "rollout/steps", "skills/parse_rate", "skills/first_parse_rate"),
-    "skills": ("skills/step_skills",),
-    "groups": ("advantage/silent_groups",),
-    "steps": ("rollout/valid_actions", "rollout/response_tokens", "guided/episode", "guided/step"),
-    "states": ("advantage/state_group_size",),
-    "tokens": ("advantage/outcome_abs",),
-    "guided tokens": ("advantage/skill_abs", "advantage/skill_mean"),
-}
-WEIGHED_BY = {name: over for over, names in MEANS_OVER.items() for name in names}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -123,9 +107,9 @@ class RunLog:
 
     def metrics(self, iteration: int, metrics: dict[str, float], sizes: dict[str, float]) -> None:
         """One line per iteration. `sizes`: how many episodes, steps, ... this process has, for means over all processes
-        (see MEANS_OVER); what is not named there is the same on all of them, or a clock's, and gets the plain mean."""
+        (see metrics.py); what is not named there is the same on all of them, or a clock's, and gets the plain mean."""
         if self.accelerator.num_processes > 1:
-            metrics = metrics | self._over_processes(metrics, sizes)
+            metrics = metrics | over_processes(metrics, sizes, self.accelerator)
         self._append("metrics.jsonl", {"iteration": iteration, **metrics})
         self.accelerator.log(metrics, step=iteration)
         shown = {
@@ -139,15 +123,6 @@ class RunLog:
             "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-
-    def _over_processes(self, metrics: dict[str, float], sizes: dict[str, float]) -> dict[str, float]:
-        names = sorted(name for name in metrics if not name.startswith("eval/") and name != "seconds/evaluate")
-        shares = [1.0 if name in COUNTS else sizes.get(WEIGHED_BY.get(name), 1.0) for name in names]
-        sums = [metrics[name] * share for name, share in zip(names, shares, strict=True)]
-        pairs = torch.tensor([sums, shares], dtype=torch.float64, device=self.accelerator.device)  # (2, names)
-        totals, counts = self.accelerator.reduce(pairs, "sum").tolist()
-        reduced = zip(names, totals, counts, strict=True)
-        return {name: total if name in COUNTS else total / max(count, 1e-9) for name, total, count in reduced}
 
     def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
         """The held-out table, printed and kept with the success of each split."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from runlog import read_lines
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def plot_curve(folder: str | Path, *more: str | Path) -> Path:
@@ -18,9 +21,7 @@ def plot_curve(folder: str | Path, *more: str | Path) -> Path:
     figure, axis = plt.subplots(figsize=(7, 4))
     for run in map(Path, (folder, *more)):
         label = f"{run.name}: " if more else ""
-        metrics, evaluations = (
-            read_lines(run / name) if (run / name).exists() else [] for name in ("metrics.jsonl", "evaluations.jsonl")
-        )
+        metrics, evaluations = records(run / "metrics.jsonl"), records(run / "evaluations.jsonl")
         axis.plot(
             [m["iteration"] + 1 for m in metrics],
             [100 * m["train/success"] for m in metrics],

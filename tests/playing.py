@@ -2,7 +2,7 @@
 time, the straightforward way."""
 
 from lm.sampler import Sampler
-from rescore import guided_contexts, guided_logprobs
+from rescore import guided_contexts, response_logprobs
 from rollout import rollout
 
 BUDGET = 16384  # tokens of a pass: everything at once
@@ -19,4 +19,4 @@ def skill_logprobs(model, encoder, trajectories, routes, level, *, context_limit
     """-> (log pi(y | h^) (B, R), NaN where a step has no guidance of this level; how many steps did not fit)."""
     contexts, too_long = guided_contexts(encoder, trajectories, routes, level, context_limit=context_limit)
     responses = [step.response for trajectory in trajectories for step in trajectory.steps]
-    return guided_logprobs(model, contexts, responses, token_budget=BUDGET, packed=packed), too_long
+    return response_logprobs(model, contexts, responses, token_budget=BUDGET, packed=packed), too_long

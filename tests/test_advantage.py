@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advantage import combine, linear_decay, outcome_advantage, silent_groups, skill_advantage, sum_of_scored
+from advantage import combine, linear_decay, outcome_advantage, skill_advantage, sum_of_scored
 
 NAN = float("nan")
 
@@ -116,10 +116,6 @@ def test_the_sum_knows_what_was_not_scored():
     got = sum_of_scored(torch.ones(1, 3), torch.tensor([[1.0, NAN, NAN]]), torch.tensor([[2.0, 5.0, NAN]]))
     assert got[0, :2].tolist() == [3, 5]
     assert got[0, 2].isnan()
-
-
-def test_groups_whose_rollouts_are_equal_are_silent():
-    assert silent_groups([0, 0, 1, 1], [10.0, 10.0, 0.0, 10.0]) == {0: True, 1: False}
 
 
 def test_linear_decay():

@@ -13,10 +13,11 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from lm.loading import without_dropout
+from lm.logprobs import sequence_logprobs
 from lm.obstacles import check_model
 from lm.packing import pack
 from lm.sampler import Sampler, check_gap, logprob_gap
-from rescore import response_logprobs, sequence_logprobs, tree_logprobs
+from rescore import response_logprobs, tree_logprobs
 from tests.architectures import VOCABULARY, architectures, small_model
 
 NO_FROM_0 = "does not count positions from 0"

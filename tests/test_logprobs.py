@@ -7,9 +7,9 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 from lm import logprobs
 from lm.loading import add_lora, frozen_copy
-from lm.logprobs import chunked_logprobs, has_linear_head, token_logprobs
+from lm.logprobs import chunked_logprobs, has_linear_head, sequence_logprobs, token_logprobs
 from lm.packing import pack
-from rescore import response_logprobs, sequence_logprobs
+from rescore import response_logprobs
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 97, "pad_token_id": 0, "eos_token_id": 4}

@@ -13,19 +13,18 @@ from transformers import (
     MistralForCausalLM,
 )
 
-import rescore
 from data import Skills
 from envs.alfworld import AlfworldEnv
+from lm import branches as branches_module
 from lm.branches import tree_attention, tree_inputs, tree_obstacle
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
+from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence, graft, micro_batches, pack
 from rescore import (
     guided_contexts,
-    guided_steps,
     layout_noise,
     response_logprobs,
-    sequence_logprobs,
     tree_logprobs,
 )
 from router import route
@@ -163,7 +162,8 @@ def test_only_guided_steps_are_scored_and_an_empty_skill_slot_shifts_nothing(lla
     assert (~episode.isnan()).any(1).nonzero().flatten().tolist() == [0, 2, 3, 4]
     assert (~step.isnan()).any(1).nonzero().flatten().tolist() == [1]
     assert (episode - old).abs().nan_to_num().max() > 1e-3  # a skill in the context does shift
-    assert [row for row, *_ in guided_steps(trajectories, routes, "step")] == [1]
+    contexts, _ = guided_contexts(encoder, trajectories, routes, "step", context_limit=512)
+    assert [row for row, context in enumerate(contexts) if context] == [1]
 
 
 @pytest.mark.parametrize("style", ["chat", "window"])
@@ -347,7 +347,7 @@ def test_a_model_that_takes_no_tree_scores_plainly_and_says_so(kind, llama, play
     contexts, responses, branches, routed = guided_rollouts(llama, played, "step")
     torch.manual_seed(0)
     model = other_models(len(tokenizer))[kind].eval()
-    rescore._notice.cache_clear()
+    branches_module.notice.cache_clear()
     plain, branch = tree_logprobs(model, contexts, responses, branches, token_budget=BUDGET)
     assert "a pass of its own" in caplog.text
     assert_same(plain, response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET))

@@ -29,10 +29,11 @@ from lm import logprobs
 from lm.branches import tree_obstacle
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy, without_dropout
+from lm.logprobs import sequence_logprobs
 from lm.obstacles import cache_obstacle, cached_columns, check_model, padding_obstacle, sampling_note
 from lm.packing import pack
 from lm.sampler import Sampler, check_gap, end_of_turn_ids, logprob_gap
-from rescore import response_logprobs, sequence_logprobs
+from rescore import response_logprobs
 from tests.architectures import small_model
 from tests.test_architectures import ENDS, TOKENIZER, episodes
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import config as config_module
 import rescore
 import train as train_module
 from config import Config, parse_args
@@ -394,7 +395,7 @@ def test_a_task_that_does_not_fit_is_left_out_and_counted(random_tiny, tmp_path,
 )
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(changes, message, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: pytest.fail("loaded"))
-    monkeypatch.setattr(train_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         Run(config(tmp_path, "run", **changes))
     assert not (tmp_path / "run").exists()

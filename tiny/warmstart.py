@@ -26,8 +26,8 @@ from data import Guidance, Skills, Step, Trajectory
 from envs import make_env
 from lm.encoder import Encoder
 from lm.loading import write_whole
+from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence, micro_batches
-from rescore import sequence_logprobs
 from router import fill
 from skills import analysis_prompt
 from tiny.plays import STEP_SKILLS, Play, script

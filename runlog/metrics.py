@@ -1,0 +1,94 @@
+"""What is logged of an iteration, and what it is over many processes."""
+
+from __future__ import annotations
+
+import time
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from data import Batch, Skills, Trajectory
+
+Metrics = dict[str, float]
+
+# Over many processes counts are added up, and means are weighted by how many of these a process has.
+COUNTS = {
+    *("episodes", "rollout/context_full", "rollout/skilled", "rollout/too_long"),
+    *("skills/failed", "skills/retried", "skills/too_long", "skills/step_keys_dropped"),
+    *("guided/episode_too_long", "guided/step_too_long"),
+}
+MEANS_OVER = {
+    "episodes": ("train/success", "rollout/steps", "skills/parse_rate", "skills/first_parse_rate"),
+    "skills": ("skills/step_skills",),
+    "groups": ("advantage/silent_groups",),
+    "steps": ("rollout/valid_actions", "rollout/response_tokens", "guided/episode", "guided/step"),
+    "states": ("advantage/state_group_size",),
+    "tokens": ("advantage/outcome_abs",),
+    "guided tokens": ("advantage/skill_abs", "advantage/skill_mean"),
+}
+WEIGHED_BY = {name: over for over, names in MEANS_OVER.items() for name in names}
+
+
+def sizes_of(
+    trajectories: list[Trajectory], skills: list[Skills | None], batch: Batch, metrics: Metrics
+) -> dict[str, float]:
+    """How many of each this process has, for means over all processes (MEANS_OVER)."""
+    steps = len(batch.responses)
+    return {
+        "episodes": len(trajectories),
+        "skills": sum(s is not None for s in skills),
+        "groups": len({trajectory.group for trajectory in trajectories}),
+        "steps": steps,
+        "states": steps / metrics.get("advantage/state_group_size", 1.0),
+        "tokens": batch.mask.sum().item(),
+        "guided tokens": (~batch.skill_advantages.isnan()).sum().item(),
+    }
+
+
+def over_processes(metrics: Metrics, sizes: dict[str, float], accelerator) -> Metrics:
+    """Counts added up, means weighted by `sizes`; what MEANS_OVER lacks is the same everywhere, or a clock's."""
+    names = sorted(name for name in metrics if not name.startswith("eval/") and name != "seconds/evaluate")
+    shares = [1.0 if name in COUNTS else sizes.get(WEIGHED_BY.get(name), 1.0) for name in names]
+    sums = [metrics[name] * share for name, share in zip(names, shares, strict=True)]
+    pairs = torch.tensor([sums, shares], dtype=torch.float64, device=accelerator.device)  # (2, names)
+    totals, counts = accelerator.reduce(pairs, "sum").tolist()
+    reduced = zip(names, totals, counts, strict=True)
+    return {name: total if name in COUNTS else total / max(count, 1e-9) for name, total, count in reduced}
+
+
+def silent_groups(groups: list[int], rewards: list[float]) -> dict[int, bool]:
+    """Group -> whether all its rollouts earned the same, so that the outcome says nothing about its steps. One entry of
+    `groups` and `rewards` per trajectory."""
+    seen: dict[int, set[float]] = {}
+    for group, reward in zip(groups, rewards, strict=True):
+        seen.setdefault(group, set()).add(reward)
+    return {group: len(earned) == 1 for group, earned in seen.items()}
+
+
+def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -> dict[str, float]:
+    """Mean |A_ep| over response tokens, and mean |A_skill| and A_skill over those that a skill was scored on."""
+    guided = skill_advantages[~skill_advantages.isnan()]  # (guided tokens,)
+    count = max(len(guided), 1)
+    return {
+        "advantage/outcome_abs": ((outcome.abs()[:, None] * mask).sum() / mask.sum()).item(),
+        "advantage/skill_abs": guided.abs().sum().item() / count,
+        "advantage/skill_mean": guided.sum().item() / count,
+    }
+
+
+def timed(phase: str):
+    """A method of Run that returns metrics, alone or last, returns its wall clock among them."""
+
+    def wrap(method):
+        @wraps(method)
+        def run(*args):
+            started = time.perf_counter()
+            returned = method(*args)
+            metrics = returned[-1] if isinstance(returned, tuple) else returned
+            metrics[f"seconds/{phase}"] = time.perf_counter() - started
+            return returned
+
+        return run
+
+    return wrap

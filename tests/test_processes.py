@@ -1,0 +1,182 @@
+"""Two processes for real: they share the tasks, write each file once, and train as one process does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TASKS, ROLLOUTS, ITERATIONS = 3, 2, 2
+FLAGS = f"--tasks {TASKS} --rollouts {ROLLOUTS} --iterations {ITERATIONS} --max-steps 4 --max-new-tokens 6 "
+FLAGS += "--train-games 6 --eval-games 5 --eval-every 0 --invalid-penalty 1 --scorer old --sample-every 1 --clip 0.01 "
+FLAGS += "--lr-halving 0 --episode-weight 1 --step-weight 1"
+
+# A response depends on what is in the context and on which rollout of its task it belongs to, not on a process's random
+# numbers, so that one process and two play the same episodes. SGD in place of AdamW, whose first step is the gradient's
+# sign: what differs in the ninth digit of a gradient of nearly 0 would differ in the first digit there.
+SCRIPT = """
+import hashlib, json, os, random, sys, torch, train
+from config import parse_args
+from envs.alfworld import AlfworldEnv
+from tiny.warmstart import tiny_model, tiny_tokenizer
+
+def drawn(*seed):
+    return random.Random(hashlib.sha256(repr(seed).encode()).hexdigest())
+
+class Scripted(train.Sampler):
+    def __call__(self, keys, contexts):
+        draws = [drawn(key % ROLLOUTS, context) for key, context in zip(keys, contexts, strict=True)]
+        return [[draw.randrange(9, 200) for _ in range(draw.randint(1, 6))] for draw in draws]
+
+def writer(prompts):
+    skill = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
+    return [skill if drawn(prompt.split()).random() < 0.6 else "no idea" for prompt in prompts]
+
+def written(event, args):
+    if event == "open" and isinstance(args[0], str) and (args[2] & (os.O_WRONLY | os.O_RDWR)):
+        files.append(os.path.abspath(args[0]))
+    if event == "os.rename":
+        files.append(os.path.abspath(args[1]))
+
+def note_played(run, rng):
+    trajectories, metrics = rollout(run, rng)
+    played.append(sorted({trajectory.game for trajectory in trajectories}))
+    return trajectories, metrics
+
+def step(self, action):
+    observation, reward, terminated, truncated, info = moved(self, action)
+    return observation, reward, terminated, truncated, info | {"won": drawn(action).random() < 0.5}
+
+files, played = [], []
+torch.set_num_threads(1)
+tokenizer, moved = tiny_tokenizer(), AlfworldEnv.step
+AlfworldEnv.parse_action = lambda self, text, admissible: (text, len(text) % 2 == 0)
+AlfworldEnv.step = step
+train.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=48), tokenizer)
+train.model_writer = lambda *a, **k: writer
+train.Sampler = Scripted
+torch.optim.AdamW = lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr)
+config = parse_args(sys.argv[1:])
+run, rollout = train.Run(config), train.Run.rollout
+train.Run.rollout = note_played
+sys.addaudithook(written)
+train.train(config, run)
+share = run.accelerator
+weights = {name: parameter.detach().clone() for name, parameter in run.policy.named_parameters()}
+torch.save(weights, f"{config.out}.weights{share.process_index}")
+inside = [file for file in files if file.startswith(os.path.abspath(config.out) + os.sep)]
+told = {"processes": share.num_processes, "files": inside, "played": played}
+with open(f"{config.out}.told{share.process_index}", "w") as file:
+    json.dump(told, file)
+""".replace("ROLLOUTS", str(ROLLOUTS))
+
+
+def launch(count: int, script: str, *argv: str) -> None:
+    """Runs a script in `count` processes on CPUs that PyTorch connects, and waits. Fails where one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(count),
+        "--master_port",
+        str(port),
+    ]
+    surroundings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, script, *argv], cwd=ROOT, env=os.environ | surroundings, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def trained(folder: Path, count: int, *more: str) -> Path:
+    """The run folder of a run in `count` processes. Beside it lies what each of them told and its weights."""
+    script, out = folder / "run.py", folder / f"processes{count}"
+    script.write_text(SCRIPT)
+    launch(count, str(script), *FLAGS.split(), "--out", str(out), *more)
+    return out
+
+
+def told(out: Path, process: int) -> dict:
+    return json.loads(Path(f"{out}.told{process}").read_text())
+
+
+def weights(out: Path, process: int) -> dict[str, torch.Tensor]:
+    return torch.load(f"{out}.weights{process}")
+
+
+def lines(out: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run in one process and in two, which play two of its three tasks and one. One update an iteration."""
+    folder = tmp_path_factory.mktemp("processes")
+    return [trained(folder, count, "--mini-batch", "0", "--learning-rate", "1") for count in (1, 2)]
+
+
+def test_two_processes_share_the_tasks_without_overlap(runs):
+    one, two = runs
+    assert told(one, 0)["processes"] == 1
+    for process in (0, 1):
+        assert told(two, process)["processes"] == 2
+    for all_played, first, second in zip(*(told(*at)["played"] for at in ((one, 0), (two, 0), (two, 1))), strict=True):
+        assert (len(first), len(second)) == (2, 1)
+        assert sorted(first + second) == all_played
+        assert len(set(all_played)) == TASKS
+
+
+def test_each_file_is_written_by_one_process_and_once(runs):
+    one, two = runs
+    assert told(two, 1)["files"] == []
+    names = {Path(file).name for file in told(two, 0)["files"]}
+    assert names == {Path(file).name for file in told(one, 0)["files"]}
+    assert {"metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "000001.pt", "policy"} <= names
+    assert [record["iteration"] for record in lines(two, "metrics.jsonl")] == [0, 1]
+    assert [record["iteration"] for record in lines(two, "evaluations.jsonl")] == [1]
+
+
+def test_two_processes_make_the_update_of_one(runs):
+    """Of the same trajectories, of which one process has twice as many as the other: mean over tokens of all."""
+    one, two = runs
+    expected, first, second = weights(one, 0), weights(two, 0), weights(two, 1)
+    start = lines(one, "metrics.jsonl")
+    assert min(record["grad_norm"] for record in start) > 0.1
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - value).abs().max() < 1e-5, name
+
+
+def test_metrics_of_two_processes_are_those_of_one(runs):
+    """Every mean is over all episodes, steps, tokens, ...; processes of unequal shares do not count alike."""
+    for one, two in zip(*(lines(out, "metrics.jsonl") for out in runs), strict=True):
+        assert one.keys() == two.keys()
+        assert one["episodes"] == TASKS * ROLLOUTS
+        assert 0 < one["skills/parse_rate"] < 1 and 0 < one["train/success"] < 1
+        for name in one.keys() - {"memory/peak_mib", "advantage/noise_floor"}:
+            if not name.startswith("seconds/"):
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_processes_share_the_evaluation(runs):
+    (one,), (two,) = (lines(out, "evaluations.jsonl") for out in runs)
+    assert one["table"] == two["table"] and one["success"] == two["success"]
+    assert [line.split()[-1] for line in two["table"].splitlines()] == ["games", "5", "5"]
+
+
+def test_a_process_without_a_share_of_a_mini_batch_keeps_in_step(tmp_path):
+    """Mini-batches of one step: as many as there are steps, and a process has fewer sequences than that."""
+    out = trained(tmp_path, 2, "--mini-batch", "1", "--learning-rate", "0.1")
+    for record in lines(out, "metrics.jsonl"):
+        assert record["grad_norm"] > 0
+    for name, value in weights(out, 0).items():
+        assert torch.equal(value, weights(out, 1)[name]), name
