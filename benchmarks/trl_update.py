@@ -191,14 +191,14 @@ def padded(work: dict, pad: int) -> list[dict]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=("ours", "trl"))
+    parser.add_argument("work", type=Path, help="work.json, as `compare` writes it")
+    args = parser.parse_args()
     import torch
 
     from runlog import peak_mib
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=("ours", "trl"))
-    parser.add_argument("work", type=Path, help="work.json, as `compare` writes it")
-    args = parser.parse_args()
     seconds = {"ours": ours, "trl": trl}[args.side](json.loads(args.work.read_text()))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(json.dumps([seconds, peak_mib(device)]))

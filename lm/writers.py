@@ -6,6 +6,7 @@ The authors' release asks an external LLM (opid/analysis.py); here the policy it
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -71,10 +72,19 @@ def import_writer(name: str) -> Writer:
     return checked
 
 
+# How servers say that it is this prompt which they do not take: too long, or against their rules.
+_THIS_PROMPT = re.compile(
+    r"context.(?:length|size|window)|max_tokens must be at least|content.?(?:filter|policy|management)|invalid_prompt"
+    r"|flagged|moderation|(?:prompt|input|request)\b[^.]{0,40}\btoo (?:long|large)",
+    re.IGNORECASE,
+)
+_ANY_REFUSAL = (400, 413, 422)  # bad request, too large, cannot be processed: the prompt, or how everything is asked
+
+
 def openai_writer(
     model: str,
     *,
-    base_url: str,
+    base_url: str | None,  # None: the library's own
     max_new_tokens: int,
     temperature: float,
     timeout: float = 60.0,  # seconds for one request
@@ -83,26 +93,62 @@ def openai_writer(
 ) -> Writer:
     """Skills from an OpenAI-compatible endpoint, as in the authors' set-up; the key comes from OPENAI_API_KEY.
 
-    Raises ValueError without a key. The writer raises RuntimeError, naming `base_url`, where no usable answer comes.
+    A prompt that the endpoint refuses is answered None, and the log says why. Raises ValueError without a key. The
+    writer raises RuntimeError, naming the endpoint, where there is no usable answer for another reason (no server, a
+    wrong key, an unknown model), and where every prompt is refused for what has nothing to do with it.
     """
     import openai  # an optional dependency: pip install openai
 
     if not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("set OPENAI_API_KEY for the openai skill writer (any value does for a server without keys)")
     client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=retries)
-    options = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature}
+    limit, answered = "max_tokens", False  # the name of the limit that this model knows; has any prompt been answered?
 
-    def ask(prompt: str) -> str | None:
+    def create(prompt: str):
+        nonlocal limit
+        name, messages = limit, [{"role": "user", "content": prompt}]
         try:
-            completion = client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **options)
-            return completion.choices[0].message.content or ""
+            return client.chat.completions.create(
+                model=model, messages=messages, temperature=temperature, **{name: max_new_tokens}
+            )
+        except openai.BadRequestError as error:
+            if name != "max_tokens" or not re.search("max_completion_tokens.? instead", str(error)):
+                raise
+        limit = "max_completion_tokens"
+        return create(prompt)
+
+    def ask(prompt: str) -> str | openai.APIStatusError:
+        try:
+            return create(prompt).choices[0].message.content or ""
         except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
-            if isinstance(error, openai.BadRequestError) and re.search("context.(length|size|window)", str(error)):
-                return None
-            raise RuntimeError(f"no usable answer from {base_url}: {type(error).__name__}: {error}") from error
+            if isinstance(error, openai.APIStatusError) and _refuses(error):
+                return error
+            raise RuntimeError(f"no usable answer from {client.base_url}: {_line(error)}") from error
 
     def write(prompts: list[str]) -> list[str | None]:
+        nonlocal answered
         with ThreadPoolExecutor(concurrency) as pool:  # the first error cancels the requests that have not started
-            return list(pool.map(ask, prompts))
+            answers = list(pool.map(ask, prompts))
+        refusals = [answer for answer in answers if not isinstance(answer, str)]
+        answered = answered or len(refusals) < len(answers)
+        if not answered and (others := [error for error in refusals if not _THIS_PROMPT.search(_words(error))]):
+            raise RuntimeError(f"{client.base_url} refuses every prompt: {_line(others[0])}") from others[0]
+        if refusals:
+            told = f"{client.base_url} refused {len(refusals)} of {len(prompts)} prompts: {_line(refusals[0])}"
+            logging.getLogger(__name__).warning(told)
+        return [answer if isinstance(answer, str) else None for answer in answers]
 
     return write
+
+
+def _refuses(error) -> bool:
+    return error.status_code in _ANY_REFUSAL or _THIS_PROMPT.search(_words(error)) is not None
+
+
+def _words(error: Exception) -> str:
+    code = getattr(error, "code", None)  # some servers give no message beside it
+    return f"{error} ({code})" if code else str(error)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(_words(error).split())}"[:500]  # some servers answer with a web page

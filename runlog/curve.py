@@ -1,9 +1,8 @@
-"""Draw a run's learning curve: python -m runlog.curve runs/laptop [more runs ...]"""
+"""The learning curve of one or more runs."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 
@@ -12,7 +11,8 @@ def records(path: Path) -> list[dict]:
 
 
 def plot_curve(folder: str | Path, *more: str | Path) -> Path:
-    """Success in training and on held-out tasks by iteration -> the path of curve.png in the first folder."""
+    """Success in training and on held-out tasks by iteration -> the path of curve.png in the first folder. What a run
+    has not written yet is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,7 +43,3 @@ def plot_curve(folder: str | Path, *more: str | Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
-
-
-if __name__ == "__main__":
-    print(plot_curve(*sys.argv[1:]))

@@ -1,11 +1,27 @@
-"""The report and the curve, from a run folder made by hand."""
+"""The report and the curve, from a run folder made by hand; every script's --help."""
 
 import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import transformers
 
+import tiny.loading
 from runlog.curve import plot_curve
-from tools.report import write_report
+from runlog.report import write_report
+from tools import plot_run, report
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("tools", "experiments", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text()
+)
 
 
 @pytest.fixture
@@ -42,3 +58,69 @@ def test_report_shows_praise_blame_and_what_was_not_scored(run):
 
 def test_curve(run):
     assert plot_curve(run).stat().st_size > 1000
+
+
+def test_what_is_no_number_or_no_text_is_shown_all_the_same(run):
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    sample["steps"][0] |= {"old_logprobs": [None, -1.0, -0.1], "tokens": ["a \ud83d", "pen", "1"]}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "log pi_old not a number | A_skill +0.400" in page
+    assert "a ?" in page
+
+
+def test_a_curve_of_several_runs_and_of_one_without_evaluations(run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    assert plot_curve(run, other) == run / "curve.png"
+
+
+@pytest.mark.parametrize(
+    ("main", "missing", "written"),
+    [(report.main, "samples.jsonl", "report.html"), (plot_run.main, "metrics.jsonl", "curve.png")],
+)
+def test_the_command_lines(main, missing, written, run, monkeypatch, capsys):
+    def call(folder):
+        monkeypatch.setattr(sys, "argv", ["script.py", str(folder)])
+        main()
+
+    call(run)
+    assert capsys.readouterr().out == f"{run / written}\n"
+    (run / missing).write_text("{half a line")
+    with pytest.raises(SystemExit, match=r"\.py: .*Expecting property name"):
+        call(run)
+    (run / missing).unlink()
+    with pytest.raises(SystemExit, match=rf"\.py: no {missing} in {run}: not the folder of a run"):
+        call(run)
+    with pytest.raises(SystemExit, match=rf"\.py: no {missing} in nowhere"):
+        call("nowhere")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_a_help_of_its_own_before_anything_is_loaded(script, monkeypatch, capsys):
+    def load(*args, **kwargs):
+        raise AssertionError("--help loads a model")
+
+    monkeypatch.setattr(tiny.loading, "load_model", load)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert not stopped.value.code
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {Path(script).name} [-h]")
+    described = runpy.run_path(str(ROOT / script))["__doc__"].split()
+    assert " ".join(described) in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("script", ["tools/report.py", "tools/plot_run.py", "tools/extract_alfworld_data.py"])
+def test_small_tools_answer_without_waiting_for_pytorch(script):
+    """From another folder, too."""
+    watch = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    watch += "except SystemExit: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", watch, str(ROOT / script), "--help"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: ") and done.stdout.endswith("\nFalse\n")

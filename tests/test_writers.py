@@ -158,10 +158,83 @@ def test_openai_writer_works_on_after_a_failure(key):
         assert openai_writer("m", base_url=url, retries=1, **OPTIONS)(["p"]) == ["ok"]
 
 
-def test_openai_writer_counts_a_prompt_too_long_for_the_server(key):
-    error = {"error": {"message": "This model's maximum context length is 8 tokens.", "code": None}}
-    with server(lambda request, number: (400, error)) as url:
-        assert openai_writer("m", base_url=url, **OPTIONS)(["p"]) == [None]
+REFUSALS = {  # what servers answer to one prompt that they do not take
+    "OpenAI": (400, "This model's maximum context length is 8192 tokens. However, your messages resulted in 9000."),
+    "OpenAI's code": (400, "", "context_length_exceeded"),
+    "vLLM": (
+        400,
+        "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's maximum context length is 9.",
+    ),
+    "vLLM, old": (400, "max_tokens must be at least 1, got -1203."),
+    "Anthropic": (400, "prompt is too long: 215000 tokens > 200000 maximum"),
+    "llama.cpp": (400, "the request exceeds the available context size (4096 tokens), try increasing it"),
+    "a rate limit below one prompt": (
+        429,
+        "Request too large for m on tokens per min (TPM): Limit 30000, Requested 41000",
+    ),
+    "a proxy": (413, "Payload Too Large"),
+    "Azure": (400, "The response was filtered due to the prompt triggering Azure OpenAI's content management policy."),
+    "Azure's code": (400, "", "content_filter"),
+    "OpenRouter": (403, "Your chosen model requires moderation and your input was flagged"),
+    "in words of its own": (400, "cannot do that"),
+    "TGI": (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 2048"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_prompt_that_the_endpoint_refuses_is_one_failed_answer(name, key, caplog):
+    status, message, *code = REFUSALS[name]
+    refusal = (status, {"error": {"message": message, "code": code[0] if code else None}})
+
+    def answer(request, number):
+        return refusal if request["messages"][0]["content"] == "bad" else completion("ok")
+
+    with server(answer) as url:
+        assert openai_writer("m", base_url=url, retries=0, **OPTIONS)(["p", "bad", "p"]) == ["ok", None, "ok"]
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "lm.writers"]
+    assert "refused 1 of 3 prompts" in told and url in told and (message or code[0]) in told
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSALS if name not in ("a proxy", "in words of its own", "TGI")])
+def test_every_prompt_may_be_refused_where_the_words_say_why(name, key):
+    status, message, *code = REFUSALS[name]
+    refusal = (status, {"error": {"message": message, "code": code[0] if code else None}})
+    with server(lambda request, number: refusal) as url:
+        assert openai_writer("m", base_url=url, retries=0, **OPTIONS)(["p", "p"]) == [None, None]
+
+
+def test_a_refusal_of_every_prompt_that_has_nothing_to_do_with_them_stops_the_run(key):
+    error = {"error": {"message": "'temperature' does not support 0.5\nwith this model. " + "x" * 5000}}
+    with server(lambda request, number: (400, error)) as url, pytest.raises(RuntimeError) as raised:
+        openai_writer("m", base_url=url, **OPTIONS)(["p", "p"])
+    line = str(raised.value)
+    assert line.startswith(f"{url}/ refuses every prompt: BadRequestError: ") and "'temperature' does not" in line
+    assert "\n" not in line and len(line) < 600
+
+
+def test_an_endpoint_that_has_answered_before_may_refuse_a_whole_batch(key):
+    error = {"error": {"message": "cannot do that"}}
+    with server(lambda request, number: completion("ok") if number == 1 else (400, error)) as url:
+        write = openai_writer("m", base_url=url, **OPTIONS)
+        assert [write(["p"]), write(["retry"])] == [["ok"], [None]]
+
+
+def test_a_model_that_wants_max_completion_tokens_is_asked_so_from_then_on(key):
+    text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    names = []
+
+    def answer(request, number):
+        names.append({"max_tokens", "max_completion_tokens"} & request.keys())
+        assert 7 in (request.get("max_tokens"), request.get("max_completion_tokens"))
+        return completion("ok") if "max_completion_tokens" in request else (400, {"error": {"message": text}})
+
+    with server(answer) as url:
+        write = openai_writer("m", base_url=url, concurrency=1, **OPTIONS)
+        assert [write(["p", "p"]), write(["p"])] == [["ok", "ok"], ["ok"]]
+    assert names == [{"max_tokens"}, *[{"max_completion_tokens"}] * 3]
+    refused = lambda request, number: (400, {"error": {"message": text}})  # whatever it is asked: twice, not for ever
+    with server(refused) as url, pytest.raises(RuntimeError, match="refuses every prompt"):
+        openai_writer("m", base_url=url, **OPTIONS)(["p"])
 
 
 @pytest.mark.parametrize(
@@ -169,7 +242,9 @@ def test_openai_writer_counts_a_prompt_too_long_for_the_server(key):
     [
         (500, {}),
         (401, {"error": {"message": "bad key"}}),
+        (404, {"error": {"message": "The model `m` does not exist"}}),
         (400, {"error": {"message": "unknown parameter"}}),
+        (429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}),
         (200, {}),
         (200, {"choices": []}),
         (200, b"not json"),

@@ -15,9 +15,11 @@ reachable point of -layout.npy to stand at, chosen by rule, so that no two kinds
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-from importlib.metadata import distribution
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -134,7 +136,13 @@ def write_json(facts: dict, path: Path) -> None:
 
 
 def main() -> None:
-    alfworld = distribution("alfworld")
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # nothing to choose, but --help must not write
+    try:
+        alfworld = distribution("alfworld")
+    except PackageNotFoundError:
+        sys.exit("extract_alfworld_data.py: the alfworld package is not installed: pip install alfworld==0.4.2")
     package = Path(alfworld.locate_file("alfworld"))
     OUT.mkdir(exist_ok=True)
     for name in ("alfred.pddl", "alfred.twl2"):
