@@ -81,7 +81,15 @@ def launch(count: int, script: str, *argv: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(count),
+        "--master_port",
+        str(port),
+    ]
     surroundings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, script, *argv], cwd=ROOT, env=os.environ | surroundings, capture_output=True, text=True, timeout=300
