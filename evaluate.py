@@ -142,8 +142,8 @@ def evaluate(
     model, encoder: Encoder, config: Config, splits=None, *, process: int = 0, processes: int = 1, **playing
 ) -> dict[str, list[Trajectory]]:
     """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each of
-    `processes` plays its share; a split without games is left out. Seeded apart from training (each process by itself), and the training's random state is
-    left as it was. `playing`: options of `play`."""
+    `processes` plays its share; a split without games is left out. Seeded apart from training (each process by
+    itself), and the training's random state is left as it was. `playing`: options of `play`."""
     results, playing = {}, {"temperature": config.eval_temperature, "processes": processes, **playing}
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
