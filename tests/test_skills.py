@@ -282,6 +282,13 @@ def test_a_writer_that_loses_answers_or_dies_is_an_error():
         '{"[1]": "look"}',
         '[{"step_index": 1, "skill": "look"}]',
         '[{"step": "<1>", "text": "look"}]',
+        '[{"Step Number": 1, "why": "lost time", "Step Skill": "look"}]',
+        '{"**Step 1**": "look"}',
+        '{"Step 1.": "look"}',
+        '{"Step 1: the shelf": "look"}',
+        '{"Step 1 - the shelf": "look"}',
+        '["**Step 1:** look"]',
+        '["1. look"]',
         '{"1": {"skill": "look"}}',
         '["Step 1: look"]',
     ],
@@ -290,6 +297,24 @@ def test_step_keys_that_models_print(steps):
     skills = parse_skills(f'{{"episode_skill": "e", "step_skills": {steps}}}', 3, 5)
     assert skills.steps == {1: "look"}
     assert skills.dropped == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "dropped"),
+    [
+        ('{"1": {"why": "lost time"}, "2": ["look"], "0": 7}', 3),
+        ('[{"skill": "look"}, {"step": true, "skill": "look"}, "look", 5]', 4),
+        ('{"steps": [{"step": 1, "skill": "look"}]}', 1),
+        ('["2 - 3 look", "1.5 look", "3 apples lie there"]', 3),
+        ('"look"', 1),
+        ('[{"step": 1}, {"step": 2, "skill": ""}, {"1": {"text": "..."}}, {"1": null}, [], null, ""]', 0),
+        ("{}", 0),
+        ("null", 0),
+    ],
+)
+def test_what_says_something_but_is_no_skill_of_a_step_is_counted(steps, dropped):
+    skills = parse_skills(f'{{"episode_skill": "e", "step_skills": {steps}}}', 4, 5)
+    assert (skills.steps, skills.dropped) == ({}, dropped)
 
 
 def test_step_keys_that_name_no_step_are_counted():
