@@ -188,7 +188,8 @@ class Config:
         self._check_writer()
         method = METHODS[self.algo]
         method.check(self)
-        method(self).check_routes([route(Skills("", "both levels", {0: "at one step"}), 1, self.routing)])
+        seen = {"success": True, "logprobs": [[-1.0]]}
+        method(self).check_routes([route(Skills("", "both levels", {0: "at one step"}), 1, self.routing, **seen)])
 
     def _check_values(self) -> None:
         for f in fields(self):

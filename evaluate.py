@@ -7,6 +7,7 @@ python evaluate.py --model Jinyang23/OPID-ALFWorld-1.7B --recipe alfworld-qwen3-
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,8 @@ from envs import TextEnv, make_env, read_options
 from lm.encoder import Encoder
 from lm.sampler import Sampler
 from rollout import rollout
+
+log = logging.getLogger(__name__)
 
 HELD_OUT = ("valid_seen", "valid_unseen")
 
@@ -114,6 +117,10 @@ def success_by_type(trajectories: list[Trajectory], columns: dict[str, str]) -> 
     return table
 
 
+def percent(solved: int, played: int) -> str:
+    return f"{100 * solved / played:.1f}" if played else "-"
+
+
 def format_table(results: dict[str, list[Trajectory]], columns: dict[str, str]) -> str:
     """A line per split: success in % by task type, then over all games, its 95% interval, the number of games."""
     columns = named([t for trajectories in results.values() for t in trajectories], columns)
@@ -123,7 +130,7 @@ def format_table(results: dict[str, list[Trajectory]], columns: dict[str, str]) 
     lines = [f"{'split':<13}{head}{'95% interval':>17}{'games':>7}"]
     for split, trajectories in results.items():
         table = success_by_type(trajectories, columns)
-        shares = [f"{100 * table[name][0] / table[name][1]:.1f}" if name in table else "-" for name in names]
+        shares = [percent(*table.get(name, (0, 0))) for name in names]
         cells = [f"{share:>{width}}" for share, width in zip(shares, widths, strict=True)]
         low, high = wilson(*table["All"])
         interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
@@ -135,14 +142,17 @@ def evaluate(
     model, encoder: Encoder, config: Config, splits=None, *, process: int = 0, processes: int = 1, **playing
 ) -> dict[str, list[Trajectory]]:
     """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each of
-    `processes` plays its share. Seeded apart from training (each process by itself), and the training's random state is
-    left as it was. `playing`: options of `play`."""
+    `processes` plays its share; a split without games is left out. Seeded apart from training (each process by
+    itself), and the training's random state is left as it was. `playing`: options of `play`."""
     results, playing = {}, {"temperature": config.eval_temperature, "processes": processes, **playing}
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
             torch.manual_seed(config.seed + 1009 * process)
-            games = games_of(config, split)[process::processes]
-            results[split] = play(model, encoder, config, games, note=split, **playing)
+            games = games_of(config, split)
+            if not games:
+                log.warning("%s has no games in %s: left out of the evaluation", config.env, split)
+                continue
+            results[split] = play(model, encoder, config, games[process::processes], note=split, **playing)
     return results
 
 

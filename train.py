@@ -350,11 +350,13 @@ class Run:
         if not tokens:  # more mini-batches than sequences, on every process alike
             return {}
         self.policy.train()
-        sums: dict[str, Tensor] = {}  # of each term, over this process's tokens
+        names = ["loss/policy", "loss/kl", "clip_fraction"] + (["loss/distill"] if self.method.loss_weight else [])
+        zero = torch.zeros((), device=self.accelerator.device)
+        sums = dict.fromkeys(names, zero)  # of each term, over this process's tokens, of which it may have none
         for micro in micro_batches(sequences, self.config.token_budget):
             losses, terms = self._losses(micro, batch)  # (N,)
             (losses.sum() / tokens).backward()
-            sums = {name: sums.get(name, 0.0) + term.detach().sum() for name, term in terms.items()}
+            sums = {name: sums[name] + term.detach().sum() for name, term in terms.items()}
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
         if norm.isfinite():  # else one such step would spoil weights and moments for good

@@ -27,6 +27,7 @@ MEANS_OVER = {
     "tokens": ("advantage/outcome_abs",),
     "guided tokens": ("advantage/skill_abs", "advantage/skill_mean"),
 }
+LARGEST = {"rollout/logprob_gap"}  # of all processes
 WEIGHED_BY = {name: over for over, names in MEANS_OVER.items() for name in names}
 
 
@@ -47,14 +48,19 @@ def sizes_of(
 
 
 def over_processes(metrics: Metrics, sizes: dict[str, float], accelerator) -> Metrics:
-    """Counts added up, means weighted by `sizes`; what MEANS_OVER lacks is the same everywhere, or a clock's."""
+    """Counts added up, of LARGEST the largest, means weighted by `sizes`; any other metric is the same everywhere, or a
+    clock's."""
     names = sorted(name for name in metrics if not name.startswith("eval/") and name != "seconds/evaluate")
     shares = [1.0 if name in COUNTS else sizes.get(WEIGHED_BY.get(name), 1.0) for name in names]
     sums = [metrics[name] * share for name, share in zip(names, shares, strict=True)]
-    pairs = torch.tensor([sums, shares], dtype=torch.float64, device=accelerator.device)  # (2, names)
-    totals, counts = accelerator.reduce(pairs, "sum").tolist()
-    reduced = zip(names, totals, counts, strict=True)
-    return {name: total if name in COUNTS else total / max(count, 1e-9) for name, total, count in reduced}
+    pairs = torch.tensor([[sums, shares]], dtype=torch.float64, device=accelerator.device)  # (1, 2, names)
+    gathered, reduced = accelerator.gather(pairs), {}  # (processes, 2, names)
+    for i, name in enumerate(names):
+        values, counts = gathered[:, 0, i], gathered[:, 1, i]  # (processes,) each
+        mean = values.sum() / counts.sum().clamp(min=1e-9)
+        chosen = values.max() if name in LARGEST else values.sum() if name in COUNTS else mean
+        reduced[name] = chosen.item()
+    return reduced
 
 
 def silent_groups(groups: list[int], rewards: list[float]) -> dict[int, bool]:

@@ -9,6 +9,7 @@ from data import Guidance, Slot
 from envs import make_env
 from envs.alfworld import AlfworldEnv, list_games, words
 from envs.alfworld.engine import GameFileError
+from envs.alfworld.env import TAIL, warn_once
 from router import fill
 
 # The authors' templates (agent_system/environments/prompts/alfworld.py), with their fields filled for two cases.
@@ -146,3 +147,62 @@ def test_mistakes_are_named(tmp_path, games):
     with pytest.raises(GameFileError, match=r"game\.tw-pddl"):
         AlfworldEnv().reset(options={"game": str(tmp_path / "game.tw-pddl")})
     assert list_games(Path(games[0]).parents[4], "train") == sorted(games)
+
+
+@pytest.fixture
+def lay_out(tmp_path):
+    """lay_out({task: a game file's text or content}) -> the split's folder, below one called "removable"."""
+    warn_once.cache_clear()
+
+    def write(games):
+        for task, content in games.items():
+            path = tmp_path / "removable" / "json_2.1.1" / "train" / task / "trial_1" / "game.tw-pddl"
+            path.parent.mkdir(parents=True)
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return tmp_path / "removable"
+
+    return write
+
+
+def test_games_not_marked_as_solvable_are_left_out_counted_and_named(lay_out, caplog):
+    padding = "x" * 2 * TAIL
+    folder = lay_out(
+        {
+            "good": {"pddl_problem": padding, "solvable": True, "walkthrough": []},
+            "early": {"solvable": True, "pddl_problem": padding},  # not where alfworld writes it
+            "quoting": {"solvable": True, "pddl_problem": padding, "note": '"solvable": false'},
+            "no": {"pddl_problem": padding, "solvable": False, "walkthrough": ["look"]},
+            "early-no": {"solvable": False, "pddl_problem": padding},
+            "null": {"solvable": None},
+            "unmarked": {"pddl_problem": padding, "walkthrough": ['"solvable": true']},
+            "cut": json.dumps({"pddl_problem": padding, "solvable": True})[:TAIL],
+            "movable-a": {"solvable": True},
+            "ButterKnifeSliced-b": {"solvable": True},
+        }
+    )
+    kept = [Path(path).parts[-3] for path in list_games(folder, "train")]
+    assert kept == ["early", "good", "quoting"]
+    assert AlfworldEnv(data=str(folder)).tasks("train", 2) == list_games(folder, "train")[:2]
+    (message,) = {record.message for record in caplog.records}
+    assert message == (
+        f"{folder}/json_2.1.1/train: left out 1 with 'Sliced' in their name (ButterKnifeSliced-b/trial_1); "
+        "1 that cannot be read as JSON (cut/trial_1); "
+        "4 not marked as solvable (early-no/trial_1, no/trial_1, null/trial_1, unmarked/trial_1); "
+        "1 with 'movable' in their name (movable-a/trial_1)"
+    )
+    assert len(caplog.records) == 1  # though it was listed three times
+
+
+def test_a_split_with_nothing_to_play_says_what_was_left_out(lay_out):
+    folder = lay_out({f"task{i}": {"solvable": None} for i in range(7)})
+    names = ", ".join(f"task{i}/trial_1" for i in range(5))
+    with pytest.raises(
+        FileNotFoundError, match=rf"no playable .*\(left out 7 not marked as solvable \({names} and 2 more"
+    ):
+        list_games(folder, "train")
+
+
+def test_a_given_game_is_of_the_split_whose_folder_it_lies_in(tmp_path):
+    path = str(tmp_path / "train" / "json_2.1.1" / "valid_seen" / "task" / "trial" / "game.tw-pddl")
+    env = AlfworldEnv(games=[path])
+    assert (env.tasks("train"), env.tasks("valid_seen")) == ([], [path])

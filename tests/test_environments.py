@@ -1,4 +1,4 @@
-"""What every environment promises, and the worked example of docs/environments.md."""
+"""What every environment promises, and the worked example of docs/forking.md."""
 
 import importlib.util
 import re
@@ -15,15 +15,15 @@ from lm.encoder import Encoder
 from router import fill
 from tests.playing import play
 
-DOCS = Path(__file__).parent.parent / "docs" / "environments.md"
+DOCS = Path(__file__).parent.parent / "docs" / "forking.md"
 
 
 @pytest.fixture
 def guess(tmp_path, monkeypatch):
     """The class that the documentation shows."""
-    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
+    added = re.search(r"\+\+\+ b/envs/guess.py\n@@.*@@\n((?:\+.*\n)*)", DOCS.read_text())[1]
     path = tmp_path / "guess.py"
-    path.write_text(code)
+    path.write_text("".join(line[1:] for line in added.splitlines(keepends=True)))
     spec = importlib.util.spec_from_file_location("guess", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "guess", module)

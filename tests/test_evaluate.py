@@ -72,6 +72,26 @@ def test_table_of_another_environment():
     assert line.split()[:4] == ["valid_seen", "100.0", "50.0", "66.7"]
 
 
+class OneSplit:
+    """An environment that is never played: it has tasks in valid_unseen alone."""
+
+    def tasks(self, split, count=None):
+        return [7] if split == "valid_unseen" else []
+
+
+def test_a_split_without_games_is_left_out_of_the_evaluation(monkeypatch, caplog):
+    monkeypatch.setattr("evaluate.environment", lambda config: OneSplit)
+    monkeypatch.setattr("evaluate.play", lambda *args, **options: played("pick", True))
+    shares = [evaluate(None, None, Config(), process=process, processes=2) for process in range(2)]
+    assert [share.keys() for share in shares] == [{"valid_unseen"}] * 2  # also where a process has nothing to play
+    assert "alfworld has no games in valid_seen" in caplog.text
+
+
+def test_a_table_without_games_has_no_numbers():
+    line = format_table({"valid_seen": [], "valid_unseen": played("pick", True)}, {}).splitlines()[1]
+    assert line.split() == ["valid_seen", "-", "-", "[0.0,", "100.0]", "0"]
+
+
 def test_webshop_games():
     config = Config(env="webshop", eval_games=3)
     assert games_of(config, "valid_seen") == [f"webshop/valid_seen/{i}" for i in range(3)]

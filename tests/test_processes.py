@@ -20,7 +20,7 @@ FLAGS += "--lr-halving 0 --episode-weight 1 --step-weight 1"
 # numbers, so that one process and two play the same episodes. SGD in place of AdamW, whose first step is the gradient's
 # sign: what differs in the ninth digit of a gradient of nearly 0 would differ in the first digit there.
 SCRIPT = """
-import hashlib, json, os, random, sys, torch, train
+import evaluate, hashlib, json, os, random, sys, torch, train
 from config import parse_args
 from envs.alfworld import AlfworldEnv
 from tiny.warmstart import tiny_model, tiny_tokenizer
@@ -29,9 +29,15 @@ def drawn(*seed):
     return random.Random(hashlib.sha256(repr(seed).encode()).hexdigest())
 
 class Scripted(train.Sampler):
+    rollouts = ROLLOUTS
+
     def __call__(self, keys, contexts):
-        draws = [drawn(key % ROLLOUTS, context) for key, context in zip(keys, contexts, strict=True)]
+        self.recorded = None  # nothing is sampled from the model
+        draws = [drawn(key % self.rollouts, context) for key, context in zip(keys, contexts, strict=True)]
         return [[draw.randrange(9, 200) for _ in range(draw.randint(1, 6))] for draw in draws]
+
+class HeldOut(Scripted):
+    rollouts = 1
 
 def writer(prompts):
     skill = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
@@ -43,8 +49,8 @@ def written(event, args):
     if event == "os.rename":
         files.append(os.path.abspath(args[1]))
 
-def note_played(run, rng):
-    trajectories, metrics = rollout(run, rng)
+def note_played(run, *more):
+    trajectories, metrics = rollout(run, *more)
     played.append(sorted({trajectory.game for trajectory in trajectories}))
     return trajectories, metrics
 
@@ -59,7 +65,8 @@ AlfworldEnv.parse_action = lambda self, text, admissible: (text, len(text) % 2 =
 AlfworldEnv.step = step
 train.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=48), tokenizer)
 train.model_writer = lambda *a, **k: writer
-train.Sampler = Scripted
+train.Sampler, evaluate.Sampler = Scripted, HeldOut
+train.logprob_gap, train.check_gap = lambda *a: (0.1 + 0.2 * int(os.environ["RANK"]), 0.0), lambda *a: None
 torch.optim.AdamW = lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr)
 config = parse_args(sys.argv[1:])
 run, rollout = train.Run(config), train.Run.rollout
@@ -162,9 +169,10 @@ def test_metrics_of_two_processes_are_those_of_one(runs):
         assert one.keys() == two.keys()
         assert one["episodes"] == TASKS * ROLLOUTS
         assert 0 < one["skills/parse_rate"] < 1 and 0 < one["train/success"] < 1
-        for name in one.keys() - {"memory/peak_mib", "advantage/noise_floor"}:
+        for name in one.keys() - {"memory/peak_mib", "advantage/noise_floor", "rollout/logprob_gap"}:
             if not name.startswith("seconds/"):
                 assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert lines(runs[1], "metrics.jsonl")[0]["rollout/logprob_gap"] == pytest.approx(0.3)  # the larger of 0.1 and 0.3
 
 
 def test_two_processes_share_the_evaluation(runs):

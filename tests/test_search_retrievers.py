@@ -184,6 +184,12 @@ def test_the_request_is_search_r1s():
         assert server.seen == [{"queries": ["q"], "topk": 3, "return_scores": True}]
 
 
+def test_a_score_is_optional():
+    body = b'{"result": [[{"document": {"contents": "c"}}, {"document": {"contents": "d"}, "score": null}]]}'
+    with running(scripted((200, body))) as url:
+        assert HttpRetriever(url).search(["q"], 3) == [[Passage("c", None), Passage("d", None)]]
+
+
 def test_a_dead_server_is_a_clear_error():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Whole runs: GRPO as the zero of OPID, exact resume, many processes."""
+"""Whole runs: GRPO as the zero of OPID, exact resume. Many processes: test_processes.py."""
 
 import copy
 import json
@@ -269,34 +269,6 @@ def test_resume_after_kill_9(tmp_path):
     subprocess.run([*run, *rest], cwd=ROOT, check=True, capture_output=True)
     assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-
-
-def test_two_processes_share_the_tasks_and_stay_in_step(tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    script = tmp_path / "run.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
-    done = subprocess.run(
-        [*launch, str(script), *command(tmp_path / "two", "--iterations", "2", "--eval-games", "5")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [record["episodes"] for record in lines(tmp_path / "two")] == [4, 4]
-    [record] = [json.loads(line) for line in (tmp_path / "two/evaluations.jsonl").read_text().splitlines()]
-    table = record["table"].splitlines()
-    assert [line.split()[-1] for line in table] == ["games", "5", "5"]  # three games of one process, two of the other
-    assert f"{100 * record['success']['valid_seen']:.1f}" in table[1]
 
 
 # ---- nothing is lost -------------------------------------------------------------------------------------------------

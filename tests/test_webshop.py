@@ -421,3 +421,12 @@ def test_a_product_title_cannot_forge_a_turn(write, tokenizer, style, which):
 def test_vocabulary_is_words_and_numbers():
     assert all((word.isalpha() and word.islower()) or word.isdigit() for word in VOCABULARY)
     assert len(VOCABULARY) < 300
+
+
+def test_no_goal_to_train_on_is_an_error_that_says_how_many_there_are(shop):
+    env = shop()  # one goal
+    assert (env.tasks("test"), env.tasks("eval")) == (["webshop/valid_unseen/0"], [])
+    with pytest.raises(
+        ValueError, match=r"no WebShop goal to train on: of its 1 goals 0 in train, 0 in valid_seen, 1 in valid_unseen"
+    ):
+        env.tasks("train")

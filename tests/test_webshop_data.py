@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from envs.webshop.data import NO_LIMIT, draw_limit, load_shop, process, read_options, read_pricing, split
+from envs.webshop.data import NO_LIMIT, SPLITS, draw_limit, load_shop, process, read_options, read_pricing, split
 
 
 def record(asin="B1", **changes):
@@ -174,3 +174,16 @@ def test_the_full_files_come_first(write):
     folder = write([record()])
     (folder / "items_shuffle.json").write_text(json.dumps([record(name="from the full file")]))
     assert load_shop(str(folder)).products["B1"]["Title"] == "from the full file"
+
+
+@pytest.mark.parametrize(("count", "counts"), [(3, (0, 0, 3)), (501, (0, 1, 500)), (1501, (1, 1000, 500))])
+def test_empty_splits_are_counted_with_what_to_do(count, counts, write, caplog):
+    asins = [f"B{i}" for i in range(count)]
+    shop = load_shop(write([record(asin) for asin in asins], wishes={asin: [wish()] for asin in asins}))
+    assert {name: len(goals) for name, goals in shop.goals.items()} == dict(zip(SPLITS, counts))
+    said = [record.message for record in caplog.records]
+    if all(counts):
+        assert not said
+    else:
+        assert f"0 in train, {counts[1]} in valid_seen, {counts[2]} in valid_unseen" in said[0]
+        assert "goals=synthetic" in said[0]

@@ -10,8 +10,11 @@ commands; short enough for a model of a million parameters.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
+from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -21,8 +24,11 @@ from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
 from envs.alfworld.games import generate_games
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
 
+warn_once = lru_cache(logging.getLogger(__name__).warning)  # a folder is listed before every evaluation
+
 SPLITS = ("train", "valid_seen", "valid_unseen")
 GENERATE = "generate"
+TAIL = 16384  # bytes at the end of a game file that hold its `solvable` and its walkthrough
 GENERATED = {"train": 1000, "valid_seen": 200, "valid_unseen": 200}  # games, where no number is asked for
 
 # The columns of the paper's table, in its order.
@@ -54,24 +60,63 @@ FILLER = {"a", "an", "the", "you", "and", "it", "in", "of", "are", "some"}
 def list_games(folder: str | Path, split: str) -> list[str]:
     """The game files of one split, sorted. `folder` holds json_2.1.1/ (or is it).
 
-    As the official loader does, games with movable receptacles or slicing are left out, and so are folders whose
-    solvability check left no game file. Raises FileNotFoundError or ValueError with what to do.
+    As the official loader does (alfworld's alfred_tw_env.py), games with movable receptacles or slicing are left out,
+    and those that are not marked as solvable; a warning counts and names them. Raises FileNotFoundError or ValueError
+    with what to do.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown ALFWorld split {split!r}; known: {', '.join(SPLITS)}")
     folder = Path(os.path.expandvars(folder)).expanduser()
     root = folder / "json_2.1.1" if (folder / "json_2.1.1").is_dir() else folder
-    games = sorted(
-        str(path)
-        for path in (root / split).glob("**/game.tw-pddl")
-        if "movable" not in str(path) and "Sliced" not in str(path)
-    )
+    games, left_out = [], defaultdict(list)
+    for path in sorted(map(str, (root / split).glob("**/game.tw-pddl"))):
+        if reason := why_left_out(Path(path), Path(path).relative_to(root / split)):
+            left_out[reason].append(str(Path(path).relative_to(root / split).parent))
+        else:
+            games.append(path)
+    counts = "; ".join(f"{len(names)} {reason} ({shortened(names)})" for reason, names in left_out.items())
+    if counts and games:
+        warn_once(f"{root / split}: left out {counts}")
     if not games:
         raise FileNotFoundError(
-            f"no game.tw-pddl under {root / split}. Get the official games with `pip install alfworld && "
+            f"no {'playable ' if counts else ''}game.tw-pddl under {root / split}"
+            f"{f' (left out {counts})' if counts else ''}. Get the official games with `pip install alfworld && "
             f"alfworld-download` and pass --env-options data=$ALFWORLD_DATA, or leave `data` at 'generate'"
         )
     return games
+
+
+def why_left_out(path: Path, below_split: Path) -> str:
+    """Why the official loader skips a game file, or "". What stands above the split's folder is the user's own."""
+    for word in ("movable", "Sliced"):
+        if word in str(below_split.parent):
+            return f"with {word!r} in their name"
+    try:
+        return "" if marked_solvable(path) else "not marked as solvable"
+    except (OSError, ValueError, RecursionError):
+        return "that cannot be read as JSON"
+
+
+def marked_solvable(path: Path) -> bool:
+    """A game file's `solvable`. alfworld writes it near the end, so that of hundreds of megabytes little is read: in a
+    JSON text an unescaped "solvable" with a colon can be nothing but that key. Raises ValueError where it is no
+    JSON."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        found = re.search(rb'"solvable"\s*:\s*(true|false|null)\b', file.read())
+    if found:
+        return found[1] == b"true"
+    game = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(game, dict) and bool(game.get("solvable"))
+
+
+def shortened(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def split_of(game: str) -> str:
+    """The split in whose folder a game lies: the last folder with such a name, as those above are the user's own."""
+    return next((part for part in reversed(Path(game).parts) if part in SPLITS), "")
 
 
 @lru_cache
@@ -158,7 +203,7 @@ class AlfworldEnv:
     def tasks(self, split: str, count: int | None = None) -> list[str]:
         """The games of `split`: given ones, official ones, or generated ones (written to cache/ on first use)."""
         if self.games is not None:
-            return [game for game in self.games if f"/{split}/" in game][:count]
+            return [game for game in self.games if split_of(game) == split][:count]
         if self.generated:
             return cached_games(self.size, split, count or GENERATED[split])
         return list_games(self.data, split)[:count]

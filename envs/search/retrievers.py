@@ -39,7 +39,7 @@ class CorpusError(ValueError):
 
 class Passage(NamedTuple):
     contents: str  # '"Title"\ntext'
-    score: float
+    score: float | None  # None where a server names none (Search-R1's Google and SERP servers): nothing depends on it
 
 
 class Retriever(Protocol):
@@ -157,7 +157,8 @@ def _build(corpus: Path, folder: Path) -> None:
 
 
 class HttpRetriever:
-    """Search-R1's retrieval server: POST {"queries", "topk", "return_scores"} -> {"result": [[{"document", "score"}]]}.
+    """Search-R1's retrieval server: POST {"queries", "topk", "return_scores"} -> {"result": [[{"document", "score"}]]},
+    `score` being optional.
 
     `timeout` is in seconds a request. A server that does not answer, or answers 5xx, is asked `tries` times in all,
     with a pause that doubles from `pause` seconds; then, or at once for an answer that is wrong, RetrieverError.
@@ -202,16 +203,19 @@ class HttpRetriever:
     def _read(self, answer: bytes, queries: int, k: int) -> list[list[Passage]]:
         try:
             result = json.loads(answer)["result"]
-            found = [
-                [Passage(str(item["document"]["contents"]), float(item["score"])) for item in row[:k]] for row in result
-            ]
-        except (ValueError, KeyError, TypeError) as error:
+            found = [[self._passage(item) for item in row[:k]] for row in result]
+        except (ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
             raise RetrieverError(
                 f"the server at {self.url} does not speak Search-R1's retrieval protocol: {error!r} in {answer[:200]!r}"
             ) from error
         if len(found) != queries:
             raise RetrieverError(f"the server at {self.url} answered {len(found)} of {queries} queries")
         return found
+
+    @staticmethod
+    def _passage(item: dict) -> Passage:
+        contents, score = str(item["document"]["contents"]), item.get("score")
+        return Passage(contents, None if score is None else float(score))
 
 
 # ---- cache ----------------------------------------------------------------------------------------------------------

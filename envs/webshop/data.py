@@ -80,7 +80,20 @@ def load_shop(folder: str | Path, goals: str = "human") -> Shop:
     if skipped:
         log.warning("%s: left out %s", folder, dict(skipped))
     Random(SHUFFLE_SEED).shuffle(found)
-    return Shop(products, prices, split(found), skipped)
+    shop = Shop(products, prices, split(found), skipped)
+    if not all(shop.goals.values()):
+        log.warning("%s: %s", folder, sizes(shop))
+    return shop
+
+
+def sizes(shop: Shop) -> str:
+    """How many goals each split has, and what to do where one has none."""
+    counts = ", ".join(f"{len(goals)} in {name}" for name, goals in shop.goals.items())
+    return (
+        f"of its {sum(map(len, shop.goals.values()))} goals {counts} (officially the first 500 are valid_unseen, the "
+        "next 1000 valid_seen, the rest train). The files of 1000 products hold few human goals: take "
+        "--env-options goals=synthetic, or the full files"
+    )
 
 
 def find(folder: Path, kind: str) -> Path:

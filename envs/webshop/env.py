@@ -18,7 +18,7 @@ from data import Prompt
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
 from envs.webshop import compact
 from envs.webshop.catalogue import generate_catalogue
-from envs.webshop.data import ALIASES, SPLITS, Shop, load_shop
+from envs.webshop.data import ALIASES, SPLITS, Shop, load_shop, sizes
 from envs.webshop.pages import SEPARATOR, Session
 from envs.webshop.rewards import nouns, reward
 from envs.webshop.search import Index, cached_index
@@ -116,9 +116,12 @@ class WebshopEnv:
         return observation, float(score == 1.0), done, not done and self.steps >= self.max_steps, info
 
     def tasks(self, split: str, count: int | None = None) -> list[str]:
-        """The task ids of a split: train, valid_seen (officially: eval), valid_unseen (test)."""
+        """The task ids of a split: train, valid_seen (officially: eval), valid_unseen (test). Raises ValueError for an
+        unknown split, and where there is no goal to train on."""
         if (name := ALIASES.get(split, split)) not in self.shop.goals:
             raise ValueError(f"unknown WebShop split {split!r}; known: {', '.join((*SPLITS, *ALIASES))}")
+        if name == "train" and not self.shop.goals[name]:
+            raise ValueError(f"no WebShop goal to train on: {sizes(self.shop)}")
         return [f"webshop/{name}/{i}" for i in range(len(self.shop.goals[name]))][:count]
 
     def build_prompt(
