@@ -77,7 +77,7 @@ def analysis_prompt(trajectory: Trajectory, max_step_skills: int, template: str 
     }
     try:
         return (template or GENERAL_TEMPLATE).format(**fields)
-    except (LookupError, AttributeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"bad analysis template: {error!r}; fields: {', '.join(fields)}; double the rest") from error
 
 
