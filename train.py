@@ -239,6 +239,7 @@ class Run:
             context_limit=config.skill_context_limit or config.context_limit,
             prefill=config.skill_prefill,
             batch_tokens=config.generate_budget,
+            date=self.encoder.date,
         )
 
     # ---- 3. routing ----------------------------------------------------------------------------------------------
