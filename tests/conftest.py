@@ -10,6 +10,7 @@ from tiny.loading import load_model
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one must not fail a test
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=7200)
 hypothesis.settings.load_profile("any machine")
 
 SMALL = {
