@@ -316,29 +316,38 @@ def _key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
-def parse_args(argv: list[str] | None = None, base: dict | None = None) -> Config:
+def parse_args(
+    argv: list[str] | None = None,
+    base: dict | None = None,
+    *,
+    program: str = "train.py",
+    about: str = "OPID, On-Policy Skill Distillation for agentic RL, in plain PyTorch.",
+    shown: tuple[str, ...] | None = None,  # settings that `--help` explains; None: all
+) -> Config:
     """The command line -> Config. A flag overrides the recipe, which overrides `base`, which overrides the default.
     Exits with a clear message on an unknown flag, a bad value or an impossible combination."""
     parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="OPID, On-Policy Skill Distillation for agentic RL, in plain PyTorch.",
+        prog=program,
+        description=about,
         allow_abbrev=False,
-        usage="train.py [--recipe NAME] [flags]",
+        usage=f"{program} [--recipe NAME] [flags]",
     )
     first = fields(Config)[0].metadata["group"]
     groups = {first: parser.add_argument_group(first)}
     groups[first].add_argument("--recipe", help="settings to start from: a name in recipes/ or a .toml file")
     for f in fields(Config):
-        title = f.metadata["group"]
+        title, hidden = f.metadata["group"], shown is not None and f.name not in shown
         groups.setdefault(title, None)
         groups[title] = groups[title] or parser.add_argument_group(title)
         annotation = typing.get_type_hints(Config)[f.name]
         if annotation == dict[str, str]:
-            help = {"metavar": "KEY=VALUE", "default": argparse.SUPPRESS, "help": f.metadata["help"]}
+            help = {"metavar": "KEY=VALUE", "default": argparse.SUPPRESS}
+            help["help"] = argparse.SUPPRESS if hidden else f.metadata["help"]
             groups[title].add_argument(flag(f.name), nargs="*", type=_key_value, **help)
             continue
         kind = next(k for k in (*typing.get_args(annotation), annotation) if k in (str, int, float, bool))
-        options: dict = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} (default: {f.default})"}
+        explained = argparse.SUPPRESS if hidden else f"{f.metadata['help']} (default: {f.default})"
+        options: dict = {"default": argparse.SUPPRESS, "help": explained}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from rollout import rollout
 log = logging.getLogger(__name__)
 
 HELD_OUT = ("valid_seen", "valid_unseen")
+FLAGS = (
+    *("model", "env", "env_options", "prompt", "history", "context", "context_limit", "max_new_tokens", "max_steps"),
+    *("eval_games", "eval_temperature", "eval_batch", "reuse_cache", "dtype", "seed"),
+)  # that evaluation reads; of a run's policy the run's own settings are the defaults
 
 
 def environment(config: Config) -> Callable[[], TextEnv]:
@@ -74,18 +79,16 @@ def play(
     config: Config,
     games: list[str],
     *,
-    temperature: float,
-    note: str = "",
-    episode_skills: dict[str, str] | None = None,
     processes: int = 1,
+    episode_skills: dict[str, str] | None = None,  # task type -> the skill to act under; None: without
     make_env: Callable[[], TextEnv] | None = None,  # None: the run's own environment
 ) -> list[Trajectory]:
-    """Play each of `games` once, `--eval-batch` at a time over all `processes`."""
+    """Play each of `games` once, at --eval-temperature, `--eval-batch` at a time over all `processes`."""
     at_once = max((config.eval_batch or config.tasks * config.rollouts) // processes, 1)
     trajectories: list[Trajectory] = []
-    bar = tqdm(range(0, len(games), at_once), desc=f"evaluate {note}", leave=False, disable=None)
+    bar = tqdm(range(0, len(games), at_once), desc="evaluate", leave=False, disable=None)
     for start in bar:
-        sampling = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+        sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.eval_temperature}
         sampler = Sampler(model, encoder.tokenizer, **sampling, reuse_cache=config.reuse_cache)
         trajectories += rollout(
             sampler,
@@ -139,12 +142,20 @@ def format_table(results: dict[str, list[Trajectory]], columns: dict[str, str]) 
 
 
 def evaluate(
-    model, encoder: Encoder, config: Config, splits=None, *, process: int = 0, processes: int = 1, **playing
+    model,
+    encoder: Encoder,
+    config: Config,
+    splits: Sequence[str] | None = None,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    episode_skills: dict[str, str] | None = None,
+    make_env: Callable[[], TextEnv] | None = None,
 ) -> dict[str, list[Trajectory]]:
     """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each of
-    `processes` plays its share; a split without games is left out. Seeded apart from training (each process by itself), and the training's random state is
-    left as it was. `playing`: options of `play`."""
-    results, playing = {}, {"temperature": config.eval_temperature, "processes": processes, **playing}
+    `processes` plays its share; a split without games is left out. Seeded apart from training (each process by
+    itself), and the training's random state is left as it was. `episode_skills`, `make_env`: see `play`."""
+    results, acting = {}, {"episode_skills": episode_skills, "make_env": make_env}
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
             torch.manual_seed(config.seed + 1009 * process)
@@ -152,7 +163,7 @@ def evaluate(
             if not games:
                 log.warning("%s has no games in %s: left out of the evaluation", config.env, split)
                 continue
-            results[split] = play(model, encoder, config, games[process::processes], note=split, **playing)
+            results[split] = play(model, encoder, config, games[process::processes], processes=processes, **acting)
     return results
 
 
@@ -175,16 +186,24 @@ def evaluate_everywhere(
     return success, format_table(results, columns_of(config))
 
 
+ASKED = {"program": "evaluate.py", "about": __doc__.splitlines()[0], "shown": FLAGS}
+
+
 def main(argv: list[str] | None = None) -> None:
     from tiny.loading import load_model
 
-    config = parse_args(argv)
-    run = Path(config.model).parent / "config.json"
+    config = parse_args(argv, **ASKED)
+    run, start = Path(config.model).parent / "config.json", Path(config.model).parent / "start.json"
     if run.is_file():  # the policy of a run: the run's own settings are the defaults
-        config = parse_args(argv, base=json.loads(run.read_text()))
-    model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+        config = parse_args(argv, base=json.loads(run.read_text()), **ASKED)
+    date = json.loads(start.read_text())["date"] if start.is_file() else None
+    try:
+        environment(config)
+        model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    results = evaluate(model, Encoder(tokenizer, config.context), config)
+    results = evaluate(model, Encoder(tokenizer, config.context, date), config)
     print(format_table(results, columns_of(config)))
 
 

@@ -239,6 +239,7 @@ class Run:
             context_limit=config.skill_context_limit or config.context_limit,
             prefill=config.skill_prefill,
             batch_tokens=config.generate_budget,
+            date=self.encoder.date,
         )
 
     # ---- 3. routing ----------------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ class Run:
         if not tokens:  # more mini-batches than sequences, on every process alike
             return {}
         self.policy.train()
-        names = ["loss/policy", "loss/kl", "clip_fraction", *["loss/distill"] * bool(self.method.loss_weight)]
+        names = ["loss/policy", "loss/kl", "clip_fraction"] + (["loss/distill"] if self.method.loss_weight else [])
         zero = torch.zeros((), device=self.accelerator.device)
         sums = dict.fromkeys(names, zero)  # of each term, over this process's tokens, of which it may have none
         for micro in micro_batches(sequences, self.config.token_budget):

