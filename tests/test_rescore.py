@@ -25,6 +25,7 @@ from rescore import (
     guided_contexts,
     layout_noise,
     response_logprobs,
+    score,
     tree_logprobs,
 )
 from router import route
@@ -319,6 +320,36 @@ def test_lora_reference_scores_branches_with_the_adapters_off(llama, played):
     assert (
         tree_logprobs(model, contexts, responses, branches, token_budget=BUDGET)[1] - expected[1]
     ).abs().nan_to_num().max() > 1e-2
+
+
+@pytest.mark.parametrize(("readers", "scorer"), [(("old", "new"), "old"), (("old", "new"), "third"), (("old",), "new")])
+def test_each_score_is_that_of_its_own_model_and_context(readers, scorer, llama, played):
+    """Every reader reads h, the scorer h^; step skills cost a pass of their own only where the scorer reads no h."""
+    models = {name: frozen_copy(llama) for name in ("old", "new", "third")}
+    for shift, model in enumerate(models.values()):
+        with torch.no_grad():
+            model.lm_head.weight.add_(0.01 * shift)
+            next(model.parameters()).mul_(1 + 0.05 * shift)
+    contexts, responses = rows_of(played(llama)[1])
+    step = [[*context[:-1], 7, context[-1]] if row % 2 else None for row, context in enumerate(contexts)]
+    episode = [None if row % 2 else [context[0], 8, *context[1:]] for row, context in enumerate(contexts)]
+    limits, passes = {"temperature": 0.7, "token_budget": 64}, []
+
+    def progress(name):
+        passes.append(name)
+        return iter
+
+    guided = {"episode": episode, "step": step}
+    given = {name: models[name] for name in readers}
+    plain, scored = score(given, models[scorer], contexts, responses, guided, **limits, progress=progress)
+    assert passes == [*readers, *["step"] * (scorer not in readers), "episode"]
+    assert (list(plain), sorted(scored)) == (list(readers), ["episode", "step"])
+    for name in readers:
+        assert_same(plain[name], response_logprobs(models[name], contexts, responses, **limits))
+    assert_same(scored["step"], response_logprobs(models[scorer], step, responses, **limits))
+    assert_same(scored["episode"], response_logprobs(models[scorer], episode, responses, **limits))
+    none, nothing = score(given, None, contexts, responses, {}, **limits, progress=progress)
+    assert nothing == {} and list(none) == list(readers)
 
 
 def test_only_a_pass_with_branches_changes_how_a_model_attends(llama):
