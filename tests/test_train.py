@@ -171,20 +171,33 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
     assert torch.equal(authors[0], start + {"policy": 1.0, "reference": 0.0, "ema": 0.5}[name])
 
 
-def test_the_kl_term_pulls_towards_the_reference_by_its_weight(random_tiny, tmp_path):
-    """No outcome and no penalty, hence A = 0, and a policy that has moved away: only the KL term is left."""
-    records = {}
+def test_the_kl_term_pulls_towards_the_reference_by_its_weight(random_tiny, tmp_path, monkeypatch):
+    """No outcome and no penalty, hence A = 0, and a policy that has moved away: only the KL term is left. Six gradient
+    steps on the same tokens."""
+    taken, original = [], Run._step
+    monkeypatch.setattr(Run, "_step", lambda *args: taken.append(original(*args)) or taken[-1])
     for weight in (0.5, 1.0):
-        changes = {"algo": "grpo", "invalid_penalty": 0.0, "kl": weight, "mini_batch": 0, "iterations": 2}
-        run = Run(config(tmp_path, str(weight), **changes))
+        changes = {"algo": "grpo", "invalid_penalty": 0.0, "kl": weight, "mini_batch": 0, "epochs": 6}
+        run = Run(config(tmp_path, str(weight), iterations=1, **changes))
         with torch.no_grad():
             run.policy.lm_head.weight.mul_(1.5)
         train(run.config, run)
-        records[weight] = lines(run.config.out)
-    half, whole = records.values()
-    assert half[0]["advantage/outcome_abs"] == half[1]["advantage/outcome_abs"] == 0
-    assert whole[0]["grad_norm"] == pytest.approx(2 * half[0]["grad_norm"], rel=1e-4) and half[0]["grad_norm"] > 0.01
-    assert whole[1]["loss/kl"] < 0.9 * whole[0]["loss/kl"]
+    half, whole = taken[:6], taken[6:]
+    assert half[0]["grad_norm"] > 0.01 and whole[0]["grad_norm"] == pytest.approx(2 * half[0]["grad_norm"], rel=1e-4)
+    assert whole[-1]["loss/kl"] < 0.95 * whole[0]["loss/kl"]
+
+
+def test_each_iteration_draws_other_tasks_and_samples_by_other_numbers(random_tiny, tmp_path):
+    run = Run(config(tmp_path, "run"))
+    drawn = [(run.seed(iteration).random(), torch.rand(()).item()) for iteration in (0, 1, 0)]
+    assert drawn[0] == drawn[2]
+    assert drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1]
+
+
+def test_the_learning_rate_warms_up_and_halves():
+    rates = [train_module.learning_rate(Config(learning_rate=8.0, warmup=2, lr_halving=4), t) for t in (0, 1, 4, 8)]
+    assert rates == pytest.approx([4.0, 8 / 2**0.25, 4.0, 2.0])
+    assert train_module.learning_rate(Config(learning_rate=8.0, warmup=0, lr_halving=0), 9) == 8.0
 
 
 def test_the_ema_follows_by_one_minus_its_decay(random_tiny, tmp_path):
