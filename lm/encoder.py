@@ -67,6 +67,7 @@ class Encoder:
         return render(self.tokenizer, conversation, self._template)
 
     def _as_text(self, content: str) -> str:
+        content = content.encode(errors="replace").decode()  # half a surrogate pair is no text for a tokenizer
         return self._marker.sub(lambda token: f"{token[0][0]} {token[0][1:]}", content)
 
     def _ids(self, text: str) -> list[int]:

@@ -176,6 +176,7 @@ def test_games_not_marked_as_solvable_are_left_out_counted_and_named(lay_out, ca
             "null": {"solvable": None},
             "unmarked": {"pddl_problem": padding, "walkthrough": ['"solvable": true']},
             "cut": json.dumps({"pddl_problem": padding, "solvable": True})[:TAIL],
+            "cut-late": json.dumps({"solvable": True, "walkthrough": ["look"]})[:-5],
             "movable-a": {"solvable": True},
             "ButterKnifeSliced-b": {"solvable": True},
         }
@@ -186,7 +187,7 @@ def test_games_not_marked_as_solvable_are_left_out_counted_and_named(lay_out, ca
     (message,) = {record.message for record in caplog.records}
     assert message == (
         f"{folder}/json_2.1.1/train: left out 1 with 'Sliced' in their name (ButterKnifeSliced-b/trial_1); "
-        "1 that cannot be read as JSON (cut/trial_1); "
+        "2 that cannot be read as JSON (cut-late/trial_1, cut/trial_1); "
         "4 not marked as solvable (early-no/trial_1, no/trial_1, null/trial_1, unmarked/trial_1); "
         "1 with 'movable' in their name (movable-a/trial_1)"
     )

@@ -574,6 +574,8 @@ BAD = {
     "two agents' places": ({"pddl_problem": problem("", ["(atLocation agent1 loc|-1|3|1|60)"])}, "at one location"),
     "two places": ({"pddl_problem": problem("", [f"(receptacleAtLocation {SINK} loc|-1|3|1|60)"])}, "two locations"),
     "unknown goal": ({"pddl_problem": problem("(checked agent1)", [])}, "(checked agent1)"),
+    "goal of too few names": ({"pddl_problem": problem("(atLocation agent1)", [])}, "fits no predicate"),
+    "stray brace": ({"grammar": GRAMMAR.replace("move {o} to {r}", "move {o} to {r}}")}, "grammar is not one of"),
     "broken goal": ({"pddl_problem": problem("(exists)", [])}, "not a game file"),
 }
 
@@ -587,7 +589,7 @@ def test_bad_file(name, write):
     assert expected in str(error.value) and str(error.value).startswith(path)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe", b'{"grammar": ""}', b"null"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe", b'{"grammar": ""}', b"null", b"[" * 100_000])
 def test_missing_or_corrupt_file(content, tmp_path):
     path = tmp_path / "game.tw-pddl"
     if content is not None:

@@ -55,6 +55,11 @@ def test_held_out_questions_alternate_between_data_sets(tmp_path):
     assert sorted(q.question for q in load_questions(str(tmp_path), "test")) == sorted(row["question"] for row in rows)
 
 
+def test_a_number_is_one_answer_and_may_name_the_data_set(tmp_path):
+    rows = [{"question": "how many?", "golden_answers": 42, "data_source": 7}]
+    assert load_questions(write(tmp_path / "q.jsonl", rows), "train") == (Question("how many?", ("42",), "7"),)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -90,6 +90,7 @@ def test_any_passage_comes_back_as_it_was_written(tmp_path, texts):
         ('{"id": "1", "text": "x"}', "line 2.*KeyError"),
         ('["x"]', "line 2"),
         ('{"id": "1", "contents": 3}', "line 2: 'contents' is not a text"),
+        ("[" * 100_000, "line 2.*RecursionError"),
     ],
 )
 def test_bad_corpus_lines_are_named(tmp_path, line, message):
@@ -171,7 +172,14 @@ def test_the_server_speaks_search_r1s_protocol(bm25):
         assert item["document"]["contents"] == TEXTS[0] and item["score"] > 0
         plain = post(f"{url}/retrieve", json.dumps({"queries": ["lima"]}).encode())
         assert plain == {"result": [[{"contents": TEXTS[0]}]]}
-        for wrong in (b"x", b"[]", b'{"queries": "lima"}', b'{"queries": [1]}', b'{"queries": [], "topk": -1}'):
+        for wrong in (
+            b"x",
+            b"[]",
+            b'{"queries": "lima"}',
+            b'{"queries": [1]}',
+            b'{"queries": [], "topk": -1}',
+            b"[" * 100_000,
+        ):
             with pytest.raises(urllib.error.HTTPError, match="422"):
                 post(f"{url}/retrieve", wrong)
         with pytest.raises(urllib.error.HTTPError, match="404"):
@@ -219,6 +227,8 @@ def test_a_server_that_recovers_is_asked_again():
         (200, b'{"result": [[{"document": {"text": "c"}, "score": 1}]]}', "does not speak"),
         (200, b'{"result": []}', "answered 0 of 1 queries"),
         (200, b"\xff\xfe", "does not speak"),
+        (200, b"[" * 100_000, "does not speak.*RecursionError"),
+        (200, GOOD.replace(b"1.5", b"1" + b"0" * 400), "does not speak.*OverflowError"),
         (404, b"", "refused a search.*404"),
     ],
 )

@@ -430,3 +430,15 @@ def test_no_goal_to_train_on_is_an_error_that_says_how_many_there_are(shop):
         ValueError, match=r"no WebShop goal to train on: of its 1 goals 0 in train, 0 in valid_seen, 1 in valid_unseen"
     ):
         env.tasks("train")
+
+
+def test_products_named_like_buttons_are_products(write, monkeypatch, tmp_path):
+    names = ["Features", "Buy Now", "< Prev"]
+    folder = write([product(0, "hat") | {"asin": name} for name in names])
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        env = WebshopEnv(data=folder)
+        start(env)
+        env.step("search[hat]")
+        env.step(f"click[{name}]")
+        assert (env.session.page, env.session.asin) == ("item", name)

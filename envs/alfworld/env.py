@@ -98,13 +98,13 @@ def why_left_out(path: Path, below_split: Path) -> str:
 
 
 def marked_solvable(path: Path) -> bool:
-    """A game file's `solvable`. alfworld writes it near the end, so that of hundreds of megabytes little is read: in a
-    JSON text an unescaped "solvable" with a colon can be nothing but that key. Raises ValueError where it is no
-    JSON."""
+    """A game file's `solvable`. alfworld writes it near the end, so that of hundreds of megabytes little is read: an
+    unescaped "solvable" with a colon can be nothing but that key. Raises ValueError for what is no JSON."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
-        found = re.search(rb'"solvable"\s*:\s*(true|false|null)\b', file.read())
-    if found:
+        end = file.read().rstrip()
+    found = re.search(rb'"solvable"\s*:\s*(true|false|null)\b', end)
+    if found and end.endswith(b"}"):  # else it may be cut off, half downloaded
         return found[1] == b"true"
     game = json.loads(path.read_text(encoding="utf-8"))
     return isinstance(game, dict) and bool(game.get("solvable"))

@@ -149,7 +149,7 @@ def _load_game(path: str, changed: int) -> Game:
         raise
     except KeyError as error:
         raise GameFileError(f"{path}: incomplete, {error} is missing; {again}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, IndexError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, IndexError, RecursionError) as error:
         raise GameFileError(f"{path}: not a game file ({error}); {again}") from error
     except ValueError as error:
         raise GameFileError(f"{path}: {error}; use a file made by alfworld or by envs.alfworld.games") from error
@@ -332,7 +332,7 @@ def read_grammar(text: str) -> dict[str, str]:
         .replace("lend.name", "place"),
     }
     go = actions["GotoLocation"].pop("template")
-    slots = [set(re.findall(r'{.*?}|#.*?#|[\[<>|;"]', text)) for text in wordings.values()]
+    slots = [set(re.findall(r'{.*?}|#.*?#|[\[<>|;"{}]', text)) for text in wordings.values()]
     if (
         fingerprint(json.dumps([actions, rules], sort_keys=True)) != GRAMMAR
         or go not in GO_COMMANDS

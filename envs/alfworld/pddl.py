@@ -133,6 +133,8 @@ def ground(formula: Formula, problem: Problem, binding: dict[str, str] | None = 
         return names[0] == names[1]
     if head not in SIGNATURES or head == "checked":
         raise ValueError(f"its goal asks for ({' '.join(formula)}), which this engine doesn't keep")
+    if len(names) != len(SIGNATURES[head]):
+        raise ValueError(f"its goal asks for ({' '.join(formula)}), which fits no predicate of the domain")
     return (head, *names) if head in DYNAMIC else names in problem.facts[head]
 
 

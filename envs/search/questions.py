@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -74,11 +74,12 @@ def _question(row: Mapping, place: str, default_source: str) -> Question:
             answers = row["reward_model"]["ground_truth"]["target"]
         except (KeyError, TypeError):
             raise ValueError(f"{place}: neither 'golden_answers' nor 'reward_model.ground_truth.target'") from None
-    answers = (answers,) if isinstance(answers, str) else tuple(str(answer) for answer in answers)
-    question = row.get("question")
+    if isinstance(answers, str) or not isinstance(answers, Iterable):
+        answers = (answers,)  # one answer, not a list of letters or digits
+    answers, question = tuple(str(answer) for answer in answers), row.get("question")
     if not isinstance(question, str) or not question.strip() or not answers:
         raise ValueError(f"{place}: a row needs a 'question' and at least one golden answer")
-    source = row.get("data_source") or default_source
+    source = str(row.get("data_source") or default_source)
     return Question(question.strip(), answers, source.removeprefix("searchR1_"))  # as some processed files tag it
 
 

@@ -66,7 +66,7 @@ def read_corpus(path: str | Path) -> Iterator[tuple[int, str]]:
 def _contents(line: bytes, place: str) -> str:
     try:
         contents = json.loads(line)["contents"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorpusError(
             f"{place}: not a JSON object with 'contents' ({error!r}); unpack a .gz file first (gzip -d)"
         ) from error

@@ -51,7 +51,7 @@ def read_request(body: bytes) -> tuple[list[str], int, bool]:
     """(queries, topk, return_scores). Raises ValueError, worded for the client."""
     try:
         fields = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the body is no JSON: {error}") from error
     queries = fields.get("queries") if isinstance(fields, dict) else None
     if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):

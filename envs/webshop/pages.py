@@ -89,22 +89,32 @@ class Session:
         self.page, self.number, self.asin, self.options = "results", number, "", {}
 
     def click(self, text: str, option: str) -> None:
+        if text == BACK.lower():
+            self.page, self.asin, self.options = "search", "", {}
+        elif self.page == "results":
+            self.click_result(text)
+        elif self.page == "item":
+            self.click_product(text, option)
+        else:  # on a sub-page, the way back is all there is
+            self.page = "item"
+
+    def click_result(self, text: str) -> None:
+        if text == NEXT.lower():
+            self.open_results(self.number + 1)
+        elif text == PREVIOUS.lower() and self.number > 1:
+            self.open_results(self.number - 1)
+        else:
+            self.page = "item"
+            self.asin = next(product["asin"] for product in self.shown if product["asin"].lower() == text)
+
+    def click_product(self, text: str, option: str) -> None:
         sub_pages = {name.lower(): name for name in SUB_PAGES}
         if text == BUY.lower():
             self.page = "done"
-        elif text == BACK.lower():
-            self.page, self.asin, self.options = "search", "", {}
-        elif text in (NEXT.lower(), PREVIOUS.lower()) and self.page == "results":
-            self.open_results(self.number + (1 if text == NEXT.lower() else -1))
-        elif text == PREVIOUS.lower() and self.page == "item":
-            self.open_results(self.number)
         elif text == PREVIOUS.lower():
-            self.page = "item"
+            self.open_results(self.number)
         elif text in sub_pages:
             self.page = sub_pages[text]
-        elif self.page == "results":
-            self.page = "item"
-            self.asin = next(product["asin"] for product in self.shown if product["asin"].lower() == text)
         else:
             self.options[option] = text
 
