@@ -156,8 +156,11 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
     authors = []
 
     def writer(model, tokenizer, **answering):
-        authors.append(next(model.parameters()).detach().clone())
-        return lambda prompts: ['{"episode_skill": "open every closed place"}'] * len(prompts)
+        def write(prompts):
+            authors.append(next(model.parameters()).detach().clone())
+            return ['{"episode_skill": "open every closed place"}'] * len(prompts)
+
+        return write
 
     monkeypatch.setattr(train_module, "model_writer", writer)
     run = Run(config(tmp_path, name, skill_writer=name, ema_decay=0.5))
