@@ -67,7 +67,7 @@ class Skills:
     summary: str
     episode: str
     steps: dict[int, str] = field(default_factory=dict)
-    dropped: int = field(default=0, compare=False)  # step skills in the answer that name no step of the episode
+    dropped: int = field(default=0, compare=False)  # step skills in the answer that could not be read
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,14 @@ _MAX_CHARS = 30_000  # of an answer that are read at all; answers are a few hund
 _MAX_REPAIR_CHARS = 6_000  # json-repair takes quadratic time on nested garbage: about a second for this many
 
 _NO_SKILL = re.compile(r"\W*")  # blank, or a placeholder such as "..." copied from the prompt
-# "3", "step 3", "Step_3: look", "<1>", "#2", "step-3", "Step 4 (critical)"
+# "3", "step 3", "Step_3: look", "<3>", "#3", "step-3", "Step 3 (critical)", "**Step 3:** look", "3. look"
 _STEP_KEY = re.compile(
-    r"\s*[<#(\[]?(?:step[\s_<#-]*)?([0-9]{1,6})[>)\]]?[\s_]*(?:\([^()]*\)\s*)?(?::|\Z)", re.IGNORECASE
+    r"[\s*<#(\[]*(?:step[\s_<#*-]*)?([0-9]{1,6})[>)\]*]*[\s_]*(?:\([^()]*\)\s*)?"
+    r"(?:\.?\s*\Z|:[\s*]*|[.-][\s_](?![\s_]*[0-9]))",  # "1.5" and "2 - 3" are no steps
+    re.IGNORECASE,
 )
-_STEP_NAMES, _SKILL_NAMES = ("step", "step_index", "index", "step_id"), ("skill", "step_skill", "text")
+_STEP_NAMES = ("step", "step_index", "step_number", "step_idx", "step_id", "index")
+_SKILL_NAMES = ("skill", "step_skill", "text")
 _BETWEEN_OBJECTS = re.compile(r'(?<=\})(?!\s*,)[^{}"]*(?=\{)')  # what may stand between two objects: } here {
 
 
@@ -74,7 +77,7 @@ def analysis_prompt(trajectory: Trajectory, max_step_skills: int, template: str 
     }
     try:
         return (template or GENERAL_TEMPLATE).format(**fields)
-    except (LookupError, AttributeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"bad analysis template: {error!r}; fields: {', '.join(fields)}; double the rest") from error
 
 
@@ -84,9 +87,9 @@ def parse_skills(text: str, num_steps: int, max_step_skills: int) -> Skills:
 
     Accepts what small models print: code fences, prose, trailing commas, single quotes, answers cut off, several
     objects, steps as {"3": ...}, {"step 3": ...}, {"<3>": {"skill": ...}}, [{"step_index": 3, "skill": ...}] or
-    ["Step 3: ..."]. Whatever is not plainly a skill is dropped: blank or non-text values, and, counted in `dropped`,
-    skills under a key that names no step of the episode (0-based). Raises ValueError, worded for the retry prompt,
-    where no episode skill can be found; never anything else.
+    ["Step 3: ..."]. Whatever is not plainly a skill is dropped and, unless it is blank, counted in `dropped`: what
+    names no step of the episode (0-based), or has no text. Raises ValueError, worded for the retry prompt, where no
+    episode skill can be found; never anything else.
     """
     problem = "no JSON object with an episode_skill was found"
     for fields in map(_by_name, _objects(text)):
@@ -137,27 +140,26 @@ def _skill_text(value: object) -> str:
 
 
 def _step_skills(raw: object, num_steps: int) -> tuple[dict[int, str], int]:
-    """-> (step -> skill, how many skills name no step of the episode)."""
+    """-> (step -> skill, how many entries say something that is not the skill of a step)."""
     pairs: list[tuple] = []  # (step key, skill)
     for item in raw if isinstance(raw, list) else [raw]:
-        if isinstance(item, str):
-            match = _STEP_KEY.match(item)
-            pairs.append((match[1], item[match.end() :]) if match else (None, item))
-        elif isinstance(item, dict):
+        if isinstance(item, dict):
             item = _by_name(item)
             name = next((name for name in _STEP_NAMES if name in item), None)
-            pairs += item.items() if name is None else [(item[name], item)]
+            pairs += item.items() if name is None else [(item.pop(name), item)]
+        else:
+            match = _STEP_KEY.match(item) if isinstance(item, str) else None
+            pairs.append((match[1], item[match.end() :]) if match else (None, item))
     steps, dropped = {}, 0
     for key, value in pairs:
         if isinstance(value, dict):
-            value = _by_name(value)
-            value = next((value[name] for name in _SKILL_NAMES if name in value), None)
-        match = _STEP_KEY.fullmatch(str(key)) if isinstance(key, str | int) else None
-        if not (skill := _skill_text(value)):
-            continue
-        if match and int(match[1]) < num_steps:
+            fields = _by_name(value)
+            value = next((fields[name] for name in _SKILL_NAMES if name in fields), value)
+        match = _STEP_KEY.match(str(key)) if isinstance(key, str | int) else None
+        skill = _skill_text(value)
+        if skill and match and int(match[1]) < num_steps:
             steps[int(match[1])] = skill
-        else:
+        elif skill or (value and not isinstance(value, str)):
             dropped += 1
     return steps, dropped
 
@@ -171,7 +173,7 @@ def write_skills(
     skills/retried, skills/failed                answers asked for again, and trajectories given up after that
     skills/too_long                              prompts that the writer could not read or refused (not retried)
     skills/step_skills                           step skills per trajectory that has skills
-    skills/step_keys_dropped                     step skills that name no step of their episode, in all
+    skills/step_keys_dropped                     step skills that name no step of their episode or are no text, in all
 
     Raises what `write` raises: a writer that is down must not look like a policy that has nothing to say.
     """

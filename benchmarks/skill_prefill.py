@@ -21,6 +21,7 @@ from lm.writers import model_writer
 from skills import write_skills
 from tiny.loading import load_model
 
+ANSWERING = {"max_new_tokens": 160, "temperature": 1.0, "context_limit": 4096, "batch_tokens": 65536}
 PREFILLS = ("", "{", '{"episode_summary": "')
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     trajectories = [random_episode(game, i, args.max_steps) for i, game in enumerate(games)]
     for prefill in PREFILLS:
         torch.manual_seed(0)
-        write = model_writer(model, tokenizer, max_new_tokens=160, temperature=1.0, context_limit=4096, prefill=prefill)
+        write = model_writer(model, tokenizer, **ANSWERING, prefill=prefill)
         skills, metrics = write_skills(trajectories, write, max_step_skills=5, template=None)
         first, after = (100 * metrics[f"skills/{name}"] for name in ("first_parse_rate", "parse_rate"))
         print(f"prefill {prefill!r:<26} parsed at first {first:3.0f}%, after the retry {after:3.0f}%, ", end="")

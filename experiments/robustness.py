@@ -34,8 +34,8 @@ SEED = 0  # of the changes
 
 
 def conditions(config: Config, temperatures: list[float]) -> dict[str, tuple[Config, Callable | None]]:
-    """Condition -> (settings, what makes an environment; None: the run's own). Raises ValueError for an environment that
-    is not ALFWorld."""
+    """Condition -> (settings, what makes an environment; None: the run's own). Raises ValueError for an environment
+    that is not ALFWorld."""
     if config.env != "alfworld":
         raise ValueError(f"only ALFWorld's observations can be changed, not those of --env {config.env}")
     make = environment(config)

@@ -10,7 +10,8 @@ from tiny.loading import load_model
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one must not fail a test
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=7200)
+# The long search: pytest --hypothesis-profile=fuzz -k fuzz. The same inputs every time, so that it can be repeated.
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=20_000, derandomize=True, database=None)
 hypothesis.settings.load_profile("any machine")
 
 SMALL = {

@@ -91,6 +91,43 @@ def test_fill_keeps_braces_of_a_skill():
     assert fill(PROMPT, Guidance("step", "{0} {text}")) == "task\nnow\nS:{0} {text}\nact"
 
 
+_words = st.text(max_size=6) | st.sampled_from(["{", "}", "{text}", "{0}", "{{}}", "%s", "\\1", "\n"])
+_slots = st.builds(
+    lambda level, before, after: Slot(level, f"{before}{{text}}{after}"),
+    st.sampled_from(["episode", "step"]),
+    *[_words.filter(lambda word: "{text}" not in word and not word.endswith("{"))] * 2,
+)
+_guidances = st.lists(st.builds(Guidance, st.sampled_from(["episode", "step"]), _words), max_size=3)
+
+
+@given(st.lists(_words | _slots, max_size=6).map(tuple), _guidances)
+def test_fuzz_a_prompt_differs_by_its_skills_and_by_nothing_else(prompt, guidances):
+    told, slots = [g.level for g in guidances], [piece.level for piece in prompt if isinstance(piece, Slot)]
+    if len(set(told)) < len(told) or not set(told) <= set(slots):
+        with pytest.raises(ValueError, match=r"two skills of one level|this prompt has no"):
+            fill(prompt, *guidances)
+        return
+    texts, expected = {g.level: g.text for g in guidances}, ""
+    for piece in prompt:
+        if isinstance(piece, str):
+            expected += piece
+        elif piece.level in texts:
+            before, after = piece.template.split("{text}")
+            expected += before + texts[piece.level] + after
+    assert fill(prompt, *guidances) == expected
+    assert fill(prompt) == "".join(piece for piece in prompt if isinstance(piece, str))
+
+
+@given(st.lists(_words, max_size=5).map("".join))
+def test_fuzz_a_slot_has_one_place(template):
+    if template.count("{text}") == 1:
+        filled = fill((Slot("step", template),), Guidance("step", "GO"))
+        assert "GO".join(template.split("{text}")) == filled
+    else:
+        with pytest.raises(ValueError, match="once"):
+            Slot("step", template)
+
+
 def test_braces_of_a_slot_stand_for_themselves():
     assert fill(("a", Slot("step", ' {"hint": "{text}", {0}}')), Guidance("step", "go")) == 'a {"hint": "go", {0}}'
     for template in ("no place", "{text} {text}"):

@@ -2,9 +2,10 @@
 
 import json
 import time
+from contextlib import suppress
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data import Skills, Step, Trajectory
@@ -142,33 +143,71 @@ _pieces = st.sampled_from([*_punctuation, *_words, "null", "1e999", "NaN", "\ud8
 _answers = st.text(max_size=60) | st.lists(_pieces, max_size=40).map("".join)
 
 
-@settings(max_examples=200)
+def check(read, num_steps, max_step_skills):
+    assert read.episode
+    assert len(read.steps) <= max_step_skills
+    assert all(type(t) is int and 0 <= t < num_steps for t in read.steps)
+    for skill in (read.episode, read.summary, *read.steps.values()):
+        assert skill == skill.strip()
+        assert skill.encode() is not None  # a tokenizer can read it
+    assert all(read.steps.values()) and type(read.dropped) is int and read.dropped >= 0
+
+
 @given(_answers, st.integers(0, 4), st.integers(0, 3))
 @example("{" * 5000 + "episode_skill", 3, 3)
 @example("episode_skill" + '{"a":' * 5000, 3, 3)
 @example('{"episode_skill": "a", "step_skills": [{"step": ' + "[" * 900 + "]" * 900 + ', "skill": "b"}]}', 3, 3)
-def test_any_text_gives_wellformed_skills_or_a_value_error(text, num_steps, max_step_skills):
+def test_fuzz_any_text_gives_wellformed_skills_or_a_value_error(text, num_steps, max_step_skills):
     try:
         read = parse_skills(text, num_steps, max_step_skills)
     except ValueError as error:
         assert str(error)
         return
-    assert read.episode
-    assert len(read.steps) <= max_step_skills
-    assert list(read.steps) == sorted(read.steps)
-    assert all(type(t) is int and 0 <= t < num_steps for t in read.steps)
-    for skill in (read.episode, read.summary, *read.steps.values()):
-        assert skill == skill.strip()
-        assert skill.encode() is not None  # a tokenizer can read it
+    check(read, num_steps, max_step_skills)
+
+
+_keys = st.sampled_from(
+    ["step", "step_index", "index", "skill", "text", "0", "<1>", "Step 2 (critical)", "9", "-1", ""]
+)
+_leaves = st.none() | st.booleans() | st.integers(-2, 10**7) | st.floats() | st.text(max_size=8) | _keys
+_values = st.recursive(
+    _leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_keys | st.text(max_size=8), inner, max_size=4)
+)
+
+
+@given(_values, st.integers(0, 4), st.integers(0, 3), st.integers(0, 200), st.integers(0, 3))
+def test_fuzz_any_step_skills_are_read_or_counted(value, num_steps, max_step_skills, place, cut):
+    """Well-formed answers, and the same with a few characters lost."""
+    text = json.dumps({"episode_skill": "look", "step_skills": value})
+    read = parse_skills(text, num_steps, max_step_skills)
+    check(read, num_steps, max_step_skills)
+    assert read.episode == "look"
+    entries = value if isinstance(value, list) else [value]
+    most = sum(len(entry) if isinstance(entry, dict) else 1 for entry in entries)
+    assert len(read.steps) + read.dropped <= most
+    with suppress(ValueError):
+        check(parse_skills(text[:place] + text[place + cut :], num_steps, max_step_skills), num_steps, max_step_skills)
+
+
+_forms = ["%d", "step %d", "Step_%d", "STEP-%d", "<%d>", "<step %d>", "#%d", "Step #%d", "[%d]", "(%d)", "%d.", "%d)"]
+_forms += ["Step %d:", "**Step %d**", "Step %d (critical)", " %d ", "step %d: the shelf", "Step %d - the shelf"]
+
+
+@given(st.dictionaries(st.integers(0, 12), st.text("abc", min_size=1)), st.sampled_from(_forms), st.integers(0, 9))
+def test_fuzz_every_form_of_a_step_key_is_read(steps, form, num_steps):
+    answer = {"episode_skill": "look", "step_skills": {form % t: skill for t, skill in steps.items()}}
+    read = parse_skills(json.dumps(answer), num_steps, 99)
+    assert read.steps == {t: skill for t, skill in steps.items() if t < num_steps}
+    assert list(read.steps) == [t for t in steps if t < num_steps]  # in the writer's order
+    assert read.dropped == sum(t >= num_steps for t in steps)
 
 
 _skill = st.text(st.characters(codec="utf-8"), max_size=30).map(lambda text: f"a{text}b")
 _skills = st.builds(Skills, _skill | st.just(""), _skill, st.dictionaries(st.integers(0, 9), _skill, max_size=5))
 
 
-@settings(max_examples=300)
 @given(_skills, st.sampled_from(["%s", "```json\n%s\n```", "Sure, here's it:\n\n%s\n\nIs that {all}?"]), st.booleans())
-def test_round_trip(written, around, ascii_only):
+def test_fuzz_round_trip(written, around, ascii_only):
     answer = {"episode_summary": written.summary, "episode_skill": written.episode, "step_skills": written.steps}
     text = around.replace("%s", json.dumps(answer, ensure_ascii=ascii_only))
     assert parse_skills(text, 10, 5) == written
@@ -203,7 +242,59 @@ def test_a_template_of_the_environment():
     assert prompt == "failure find {it} {} 1\nstep 0: x -> act 0"
 
 
-@pytest.mark.parametrize("template", ["{tusk}", "{0}", "{", "{task.nothing}"])
+_line = st.text(max_size=12) | st.sampled_from(["{", "}", "{task}", "{{}}", "%s", "\n", "\ud800"])
+
+
+@given(st.lists(_line, max_size=4), _line, st.booleans(), st.integers(0, 6))
+def test_fuzz_whatever_an_episode_says_is_shown_as_it_is(observations, task, success, most):
+    prompt = analysis_prompt(trajectory(success, observations, task), most)
+    lines = "".join(f"step {t}: {' '.join([*o.split(), '->', 'act', str(t)])}\n" for t, o in enumerate(observations))
+    assert f"\nTask: {task}\nOutcome: {'success' if success else 'failure'}\n" in prompt
+    assert f"each as observation -> action:\n{lines or chr(10)}\nWrite three things" in prompt
+    assert f"at most {min(most, len(observations))} critical steps" in prompt
+
+
+_parts = [
+    "{",
+    "}",
+    "{{",
+    "}}",
+    "{task}",
+    "{steps}",
+    "{outcome}",
+    "{focus}",
+    "{max_step_skills}",
+    "{task",
+    ":",
+    "!",
+    ".",
+]
+_parts += [
+    "!r",
+    "[",
+    "]",
+    "0",
+    "x",
+    "task",
+    '{"a": "b"}',
+    "{0}",
+    "{}",
+    "{task[x]}",
+    "{max_step_skills[0]}",
+    ":>9",
+    "\n",
+]
+
+
+@given(st.lists(st.sampled_from(_parts) | st.text(max_size=3), max_size=12).map("".join))
+def test_fuzz_any_template_is_filled_or_refused_with_its_fields(template):
+    try:
+        assert isinstance(analysis_prompt(trajectory(), 3, template), str)
+    except ValueError as error:
+        assert str(error).startswith("bad analysis template") and "focus" in str(error)
+
+
+@pytest.mark.parametrize("template", ["{tusk}", "{0}", "{", "{task.nothing}", "{task[x]}", '{"a": "b"} {task}'])
 def test_a_bad_template_names_the_fields(template):
     with pytest.raises(ValueError, match="task, outcome, steps, max_step_skills, focus"):
         analysis_prompt(trajectory(), 3, template)
@@ -282,6 +373,13 @@ def test_a_writer_that_loses_answers_or_dies_is_an_error():
         '{"[1]": "look"}',
         '[{"step_index": 1, "skill": "look"}]',
         '[{"step": "<1>", "text": "look"}]',
+        '[{"Step Number": 1, "why": "lost time", "Step Skill": "look"}]',
+        '{"**Step 1**": "look"}',
+        '{"Step 1.": "look"}',
+        '{"Step 1: the shelf": "look"}',
+        '{"Step 1 - the shelf": "look"}',
+        '["**Step 1:** look"]',
+        '["1. look"]',
         '{"1": {"skill": "look"}}',
         '["Step 1: look"]',
     ],
@@ -290,6 +388,24 @@ def test_step_keys_that_models_print(steps):
     skills = parse_skills(f'{{"episode_skill": "e", "step_skills": {steps}}}', 3, 5)
     assert skills.steps == {1: "look"}
     assert skills.dropped == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "dropped"),
+    [
+        ('{"1": {"why": "lost time"}, "2": ["look"], "0": 7}', 3),
+        ('[{"skill": "look"}, {"step": true, "skill": "look"}, "look", 5]', 4),
+        ('{"steps": [{"step": 1, "skill": "look"}]}', 1),
+        ('["2 - 3 look", "1.5 look", "3 apples lie there"]', 3),
+        ('"look"', 1),
+        ('[{"step": 1}, {"step": 2, "skill": ""}, {"1": {"text": "..."}}, {"1": null}, [], null, ""]', 0),
+        ("{}", 0),
+        ("null", 0),
+    ],
+)
+def test_what_says_something_but_is_no_skill_of_a_step_is_counted(steps, dropped):
+    skills = parse_skills(f'{{"episode_skill": "e", "step_skills": {steps}}}', 4, 5)
+    assert (skills.steps, skills.dropped) == ({}, dropped)
 
 
 def test_step_keys_that_name_no_step_are_counted():

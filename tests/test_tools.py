@@ -11,9 +11,11 @@ import pytest
 import transformers
 
 import tiny.loading
+from baselines.controls import scripted_skills
+from benchmarks import skill_prefill
 from runlog.curve import plot_curve
 from runlog.report import write_report
-from tools import plot_run, report
+from tools import plot_run, report, skill_quality
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -95,6 +97,35 @@ def test_the_command_lines(main, missing, written, run, monkeypatch, capsys):
         call(run)
     with pytest.raises(SystemExit, match=rf"\.py: no {missing} in nowhere"):
         call("nowhere")
+
+
+def test_skill_quality_plays_writes_and_checks(llama, tokenizer, monkeypatch, capsys):
+    llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))  # a random model must end its responses
+    monkeypatch.setattr(skill_quality, "load_model", lambda name: (llama, tokenizer))
+    monkeypatch.setattr(sys, "argv", ["skill_quality.py", "--games", "2"])
+    skill_quality.main()  # as it is: what a random model writes is no skill
+    assert "parsed at first 0%, after a retry 0%" in capsys.readouterr().out
+
+    def written(trajectories, write, **options):
+        metrics = {"skills/first_parse_rate": 0.5, "skills/parse_rate": 1.0}
+        skills = [scripted_skills(trajectory, options["max_step_skills"]) for trajectory in trajectories]
+        skills[0].episode, skills[0].steps = "always look first", {0: "fly"}
+        return skills, metrics
+
+    monkeypatch.setattr(skill_quality, "write_skills", written)
+    skill_quality.main()
+    shown = capsys.readouterr().out
+    assert "parsed at first 50%, after a retry 100%" in shown
+    assert "failure: 2 episode skills, 50% right" in shown
+    assert "1 step skills, 0% right" in shown
+
+
+def test_skill_prefill_compares_beginnings(llama, tokenizer, monkeypatch, capsys):
+    llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
+    monkeypatch.setattr(skill_prefill, "load_model", lambda name: (llama, tokenizer))
+    monkeypatch.setattr(sys, "argv", ["skill_prefill.py", "--episodes", "1", "--max-steps", "2"])
+    skill_prefill.main()
+    assert capsys.readouterr().out.count("parsed at first   0%") == len(skill_prefill.PREFILLS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -61,6 +61,8 @@ def main() -> None:
         max_new_tokens=config.skill_tokens,
         temperature=args.temperature,
         context_limit=config.context_limit,
+        prefill=config.skill_prefill,
+        batch_tokens=config.generate_budget,
     )
     skills, metrics = write_skills(
         trajectories, write, max_step_skills=config.max_step_skills, template=COMPACT_ANALYSIS
