@@ -53,6 +53,12 @@ def test_outcome_of_a_group_without_signal_is_zero(value, over):
     assert got.abs().max() < 1e-6
 
 
+def test_eps_is_added_to_the_std():
+    # std of 1 and 0: sqrt(0.5) = 0.70711; 0.5 / (0.70711 + 0.5)
+    got = outcome_advantage(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.arange(2), eps=0.5)
+    assert torch.allclose(got, torch.tensor([0.41421, -0.41421]), atol=1e-5)
+
+
 @pytest.mark.parametrize("option", [{"normalize": "max"}, {"over": "tokens"}])
 def test_outcome_rejects_unknown_options(option):
     with pytest.raises(ValueError, match="must be"):

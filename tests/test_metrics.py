@@ -11,27 +11,29 @@ def test_groups_whose_rollouts_are_equal_are_silent():
 
 
 class Process:
-    """An accelerator: what is reduced is kept, and added to what the other process reduced."""
+    """An accelerator: what it gathers is kept, and comes after what the other process gathered."""
 
     device = torch.device("cpu")
 
-    def __init__(self, other=0.0):
-        self.other, self.reduced = other, None
+    def __init__(self, other=None):
+        self.other, self.own = other, None
 
-    def reduce(self, tensor, how):
-        assert how == "sum"
-        self.reduced = tensor
-        return tensor + self.other
+    def gather(self, tensor):
+        self.own = tensor
+        return tensor if self.other is None else torch.cat([self.other.own, tensor])
 
 
 def test_means_over_processes_are_those_of_everything_together():
     """Three episodes here and one there, of which 2 and 0 have skills; 30 steps and 2; gradients are the same."""
     mine = {"episodes": 3, "skills/parse_rate": 2 / 3, "rollout/valid_actions": 0.5, "grad_norm": 2.0, "loss/kl": 0.25}
+    mine["rollout/logprob_gap"] = 0.25
     theirs = {"episodes": 1, "skills/parse_rate": 0.0, "rollout/valid_actions": 1.0, "grad_norm": 2.0, "loss/kl": 0.25}
+    theirs["rollout/logprob_gap"] = 0.5
     other = Process()
     over_processes(theirs, {"episodes": 1, "steps": 2}, other)
-    got = over_processes(mine, {"episodes": 3, "steps": 30}, Process(other.reduced))
+    got = over_processes(mine, {"episodes": 3, "steps": 30}, Process(other))
     assert got["episodes"] == 4
     assert got["skills/parse_rate"] == pytest.approx(2 / 4)
     assert got["rollout/valid_actions"] == pytest.approx((15 + 2) / 32)
     assert (got["grad_norm"], got["loss/kl"]) == (2.0, 0.25)
+    assert got["rollout/logprob_gap"] == 0.5  # the largest

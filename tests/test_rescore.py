@@ -25,10 +25,13 @@ from rescore import (
     guided_contexts,
     layout_noise,
     response_logprobs,
+    score,
     tree_logprobs,
 )
 from router import route
 from tests.playing import BUDGET, play, skill_logprobs
+
+NAN = float("nan")
 
 
 class Bigram(torch.nn.Module):
@@ -321,6 +324,52 @@ def test_lora_reference_scores_branches_with_the_adapters_off(llama, played):
     ).abs().nan_to_num().max() > 1e-2
 
 
+@pytest.mark.parametrize(("readers", "scorer"), [(("old", "new"), "old"), (("old", "new"), "third"), (("old",), "new")])
+def test_each_score_is_that_of_its_own_model_and_context(readers, scorer, llama, played):
+    """Every reader reads h, the scorer h^; step skills cost a pass of their own only where the scorer reads no h."""
+    models = {name: frozen_copy(llama) for name in ("old", "new", "third")}
+    for shift, model in enumerate(models.values()):
+        with torch.no_grad():
+            model.lm_head.weight.add_(0.01 * shift)
+            next(model.parameters()).mul_(1 + 0.05 * shift)
+    contexts, responses = rows_of(played(llama)[1])
+    step = [[*context[:-1], 7, context[-1]] if row % 2 else None for row, context in enumerate(contexts)]
+    episode = [None if row % 2 else [context[0], 8, *context[1:]] for row, context in enumerate(contexts)]
+    limits, passes = {"temperature": 0.7, "token_budget": 64}, []
+
+    def progress(name):
+        passes.append(name)
+        return iter
+
+    guided = {"episode": episode, "step": step}
+    given = {name: models[name] for name in readers}
+    plain, scored = score(given, models[scorer], contexts, responses, guided, **limits, progress=progress)
+    assert passes == [*readers, *["step"] * (scorer not in readers), "episode"]
+    assert (list(plain), sorted(scored)) == (list(readers), ["episode", "step"])
+    for name in readers:
+        assert_same(plain[name], response_logprobs(models[name], contexts, responses, **limits))
+    assert_same(scored["step"], response_logprobs(models[scorer], step, responses, **limits))
+    assert_same(scored["episode"], response_logprobs(models[scorer], episode, responses, **limits))
+    none, nothing = score(given, None, contexts, responses, {}, **limits, progress=progress)
+    assert nothing == {} and list(none) == list(readers)
+
+
+def test_step_skills_cost_branches_not_contexts(llama, played):
+    """Tokens read for both contexts of each step, against those of a second context for each."""
+    contexts, responses, branches, _ = guided_rollouts(llama, played, "step")
+    read = []
+
+    def progress(batches):
+        read.append(sum(len(sequence.ids) for batch in batches for sequence in batch))
+        return batches
+
+    tree_logprobs(llama, contexts, responses, branches, token_budget=BUDGET, progress=progress)
+    response_logprobs(llama, contexts, responses, token_budget=BUDGET, progress=progress)
+    response_logprobs(llama, branches, responses, token_budget=BUDGET, progress=progress)
+    both, plain, second = read
+    assert both < plain + second / 2
+
+
 def test_only_a_pass_with_branches_changes_how_a_model_attends(llama):
     ids = torch.arange(5)[None]
     with torch.no_grad():
@@ -349,7 +398,7 @@ def test_a_model_that_takes_no_tree_scores_plainly_and_says_so(kind, llama, play
     model = other_models(len(tokenizer))[kind].eval()
     branches_module.notice.cache_clear()
     plain, branch = tree_logprobs(model, contexts, responses, branches, token_budget=BUDGET)
-    assert "a pass of its own" in caplog.text
+    assert f"{type(model).__name__} scores each step skill in a pass of its own" in caplog.text
     assert_same(plain, response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET))
     assert_same(branch, skill_logprobs(model, *routed, "step", context_limit=512, packed=False)[0])
 
@@ -369,6 +418,19 @@ def test_the_noise_floor_is_tiny_in_float32_and_larger_in_bfloat16(llama, played
     fine = layout_noise(llama, contexts, responses, temperature=1.0, token_budget=BUDGET)
     coarse = layout_noise(llama.bfloat16(), contexts, responses, temperature=1.0, token_budget=BUDGET)
     assert 0 < fine < 1e-4 < coarse < 1
+
+
+def test_the_noise_floor_compares_two_layouts_at_the_runs_temperature(monkeypatch):
+    """Two rows of scores that differ by 0.1, 0.3 and 0.2, and where nothing is scored."""
+    asked = []
+
+    def scores(model, contexts, responses, *, temperature, token_budget, packed=True):
+        asked.append((temperature, packed))
+        return torch.tensor([[-1.0, -2.0], [-1.0, NAN]]) if packed else torch.tensor([[-1.1, -2.3], [-1.2, NAN]])
+
+    monkeypatch.setattr("rescore.response_logprobs", scores)
+    assert layout_noise(None, [], [], temperature=0.7, token_budget=64) == pytest.approx(0.2)
+    assert asked == [(0.7, True), (0.7, False)]
 
 
 def test_smollm2_packed_equals_plain_over_ten_turns(smollm2, games):

@@ -157,6 +157,22 @@ def test_generate_keeps_order_over_batches(llama, tokenizer):
     assert all(together)
 
 
+def test_generate_stays_within_its_budget_and_takes_the_longest_first(llama, tokenizer, monkeypatch):
+    calls = []
+
+    class Spy(Sampler):
+        def __call__(self, keys, contexts):
+            calls.append([len(context) for context in contexts])
+            return super().__call__(keys, contexts)
+
+    monkeypatch.setattr("lm.sampler.Sampler", Spy)
+    contexts = [[9] * length for length in (3, 12, 7, 2, 30)]
+    responses = generate(llama, tokenizer, contexts, max_new_tokens=3, temperature=1.0, token_budget=25)
+    # 33 tokens alone are more than 25; 15 leave no room for 15 more; 2 x 10; the last alone
+    assert calls == [[30], [12], [7, 3], [2]]
+    assert max(map(len, responses)) <= 3
+
+
 def test_trajectories_hold_what_was_seen_and_sampled(llama, tokenizer, compact_env, games):
     trajectories, metrics = play(llama, tokenizer, compact_env, games[:3])
     assert [t.group for t in trajectories] == [0, 0, 1, 1, 2, 2]

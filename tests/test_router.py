@@ -141,12 +141,15 @@ def test_two_skills_of_one_level_do_not_fit_in_a_prompt():
 
 
 def test_a_skill_without_a_slot_is_an_error_not_a_plain_prompt():
-    with pytest.raises(ValueError, match="no episode slot"):
+    with pytest.raises(ValueError, match=r"no episode slot \(it has: \['step'\]\)"):
         fill(("task", Slot("step", "{text}")), EPISODE)
+    with pytest.raises(ValueError, match=r"no step slot \(it has: none\)"):
+        fill(("task",), STEP)
 
 
 def test_window_holds_both_levels_in_its_one_message():
-    assert guided_messages([PROMPT, PROMPT], EPISODE, "window") == ["task\nE:work in order\nnow\nact"]
+    earlier = [("first", *PROMPT), ("second", *PROMPT)]
+    assert guided_messages([*earlier, PROMPT], EPISODE, "window") == ["task\nE:work in order\nnow\nact"]
 
 
 def test_chat_puts_the_episode_skill_first_and_the_step_skill_last():

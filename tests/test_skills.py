@@ -346,6 +346,14 @@ def test_no_retry_where_all_parse_and_long_answers_are_clipped():
     write_skills([trajectory()], script, max_step_skills=1, template=None)
     assert "x" * 1000 + " [...]" in script.asked[1][0] and "x" * 1001 not in script.asked[1][0]
 
+    script = Script(["x" * 1000], [GOOD])
+    write_skills([trajectory()], script, max_step_skills=1, template=None)
+    assert "x" * 1000 in script.asked[1][0] and "[...]" not in script.asked[1][0]
+
+
+def test_an_object_after_a_comma_in_a_broken_answer_is_read():
+    assert parse_skills('{"a": 1}, {"episode_skill": "look"', 1, 5).episode == "look"
+
 
 def test_nothing_to_write():
     written, metrics = write_skills([], Script(), max_step_skills=5, template=None)

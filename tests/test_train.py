@@ -187,7 +187,7 @@ def test_resume_goes_on_exactly(random_tiny, tmp_path):
 def test_every_logged_metric_is_explained(random_tiny, tmp_path):
     train(c := config(tmp_path, "run", iterations=1, algo="gigpo"))
     train(d := config(tmp_path, "other", iterations=1, algo="sdar"))
-    explained = Path(__file__).parent.with_name("README.md").read_text()
+    explained = (ROOT / "docs" / "metrics.md").read_text()
     for name in {*lines(c.out)[0], *lines(d.out)[0]} - {"iteration", "episodes"}:
         name = re.sub("^eval/.*/", "eval/<split>/", re.sub("^seconds/.*", "seconds/<phase>", name))
         assert f"`{name}`" in explained or ("`guided/*_too_long`" in explained and name.endswith("_too_long")), name

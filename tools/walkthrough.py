@@ -2,33 +2,55 @@
 
 The laptop model plays a few games, writes skills, is re-scored under them and takes one gradient step, by the very
 functions of train.py. docs/walkthrough.md explains what is printed. A minute on a CPU, once the laptop model is there
-(`make train` makes it).
+(`make train` makes it). Flags of train.py go on top of the walkthrough's own, such as --seed 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
+import textwrap
+from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from torch import Tensor
 
 from config import Config, parse_args
-from data import Batch, Skills, Trajectory
+from data import Batch, Guidance, Skills, Trajectory
 from lm.packing import pack
-from rescore import guided_context
+from rescore import guided_context, response_logprobs
 from router import guided_messages
-from skills import analysis_prompt
-from train import Routes, Run, outcome_of
+from train import Routes, Run, outcome_of, policy_loss
 
 SETTINGS = "--tasks 4 --rollouts 4 --max-steps 12 --train-games 40 --eval-games 1 --eval-every 0 --iterations 1"
 
 
+class Recorded(Run):
+    """A run that keeps what its skill writer was asked and what it answered."""
+
+    def _writer(self):
+        write, self.asked = super()._writer(), []
+
+        def recorded(prompts: list[str]) -> list[str | None]:
+            answers = write(prompts)
+            self.asked += zip(prompts, answers, strict=True)
+            return answers
+
+        return recorded
+
+
 def title(text: str) -> None:
     print(f"\n## {text}\n")
+
+
+def number(value, digits: int = 2, sign: str = "") -> str:
+    """Rounded; no minus in front of a zero, whose sign is rounding's alone."""
+    return f"{round(float(value), digits) + 0.0:{sign}.{digits}f}"
 
 
 def row_of(trajectories: list[Trajectory], i: int, t: int) -> int:
@@ -37,15 +59,20 @@ def row_of(trajectories: list[Trajectory], i: int, t: int) -> int:
 
 
 def pick(trajectories: list[Trajectory], routes: Routes, batch: Batch) -> tuple[int, int]:
-    """(trajectory, step): the step-guided step that its skill moved most, of a group whose outcomes differ."""
-    best, size = (0, 0), -1.0
+    """(trajectory, step): of the guided steps the one that its skill moved most, rather one with a step skill, and of a
+    group whose outcomes differ. Raises ValueError where no step is guided."""
+    outcomes: dict[int, set[bool]] = {}
+    for trajectory in trajectories:
+        outcomes.setdefault(trajectory.group, set()).add(trajectory.success)
+    worth = {}
     for i, (trajectory, route) in enumerate(zip(trajectories, routes, strict=True)):
-        outcomes = {other.success for other in trajectories if other.group == trajectory.group}
         for t, guidances in enumerate(route):
-            moved = batch.skill_advantages[row_of(trajectories, i, t)].nan_to_num().abs().max().item()
-            if len(outcomes) > 1 and any(guidance.level == "step" for guidance in guidances) and moved > size:
-                best, size = (i, t), moved
-    return best
+            if guidances:
+                moved = batch.skill_advantages[row_of(trajectories, i, t)].nan_to_num().abs().max().item()
+                worth[i, t] = len(outcomes[trajectory.group]), guidances[0].level == "step", moved
+    if not worth:
+        raise ValueError("no step is guided: no answer could be read as skills, or the method has none")
+    return max(worth, key=worth.get)
 
 
 def show_rollout(trajectories: list[Trajectory], i: int) -> None:
@@ -54,102 +81,151 @@ def show_rollout(trajectories: list[Trajectory], i: int) -> None:
         played = [trajectory for trajectory in trajectories if trajectory.group == group]
         outcomes = " ".join("won" if trajectory.success else "lost" for trajectory in played)
         print(f"task {group}: {played[0].task:<40} {outcomes}")
-    print(f"\nrollout {i} of these, turn by turn (observation -> response):")
+    print(f"\nrollout {i} (observation -> response):")
     for t, step in enumerate(trajectories[i].steps):
-        print(f"  {t:>2}  {step.observation[:70]:<70} -> {step.text}{'' if step.valid else '   (not admissible)'}")
+        print(f"{t:>4}  {step.observation[:65]:<65} -> {step.text}{'' if step.valid else '   (not admissible)'}")
 
 
-def show_skills(run: Run, trajectory: Trajectory, skills: Skills | None) -> None:
+def show_skills(run: Recorded, i: int, skills: Skills) -> None:
     title("2. Skills")
-    prompt = analysis_prompt(trajectory, run.config.max_step_skills, run.make_env().analysis_prompt())
-    print(f"asked:\n  {prompt}")
-    print(f"\nread from the answer:\n  episode: {skills.episode if skills else '(none)'}")
-    for t, text in (skills.steps if skills else {}).items():
-        print(f"  step {t}: {text}")
+    if run.asked:
+        prompt, answer = run.asked[i]
+        print(f"the writer ({run.config.skill_writer}) was asked about rollout {i}:\n\n{prompt}")
+        print(f"\nand answered:\n\n{answer}\n")
+    print("read from it:")
+    print(f"  summary: {skills.summary}\n  episode skill: {skills.episode}")
+    for t, text in skills.steps.items():
+        print(f"  step skill {t}: {text}")
 
 
-def show_contexts(run: Run, trajectory: Trajectory, t: int, guidance) -> None:
+def show_routes(run: Run, trajectory: Trajectory, route: list[tuple[Guidance, ...]], t: int) -> None:
     title("3. Routing")
-    print(f"step {t} is guided by its {guidance.level} skill: {guidance.text}")
+    print("which skill guides which step:")
+    print("  " + "  ".join(f"{k} {'+'.join(g.level for g in guidances) or '-'}" for k, guidances in enumerate(route)))
+    own = route[t][0]
+    print(f"\nh_{t} beside h^_{t}, which has the {own.level} skill of step {t} (> where they differ):\n")
+    side_by_side(run, trajectory, own, t)
+    for k, guidances in enumerate(route):
+        if guidances and guidances[0].level != own.level:
+            print(f"\nh_{k} beside h^_{k}, which has the {guidances[0].level} skill; only what differs:\n")
+            side_by_side(run, trajectory, guidances[0], k, whole=False)
+            break
+
+
+def side_by_side(run: Run, trajectory: Trajectory, guidance: Guidance, t: int, whole: bool = True) -> None:
+    """The messages and responses of h and h^ of step t."""
     prompts = [step.prompt for step in trajectory.steps[: t + 1]]
     plain = guided_messages(prompts, None, run.encoder.style)
     guided = guided_messages(prompts, guidance, run.encoder.style)
-    print("\nthe messages of h and of h^ (only what differs is shown twice):")
-    for turn, (one, other) in enumerate(zip(plain, guided, strict=True)):
-        print(f"  user {turn}     {one}")
-        if one != other:
-            print(f"  user {turn} (h^) {other}")
-    h, augmented = trajectory.steps[t].context, guided_context(run.encoder, trajectory, t, guidance)
-    print(f"\n|h| = {len(h)} tokens, |h^| = {len(augmented)} tokens, the same {len(trajectory.steps[t].response)} of y")
+    answers = [step.text for step in trajectory.steps[t + 1 - len(plain) : t]] + [""]  # the last one is y_t
+    for one, other, answer in zip(plain, guided, answers, strict=True):
+        if whole or one != other:
+            print_columns(f"<user> {one}", f"<user> {other}")
+        if whole:
+            print_columns(f"<assistant> {answer}", f"<assistant> {answer}")
 
 
-def show_tokens(run: Run, step, batch: Batch, row: int, outcome: torch.Tensor, weight: float) -> None:
-    title("4. Re-scoring and 5. advantage, token by token")
+def print_columns(left: str, right: str, width: int = 58) -> None:
+    columns = textwrap.wrap(left, width), textwrap.wrap(right, width)
+    for one, other in zip_longest(*columns, fillvalue=""):
+        print(f"{one:<{width}} {' ' if left == right else '>'} {other}".rstrip())
+
+
+def show_scores(run: Run, trajectory: Trajectory, t: int, batch: Batch, row: int, guidance: Guidance) -> None:
+    title("4. Re-scoring")
+    step, augmented = trajectory.steps[t], guided_context(run.encoder, trajectory, t, guidance)
+    lengths = len(step.context), len(augmented), len(step.response)
+    print("h_{0}: {1} tokens, h^_{0}: {2} tokens, y_{0}: the same {3} tokens\n".format(t, *lengths))
     old, shift = batch.old_logprobs[row], batch.skill_advantages[row]  # (R,) each
-    print("A_skill = log pi(y|h^) - log pi_old(y|h),   A = A_ep + lambda A_skill")
-    print(f"A_ep = {outcome[row].item():+.2f}, lambda = {weight}\n")
-    print(f"{'token':<14}{'log pi_old(y|h)':>16}{'log pi(y|h^)':>14}{'A_skill':>9}{'A':>8}")
+    print(f"{'token of y':<16}{'log pi_old(y|h)':>17}{'log pi(y|h^)':>14}{'A_skill':>9}")
     for k, token in enumerate(step.response):
-        scored = old[k] + shift[k]
-        word = run.tokenizer.decode([token])
-        print(f"{word:<14}{old[k]:>16.2f}{scored:>14.2f}{shift[k]:>9.2f}{batch.advantages[row, k]:>8.2f}")
+        scores = f"{number(old[k]):>17}{number(old[k] + shift[k]):>14}{number(shift[k], sign='+'):>9}"
+        print(f"{run.tokenizer.decode([token]):<16}{scores}")
 
 
-def show_outcome(run: Run, trajectories: list[Trajectory], group: int) -> torch.Tensor:
+def show_outcomes(run: Run, trajectories: list[Trajectory], group: int) -> Tensor:
     """Prints A_ep of one group, with its mean and standard deviation over steps -> A_ep of every step (B,)."""
     outcome, _ = outcome_of(run.method, trajectories)  # (B,)
-    title("5a. The outcome advantage of this task")
+    title("5. Advantage")
     mine = [trajectory for trajectory in trajectories if trajectory.group == group]
-    returns = torch.tensor([run.config.success_reward * t.success for t in mine for _ in t.steps])
-    steps = " + ".join(f"{len(t.steps)} steps of {run.config.success_reward * t.success:.0f}" for t in mine)
-    print(f"over step samples: {steps}")
-    print(f"mean {returns.mean():.2f}, std {returns.std():.2f}")
-    for number, trajectory in enumerate(trajectories):
+    rewards = [run.config.success_reward * trajectory.success for trajectory in mine]  # R(tau)
+    returns = torch.tensor([r for r, trajectory in zip(rewards, mine, strict=True) for _ in trajectory.steps])
+    steps = " + ".join(f"{len(tau.steps)} steps of {r:.0f}" for r, tau in zip(rewards, mine, strict=True))
+    print(f"task {group}: {steps}: mean {number(returns.mean())}, std {number(returns.std())}")
+    for i, trajectory in enumerate(trajectories):
         if trajectory.group == group:
-            row = row_of(trajectories, number, 0)
-            reward = run.config.success_reward * trajectory.success
-            print(f"  rollout {number}: A_ep = ({reward:.0f} - mean) / std = {outcome[row].item():+.2f}")
+            reward, advantage = run.config.success_reward * trajectory.success, outcome[row_of(trajectories, i, 0)]
+            print(f"  rollout {i}: R = {reward:.0f}, A_ep = (R - mean) / std = {number(advantage, sign='+')}")
     return outcome
 
 
-def show_update(run: Run, batch: Batch, updated: dict[str, float]) -> None:
+def show_tokens(run: Run, step, batch: Batch, row: int, outcome: Tensor, weight: float) -> None:
+    print(f"\n{'token of y':<16}{'A_ep':>8} + {f'{weight} A_skill':>11} = {'A':>7}")
+    for k, token in enumerate(step.response):
+        parts = outcome[row], weight * batch.skill_advantages[row, k], batch.advantages[row, k]
+        one, two, both = (number(part, 3, "+") for part in parts)
+        print(f"{run.tokenizer.decode([token]):<16}{one:>8}{two:>14}{both:>10}")
+
+
+def show_update(run: Run, batch: Batch, step, row: int, updated: dict[str, float]) -> None:
+    """What one optimizer step did to the loss, and to the tokens of one step."""
     title("6. Update")
-    sequences = pack(batch.contexts, batch.responses)
-    print(f"{len(batch.responses)} steps in {len(sequences)} packed sequences, one forward pass each")
-    print(f"loss before the step: policy {updated['loss/policy']:+.4f}, KL {updated['loss/kl']:.4f}")
-    print(f"(the policy still is pi_old: every ratio is 1, so the first is minus the mean advantage, "
-          f"{-(batch.advantages.sum() / batch.mask.sum()).item():+.4f})")  # fmt: skip
+    config, sequences = run.config, pack(batch.contexts, batch.responses)
+    print(f"{len(batch.responses)} steps, {int(batch.mask.sum())} tokens, in {len(sequences)} packed sequences")
+    print(f"minus the mean of A: {number(-batch.advantages.sum() / batch.mask.sum(), 3, '+')}\n")
     with torch.no_grad():
         losses, terms = run._losses(sequences, batch)  # (N,)
-    print(f"and after it:         policy {terms['loss/policy'].mean():+.4f}, KL {terms['loss/kl'].mean():.4f}, "
-          f"together {losses.mean():+.4f}")  # fmt: skip
+    after = {name: term.mean().item() for name, term in terms.items()}
+    print(f"{'':<22}{'PPO-clip':>9}{'KL':>8}{'loss':>9}{'clipped':>9}")
+    for when, means in (("before the step", updated), ("after it", after)):
+        loss = means["loss/policy"] + config.kl * means["loss/kl"]
+        parts = f"{number(means['loss/policy'], 3, '+'):>9}{number(means['loss/kl'], 3):>8}{number(loss, 3, '+'):>9}"
+        print(f"{when:<22}{parts}{number(100 * means['clip_fraction'], 0):>8}%")
+    limits = {"temperature": config.temperature, "token_budget": config.token_budget}
+    new = response_logprobs(run.policy, [step.context], [step.response], **limits)[0]  # (len(y),)
+    old, advantages = (part[row, : len(new)] for part in (batch.old_logprobs, batch.advantages))
+    losses, _ = policy_loss(new, old, advantages, config.clip, config.dual_clip)  # (len(y),)
+    print(f"\n{'token of y':<16}{'A':>8}{'pi_old':>8}{'pi_theta':>10}{'r':>6}{'PPO-clip':>10}")
+    for k, token in enumerate(step.response):
+        chances = f"{number(old[k].exp()):>8}{number(new[k].exp()):>10}{number((new[k] - old[k]).exp()):>6}"
+        ends = f"{number(advantages[k], 3, '+'):>8}", f"{number(losses[k], 3, '+'):>10}"
+        print(f"{run.tokenizer.decode([token]):<16}{ends[0]}{chances}{ends[1]}")
 
 
 def walk(config: Config) -> None:
-    """Plays one iteration and prints it."""
-    run = Run(config)
+    """Plays one iteration and prints it. Raises ValueError where no step is guided."""
+    run = Recorded(config)
+    start = json.loads(Path(config.out, "start.json").read_text())
+    print(f"model {config.model}, weights {start['weights'][:12]}, seed {config.seed}")
     rng = run.seed(0)
     trajectories, _ = run.rollout(0, rng)
     skills, _ = run.write_skills(trajectories, rng)
     routes = run.route(trajectories, skills)
     batch, _ = run.rescore(trajectories, routes, 0)
     i, t = pick(trajectories, routes, batch)
-    trajectory, guidance = trajectories[i], routes[i][t][0]
+    trajectory, guidance, row = trajectories[i], routes[i][t][0], row_of(trajectories, i, t)
     show_rollout(trajectories, i)
-    show_skills(run, trajectory, skills[i])
-    show_contexts(run, trajectory, t, guidance)
-    outcome = show_outcome(run, trajectories, trajectory.group)
+    show_skills(run, i, skills[i])
+    show_routes(run, trajectory, routes[i], t)
+    show_scores(run, trajectory, t, batch, row, guidance)
+    outcome = show_outcomes(run, trajectories, trajectory.group)
     weight = config.step_weight if guidance.level == "step" else config.episode_weight
-    show_tokens(run, trajectory.steps[t], batch, row_of(trajectories, i, t), outcome, weight)
-    show_update(run, batch, run.update(batch, 0, rng))
+    show_tokens(run, trajectory.steps[t], batch, row, outcome, weight)
+    show_update(run, batch, trajectory.steps[t], row, run.update(batch, 0, rng))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of train.py on top of the walkthrough's own")
-    args = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _, flags = parser.parse_known_args(argv)
+    torch.set_num_threads(1)  # the order of sums, and so the last digits, are the same on every machine
     with tempfile.TemporaryDirectory() as folder:
-        walk(parse_args([*SETTINGS.split(), "--mini-batch", "0", "--out", folder, *args.flags]))
+        settings = [*SETTINGS.split(), "--mini-batch", "0", "--out", folder, *flags]
+        try:
+            walk(parse_args(settings))
+        except ValueError as error:
+            sys.exit(f"walkthrough.py: {error}")
 
 
 if __name__ == "__main__":

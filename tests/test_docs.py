@@ -1,0 +1,244 @@
+"""README.md and docs/ name only what there is: links, files, functions, flags, commands; and the walkthrough's numbers
+are those that tools/walkthrough.py prints."""
+
+import copy
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import data
+import train as train_module
+from config import Config, flag, parse_args
+from runlog.checkpoints import fingerprint
+from tiny.warmstart import cache_folder, tiny_tokenizer, warm_started
+from tools import walkthrough
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCS}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)|!\[([^\]]*)\]\(([^)\s]+)\)")
+FILE = re.compile(r"[\w./-]+\.(?:py|md|toml)")
+DOTTED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+)(?:\(.*\))?")
+SUFFIXES = {
+    "py",
+    "md",
+    "toml",
+    "json",
+    "jsonl",
+    "png",
+    "html",
+    "txt",
+    "sh",
+    "pt",
+    "tw",
+    "yaml",
+    "xlsx",
+    "gz",
+    "safetensors",
+}
+CONFIG_FLAGS = {flag(name) for name in Config.__dataclass_fields__} | {"--recipe", "--help"}
+CONFIG_FLAGS |= {"--no-" + name[2:] for name in CONFIG_FLAGS}
+
+
+OTHERS = ("agent_system/", "opid/", "verl/", "gigpo/", "examples/")  # folders of the authors' release
+
+MADE_UP = ("--anchor-weight", "self.config.anchor_weight")  # a setting that a reader of docs/forking.md would add
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def added(text: str) -> str:
+    """The lines that the diffs of a page add: what they bring need not be in the code."""
+    return "\n".join(re.findall(r"^\+(.*)$", text, re.MULTILINE))
+
+
+def inline(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command that runs a Python script of the project, in shell blocks and inline code."""
+    blocks = [body for language, body in FENCE.findall(text) if language in ("bash", "sh")]
+    lines = [line for body in blocks for line in body.replace("\\\n", " ").splitlines()] + inline(text)
+    found, values = [], {}
+    for line in lines:
+        line = re.sub(r"\$(\w+)", lambda name: values.get(name[1], name[0]), line)
+        if assignment := re.fullmatch(r"(\w+)=\"(.*)\"", line):
+            values[assignment[1]] = assignment[2]
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # not a command: an apostrophe
+            continue
+        if words[:1] == ["make"]:
+            given = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+            words = ["train.py", *" ".join(given).split()] if words[1:2] == ["train"] else []
+        start = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if start is not None and (ROOT / words[start]).is_file() and len(words) > start:
+            found.append(words[start:])
+    return found
+
+
+def flags_of(script: Path) -> set[str]:
+    source = script.read_text()
+    own = set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", source)) | {"--help", "--"}
+    own |= {"--no-" + name[2:] for name in own}
+    passes_on = re.search(r"from config import .*\b(parse_args|parser_of)\b", source) or "train.py" in source
+    return own | CONFIG_FLAGS if passes_on else own
+
+
+def every_flag() -> set[str]:
+    scripts = list(ROOT.glob("*.py"))
+    scripts += [
+        path for folder in ("tools", "experiments", "benchmarks", "envs") for path in (ROOT / folder).rglob("*.py")
+    ]
+    return CONFIG_FLAGS.union(*map(flags_of, scripts))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for _, link, _, image in LINK.findall(prose(TEXTS[name])):
+        target, _, anchor = (link or image).partition("#")
+        if "://" in target:
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(path), f"{name}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_and_functions_exist(name):
+    made = added(TEXTS[name])
+    missing = []
+    for code in inline(TEXTS[name]):
+        if code.startswith(OTHERS) or code in MADE_UP:
+            continue
+        elif FILE.fullmatch(code):
+            known = (ROOT / code).exists() or ((ROOT / name).parent / code).exists() or f"b/{code}" in made
+        elif (dotted := DOTTED.fullmatch(code)) and dotted[1].rpartition(".")[2] not in SUFFIXES:
+            known = resolves(dotted[1]) or dotted[1] in made
+        else:
+            continue
+        missing += [] if known else [code]
+    assert not missing
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a name such as `lm.sampler.Sampler`, `Step.context` or `torch.matmul` stands for something."""
+    first, *rest = dotted.split(".")
+    if hasattr(data, first):
+        thing = getattr(data, first)
+    elif importlib.util.find_spec(first):
+        thing = importlib.import_module(first)
+    else:
+        return False
+    for part in rest:
+        if part in getattr(thing, "__dataclass_fields__", {}):
+            return part == rest[-1]
+        if not hasattr(thing, part):
+            if isinstance(thing, type) or not importlib.util.find_spec(f"{thing.__name__}.{part}"):
+                return False
+            importlib.import_module(f"{thing.__name__}.{part}")
+        thing = getattr(thing, part)
+    return True
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_function_is_in_the_file_that_its_link_opens(name):
+    for text, target, _, _ in LINK.findall(prose(TEXTS[name])):
+        if target.endswith(".py") and (dotted := DOTTED.fullmatch(text.strip("`"))) and not FILE.fullmatch(dotted[0]):
+            module = ".".join(((ROOT / name).parent / target).resolve().relative_to(ROOT).with_suffix("").parts)
+            function = dotted[1].removeprefix(f"{module}.")
+            assert function != dotted[1], f"{name}: {text} is not in {target}"
+            last = function.rpartition(".")[2]
+            source = (ROOT / name).parent.joinpath(target).read_text()
+            assert re.search(rf"^\s*(def|class) {last}\b", source, re.MULTILINE), f"{name}: {text} is not in {target}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_flags_exist(name):
+    known, missing, made = every_flag(), [], added(TEXTS[name])
+    for script, *words in commands(TEXTS[name]):
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        missing += [f"{script} {word}" for word in flags - flags_of(ROOT / script)]
+    for code in inline(TEXTS[name]):
+        word = code.split()[0].partition("=")[0]
+        if word.startswith("--") and word not in (*known, *MADE_UP) and word[2:].replace("-", "_") not in made:
+            missing.append(code)
+    assert not missing
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_of_a_run_are_accepted(name):
+    """But for those that only hold after a diff on the page, which test_forking.py runs."""
+    for script, *words in commands(TEXTS[name]):
+        stands_for = any(word.isupper() or word == "..." for word in words)
+        if script == "train.py" and "--help" not in words and not (stands_for or added(TEXTS[name])):
+            parse_args(words)
+
+
+# ---- the walkthrough -------------------------------------------------------------------------------------------------
+
+PAGE = TEXTS["docs/walkthrough.md"]
+BOXES = [body for language, body in FENCE.findall(PAGE) if language == "text"]
+
+
+def test_the_walkthrough_prints_what_its_page_shows(capsys, monkeypatch):
+    """Only where the laptop model is the page's: other weights (another machine's warm start) play other games."""
+    if not cache_folder("alfworld", 0, tiny_tokenizer(), "cache").is_dir():
+        pytest.skip("no warm-started laptop model in cache/: `make train` makes it")
+    if fingerprint(warm_started()[0])[:12] not in BOXES[0]:
+        pytest.skip("this laptop model was warm-started elsewhere than that of docs/walkthrough.md")
+    monkeypatch.chdir(ROOT)
+    walkthrough.main([])
+    printed = capsys.readouterr().out
+    at = 0
+    for box in BOXES:
+        assert box.strip("\n") in printed[at:], box
+        at = printed.index(box.strip("\n"), at)
+    numbers = [float(number) for number in re.findall(r"\d+\.\d+", printed)]
+    said = prose(PAGE) + TEXTS["README.md"].partition("## One step, in numbers")[2].partition("\n## ")[0]
+    for number in set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", said)) - {"0.9", "0.2"}:  # million weights, clip range
+        rounding = 0.501 * 10 ** -len(number.partition(".")[2])
+        assert any(abs(float(number) - other) <= rounding for other in numbers), number
+
+
+def answered(prompts):
+    return ['{"episode_skill": "look everywhere", "step_skills": {"1": "open it"}}'] * len(prompts)
+
+
+def test_the_walkthrough_has_its_sections_with_any_model(capsys, monkeypatch, llama, tokenizer):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    walkthrough.main(["--skill-writer", f"{__name__}:answered", "--max-steps", "3", "--seed", "1"])
+    printed = capsys.readouterr().out
+    assert re.findall(r"^## \d\. (\w[\w-]*)", printed, re.MULTILINE) == re.findall(
+        r"^## \d\. (\w[\w-]*)", PAGE, re.MULTILINE
+    )
+    assert "episode skill: look everywhere" in printed and "step skill 1: open it" in printed
+    assert "0 episode  1 step  2 episode" in printed
+    assert re.search(r"^(<user> .*|) +> .*hint open it$", printed, re.MULTILINE)
+    rows = [
+        line.split() for line in printed.partition("0.1 A_skill =")[2].partition("## 6")[0].splitlines()[1:] if line
+    ]
+    assert rows and all(abs(float(a) + float(b) - float(c)) < 2e-3 for *_, a, b, c in rows)
+
+
+def test_the_walkthrough_says_so_where_nothing_is_guided(monkeypatch, llama, tokenizer):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    with pytest.raises(SystemExit, match="no step is guided"):
+        walkthrough.main(["--algo", "grpo", "--max-steps", "2"])
