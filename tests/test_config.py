@@ -41,6 +41,8 @@ def test_every_flag_is_explained(capsys):
         (["--eval-batch", "0"], "--eval-batch must be positive"),
         (["--ema-decay", "1.5"], "--ema-decay must be between 0 and 1"),
         (["--tasks", "two"], "invalid int"),
+        (["--context-limit", "64", "--max-new-tokens", "64"], "leaves no room for a prompt"),
+        (["--clip", "0.5", "--dual-clip", "1.5"], "--dual-clip must be above 1 + --clip"),
         (["--kl", "-1"], "--kl must not be negative"),
         (["--skill-writer", "openai"], "--openai-model"),
         (["--routing", "none"], "--algo grpo"),

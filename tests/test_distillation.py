@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from baselines import METHODS
 from baselines.distillation import distillation_loss, only_scores
+from config import Config
 
 NAN = float("nan")
 
@@ -54,3 +56,10 @@ def test_each_token_has_one_teacher():
     assert got[0, 2].isnan()
     with pytest.raises(ValueError, match="two teachers"):
         only_scores(torch.ones(1, 3), episode, torch.tensor([[1.0, 2.0, NAN]]))
+
+
+def test_the_terms_weigh_what_the_release_gives_them_or_what_was_asked_for():
+    weights = {algo: METHODS[algo](Config(algo=algo)).loss_weight for algo in ("sdar", "opsd", "grpo+opsd", "skill-sd")}
+    assert weights == {"sdar": 0.01, "opsd": 0.01, "grpo+opsd": 0.01, "skill-sd": 0.001}
+    assert METHODS["skill-sd"](Config(algo="skill-sd", distill_weight=0.5)).loss_weight == 0.5
+    assert METHODS["opid"](Config()).loss_weight == 0

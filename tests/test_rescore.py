@@ -191,6 +191,18 @@ def test_an_augmented_prompt_over_the_limit_is_left_unguided_and_counted(llama, 
     assert scored.isnan().all()
 
 
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_a_guided_context_has_its_skill_and_may_fill_the_limit_to_the_last_token(style, llama, played):
+    encoder, (trajectory, *_) = played(llama, style)
+    routes = [route(Skills("s", "open every closed place"), len(trajectory.steps), "episode")]
+    [*_, last], too_long = guided_contexts(encoder, [trajectory], routes, "episode", context_limit=512)
+    assert "skill open every closed place" in encoder.tokenizer.decode(last) and too_long == 0
+    limit = len(last) + len(trajectory.steps[-1].response)
+    for room, kept in ((limit, True), (limit - 1, False)):
+        contexts, _ = guided_contexts(encoder, [trajectory], routes, "episode", context_limit=room)
+        assert (contexts[-1] == last) is kept
+
+
 # ---- branches of one pass -------------------------------------------------------------------------------------------
 
 SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

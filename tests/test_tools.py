@@ -14,7 +14,7 @@ import tiny.loading
 from baselines.controls import scripted_skills
 from benchmarks import skill_prefill
 from runlog.curve import plot_curve
-from runlog.report import write_report
+from runlog.report import colour, write_report
 from tools import plot_run, report, skill_quality
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +44,12 @@ def run(tmp_path):
     held_out = {"iteration": 0, "success": {"valid_seen": 0.25}}
     (tmp_path / "evaluations.jsonl").write_text(json.dumps(held_out) + "\n")
     return tmp_path
+
+
+def test_praise_is_green_blame_is_red_and_the_stronger_the_deeper():
+    assert colour(0.5, 1.0) == "rgba(46, 160, 67, 0.44)"  # 0.08 + 0.72 / 2
+    assert colour(-2.0, 1.0) == "rgba(218, 54, 51, 0.80)"
+    assert colour(None, 1.0) == "#eee"
 
 
 def test_report_shows_praise_blame_and_what_was_not_scored(run):

@@ -198,6 +198,33 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
     assert torch.equal(authors[0], start + {"policy": 1.0, "reference": 0.0, "ema": 0.5}[name])
 
 
+def test_the_kl_term_pulls_towards_the_reference_by_its_weight(random_tiny, tmp_path):
+    """No outcome and no penalty, hence A = 0, and a policy that has moved away: only the KL term is left."""
+    records = {}
+    for weight in (0.5, 1.0):
+        changes = {"algo": "grpo", "invalid_penalty": 0.0, "kl": weight, "mini_batch": 0, "iterations": 2}
+        run = Run(config(tmp_path, str(weight), **changes))
+        with torch.no_grad():
+            run.policy.lm_head.weight.mul_(1.5)
+        train(run.config, run)
+        records[weight] = lines(run.config.out)
+    half, whole = records.values()
+    assert half[0]["advantage/outcome_abs"] == half[1]["advantage/outcome_abs"] == 0
+    assert whole[0]["grad_norm"] == pytest.approx(2 * half[0]["grad_norm"], rel=1e-4) and half[0]["grad_norm"] > 0.01
+    assert whole[1]["loss/kl"] < 0.9 * whole[0]["loss/kl"]
+
+
+def test_the_ema_follows_by_one_minus_its_decay(random_tiny, tmp_path):
+    run = Run(config(tmp_path, "run", scorer="ema", ema_decay=0.75, iterations=1))
+    start = [p.clone() for p in run.models["ema"].parameters()]
+    train(run.config, run)
+    for before, slow, fast in zip(start, run.models["ema"].parameters(), run.policy.parameters(), strict=True):
+        assert torch.allclose(slow, before + 0.25 * (fast - before), atol=1e-7)
+    assert any(
+        not torch.equal(before, slow) for before, slow in zip(start, run.models["ema"].parameters(), strict=True)
+    )
+
+
 def test_resume_goes_on_exactly(random_tiny, tmp_path):
     whole, halves = config(tmp_path, "whole", iterations=4, scorer="ema"), config(tmp_path, "halves", scorer="ema")
     train(whole)

@@ -75,6 +75,8 @@ def test_opd_is_the_teachers_shift_and_nothing_else():
     config = Config(algo="opd", teacher="smollm2")
     old, teacher = torch.tensor([[-1.0, NAN]]), torch.tensor([[-0.25, NAN]])
     assert advantages_of(config, 0, torch.tensor([7.0]), old, {}, teacher=teacher)[0].tolist() == [[0.75, 0]]
+    config = Config(algo="opd", teacher="smollm2", skill_clip=0.5)
+    assert advantages_of(config, 0, torch.tensor([7.0]), old, {}, teacher=teacher)[0].tolist() == [[0.5, 0]]
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
