@@ -140,10 +140,7 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
-            raise ValueError(
-                f"{config.tasks} tasks of {len(self.games)} training games are too few for "
-                f"{self.accelerator.num_processes} processes: each needs one"
-            )
+            raise ValueError(f"{config.tasks} --tasks of {len(self.games)} games: fewer than one for each process")
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
         model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
@@ -165,6 +162,7 @@ class Run:
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.encoder = Encoder(self.tokenizer, config.context, start["date"])
+        self.writer = self._writer() if config.writes_skills else None
         self.log.restore(self.policy, self.optimizer, self.models.get("ema"), self.method)
         if config.eval_every and self.log.first_iteration == 0:
             self.evaluate(-1)
@@ -183,14 +181,9 @@ class Run:
         config, share = self.config, self.accelerator
         games = rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
-        sampler = Sampler(
-            self.policy,
-            self.tokenizer,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            reuse_cache=config.reuse_cache,
-            record=iteration == 0,
-        )
+        sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+        how = {"reuse_cache": config.reuse_cache, "record": iteration == 0}
+        sampler = Sampler(self.policy, self.tokenizer, **sampling, **how)
         with self._bar("rollout") as bar, self.accelerator.autocast():
             trajectories, metrics = rollout(
                 sampler,
@@ -218,7 +211,7 @@ class Run:
             with self.accelerator.autocast():
                 skills, metrics = write_skills(
                     trajectories,
-                    self._writer(),
+                    self.writer,
                     max_step_skills=config.max_step_skills,
                     template=self.make_env().analysis_prompt(),
                 )
@@ -355,7 +348,7 @@ class Run:
         zero = torch.zeros((), device=self.accelerator.device)
         sums = dict.fromkeys(names, zero)  # of each term, over this process's tokens, of which it may have none
         for micro in micro_batches(sequences, self.config.token_budget):
-            losses, terms = self._losses(micro, batch)  # (N,)
+            losses, terms = self.losses(micro, batch)  # (N,)
             (losses.sum() / tokens).backward()
             sums = {name: sums[name] + term.detach().sum() for name, term in terms.items()}
         self._sum_gradients()
@@ -366,7 +359,7 @@ class Run:
         totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")  # (terms,)
         return dict(zip(sums, (totals / tokens).tolist(), strict=True)) | {"grad_norm": norm.item()}
 
-    def _losses(self, micro: list[Sequence], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, micro: list[Sequence], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each token of a micro-batch (N,), and its terms by the name of their metric (N,)."""
         config, device = self.config, self.accelerator.device
         with self.accelerator.autocast():

@@ -4,15 +4,12 @@ skill files there."""
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import gather_object
 
-from baselines.method import Grpo
+from baselines.method import Config, Grpo
 from data import Skills, Trajectory
-
-if TYPE_CHECKING:
-    from config import Config
 
 
 class SkillGrpo(Grpo):

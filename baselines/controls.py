@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
-from baselines.method import Method
+from baselines.method import Config, Method
 from data import Skills, Trajectory
-
-if TYPE_CHECKING:
-    from config import Config
 
 
 class Shuffled(Method):

@@ -6,17 +6,13 @@ Shapes: N response tokens of a micro-batch. Only log pi_theta (`new`) carries gr
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from baselines.method import Method
+from baselines.method import Config, Method
 from data import Batch, Level
 from router import LEVELS
-
-if TYPE_CHECKING:
-    from config import Config
 
 
 class Distilled(Method):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from data import Batch, Guidance, Level, Skills, Trajectory
 from router import LEVELS
 
-if TYPE_CHECKING:
-    from config import Config
+Config = Any  # a config.Config, which is made from the table of methods and cannot be imported here
 
 
 class Method:

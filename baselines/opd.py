@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from advantage import skill_advantage
-from baselines.method import Grpo
+from baselines.method import Config, Grpo
 from data import Batch
 from tiny.loading import load_model
-
-if TYPE_CHECKING:
-    from config import Config
 
 
 class Opd(Grpo):

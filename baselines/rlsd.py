@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from advantage import linear_decay
-from baselines.method import Method
+from baselines.method import Config, Method
 from data import Batch, Level
 from router import LEVELS
-
-if TYPE_CHECKING:
-    from config import Config
 
 
 class Rlsd(Method):

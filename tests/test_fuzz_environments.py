@@ -1,6 +1,6 @@
 """Whatever comes in from outside (game files, catalogues, answers of a server, responses) is read or refused by name.
 
-100 inputs a test; 7200 each by `python -m pytest -n 2 tests/test_fuzz_environments.py --hypothesis-profile=fuzz`.
+100 inputs a test; by `python -m pytest -n 2 tests/test_fuzz_environments.py --hypothesis-profile=fuzz` 100,000 in all.
 """
 
 import json
@@ -28,10 +28,15 @@ from envs.webshop.search import Index, build, document
 from lm.encoder import Encoder
 from tests.test_webshop_data import record, wish
 
-shared_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+# Fifteen tests search here: each does a third of the profile's examples, where these are many.
+many = settings(
+    max_examples=max(100, settings.default.max_examples // 3),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 # Any text at all, as JSON can hold it: lone halves of surrogate pairs included.
-letters = st.text(max_size=12) | st.text(st.characters(), max_size=4)
+halves = st.text(st.characters(categories=["Cs"]), min_size=1, max_size=2)
+letters = st.text(max_size=12) | st.text(st.characters(), max_size=4) | halves
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400) | letters,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(letters, inner, max_size=3),
@@ -67,6 +72,7 @@ plain = letters.filter(lambda text: not re.search(r"[<>\u4e00-\u9fff]", text))
 def test_any_response_is_parsed(name, prompt):
     env = make_env(name, prompt=prompt)
 
+    @many
     @given(responses, st.lists(plain, max_size=3))
     def check(response, admissible):
         action, valid = env.parse_action(response, admissible)
@@ -81,6 +87,7 @@ def test_any_response_is_parsed(name, prompt):
     check()
 
 
+@many
 @given(plain, plain)
 def test_a_well_formed_response_is_read_as_it_is_meant(thought, text):
     response = f"<think>{thought}</think><action>{text}</action>"
@@ -95,6 +102,7 @@ def test_any_observation_is_encoded(tokenizer):
     """Texts from JSON may hold half a surrogate pair, which tokenizers refuse."""
     encoder = Encoder(tokenizer, "chat")
 
+    @many
     @given(letters)
     def check(text):
         assert encoder.context([f"room {text}"], []) and encoder.context(["room", f"{text} bed"], [[5, 4]])
@@ -165,7 +173,7 @@ def test_any_game_file_is_played_or_refused(games, tmp_path):
     path = tmp_path / "valid_seen" / "game.tw-pddl"
     path.parent.mkdir()
 
-    @shared_files
+    @many
     @given(st.data(), st.sampled_from(range(len(games))))
     def check(data, number):
         path.write_bytes(data.draw(game_files(json.loads(Path(games[number]).read_text()))))
@@ -189,7 +197,7 @@ def test_any_game_file_is_listed_or_left_out(games, tmp_path):
     path.parent.mkdir(parents=True)
     original = json.loads(Path(games[0]).read_text())
 
-    @shared_files
+    @many
     @given(game_files(original))
     def check(content):
         path.write_bytes(content)
@@ -244,7 +252,7 @@ attributes = (
 )
 
 
-@shared_files
+@many
 @given(products, attributes, instructions, st.sampled_from(["human", "synthetic"]), st.data())
 def test_any_catalogue_is_a_shop_or_refused(tmp_path, products, attributes, instructions, goals, data):
     for kind, content in (("products", products), ("attributes", attributes), ("instructions", instructions)):
@@ -302,6 +310,7 @@ answers = st.one_of(
 bodies = answers.map(lambda answer: json.dumps(answer).encode()) | st.binary(max_size=20) | deep.map(str.encode)
 
 
+@many
 @given(bodies)
 def test_any_answer_of_a_server_is_passages_or_an_error(body):
     retriever = HttpRetriever("http://localhost:1")
@@ -319,6 +328,7 @@ def test_any_answer_of_a_server_is_passages_or_an_error(body):
         shown_passages(official_results(contents))
 
 
+@many
 @given(
     st.binary(max_size=30)
     | deep.map(str.encode)
@@ -332,7 +342,7 @@ def test_any_request_is_read_or_refused(body):
     assert all(isinstance(query, str) for query in queries) and k >= 1
 
 
-@shared_files
+@many
 @given(
     st.lists(
         st.binary(max_size=20) | changed({"contents": "c"}).map(json.dumps).map(str.encode) | deep.map(str.encode),
@@ -348,6 +358,7 @@ def test_any_corpus_is_read_or_refused(tmp_path, lines):
         assert f"{path}, line " in str(error)
 
 
+@many
 @given(changed({"question": "q", "golden_answers": ["a"], "data_source": "nq", "reward_model": {"ground_truth": {}}}))
 def test_any_row_is_a_question_or_refused(row):
     try:

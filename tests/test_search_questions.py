@@ -5,12 +5,25 @@ import json
 import pytest
 from datasets import Dataset
 
+from envs.search import SearchEnv
 from envs.search.questions import Question, load_questions
 
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def test_variables_and_the_home_folder_are_read_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("QUESTIONS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", [{"question": "q?", "golden_answers": ["a"]}])
+    write(tmp_path / "corpus.jsonl", [{"id": "0", "contents": '"Lima"\nLima is in Peru.'}])
+    for folder in ("~", "$QUESTIONS"):
+        env = SearchEnv(questions=folder, retriever=f"{folder}/corpus.jsonl")
+        assert env.tasks("train") == ["search/train/0"]
+        assert env.retriever("peru") == ['"Lima"\nLima is in Peru.']
 
 
 def test_search_r1_parquet(tmp_path):

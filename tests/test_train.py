@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config as config_module
 import rescore
+import router
 import train as train_module
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
@@ -72,6 +73,29 @@ def test_zero_weights_are_grpo_bit_for_bit(random_tiny, tmp_path):
     assert lines(grpo.out) == lines(zero.out)
     assert lines(grpo.out)[0]["advantage/outcome_abs"] > 0.1
     assert not same(weights(grpo.out), weights(opid.out))
+
+
+def test_without_a_weight_for_steps_a_critical_step_is_guided_by_the_episode_skill(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1, step_weight=0.0))
+    record = lines(c.out)[0]
+    assert record["guided/episode"] == 1
+    assert "guided/step" not in record
+
+
+def test_a_rule_that_asks_for_them_gets_the_log_probs_of_each_step(random_tiny, tmp_path, monkeypatch):
+    seen = []
+
+    def watch(episode, step, success, logprobs):
+        seen.append((success, logprobs))
+        return step or episode
+
+    monkeypatch.setitem(router.RULES, "critical-first", watch)
+    train(c := config(tmp_path, "run", iterations=1, sample_every=1))
+    shown = [step for sample in lines(c.out, "samples.jsonl") for step in sample["steps"]]
+    told = [logprobs for _, logprobs in seen][-16:]  # the settings were tried on a made-up step before
+    assert len(told) == len(shown) == 16
+    for logprobs, step in zip(told, shown, strict=True):
+        assert logprobs == pytest.approx(step["old_logprobs"], abs=1e-4)
 
 
 def test_a_run_leaves_what_it_promises(random_tiny, tmp_path, llama):
@@ -156,8 +180,11 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
     authors = []
 
     def writer(model, tokenizer, **answering):
-        authors.append(next(model.parameters()).detach().clone())
-        return lambda prompts: ['{"episode_skill": "open every closed place"}'] * len(prompts)
+        def write(prompts):
+            authors.append(next(model.parameters()).detach().clone())
+            return ['{"episode_skill": "open every closed place"}'] * len(prompts)
+
+        return write
 
     monkeypatch.setattr(train_module, "model_writer", writer)
     run = Run(config(tmp_path, name, skill_writer=name, ema_decay=0.5))

@@ -174,7 +174,7 @@ def show_update(run: Run, batch: Batch, step, row: int, updated: dict[str, float
     print(f"{len(batch.responses)} steps, {int(batch.mask.sum())} tokens, in {len(sequences)} packed sequences")
     print(f"minus the mean of A: {number(-batch.advantages.sum() / batch.mask.sum(), 3, '+')}\n")
     with torch.no_grad():
-        losses, terms = run._losses(sequences, batch)  # (N,)
+        losses, terms = run.losses(sequences, batch)  # (N,)
     after = {name: term.mean().item() for name, term in terms.items()}
     print(f"{'':<22}{'PPO-clip':>9}{'KL':>8}{'loss':>9}{'clipped':>9}")
     for when, means in (("before the step", updated), ("after it", after)):

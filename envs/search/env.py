@@ -88,7 +88,8 @@ def shared_retriever(source: str, k: int) -> CachedRetriever:
     """One retriever a process for each source: "generate", the URL of a retrieval server, or a corpus file for BM25."""
     if source.startswith(("http://", "https://")):
         return CachedRetriever(HttpRetriever(source), k)
-    return CachedRetriever(BM25Retriever(generated_corpus() if source == GENERATE else source), k)
+    corpus = generated_corpus() if source == GENERATE else Path(os.path.expandvars(source)).expanduser()
+    return CachedRetriever(BM25Retriever(corpus), k)
 
 
 @lru_cache

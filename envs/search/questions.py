@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
 def _rows(source: str, split: str):
     import datasets
 
-    path = Path(source).expanduser()
+    path = Path(os.path.expandvars(source)).expanduser()
     files = [path / f"{split}.{ending}" for ending in FORMATS] if path.is_dir() else [path]
     if found := [file for file in files if file.is_file()]:
         kind = FORMATS.get(found[0].suffix.removeprefix("."))
