@@ -235,6 +235,16 @@ def test_the_learning_rate_warms_up_and_halves():
     assert train_module.learning_rate(Config(learning_rate=8.0, warmup=0, lr_halving=0), 9) == 8.0
 
 
+def test_each_epoch_takes_every_sequence_once_in_another_order(random_tiny, tmp_path, monkeypatch):
+    taken, original = [], Run._step
+    monkeypatch.setattr(Run, "_step", lambda run, part, batch: taken.append(part) or original(run, part, batch))
+    train(config(tmp_path, "run", tasks=3, epochs=2, iterations=1, mini_batch=12))
+    first, second = taken[0] + taken[1], taken[2] + taken[3]
+    assert len(taken) == 4 and len(first) == 6
+    assert {id(sequence) for sequence in first} == {id(sequence) for sequence in second}
+    assert [id(sequence) for sequence in first] != [id(sequence) for sequence in second]
+
+
 def test_the_ema_follows_by_one_minus_its_decay(random_tiny, tmp_path):
     run = Run(config(tmp_path, "run", scorer="ema", ema_decay=0.75, iterations=1))
     start = [p.clone() for p in run.models["ema"].parameters()]
