@@ -235,6 +235,28 @@ def test_the_learning_rate_warms_up_and_halves():
     assert train_module.learning_rate(Config(learning_rate=8.0, warmup=0, lr_halving=0), 9) == 8.0
 
 
+def test_each_epoch_takes_every_sequence_once_in_another_order(random_tiny, tmp_path, monkeypatch):
+    taken, original = [], Run._step
+    monkeypatch.setattr(Run, "_step", lambda run, part, batch: taken.append(part) or original(run, part, batch))
+    train(config(tmp_path, "run", tasks=3, epochs=2, iterations=1, mini_batch=12))
+    first, second = taken[0] + taken[1], taken[2] + taken[3]
+    assert len(taken) == 4 and len(first) == 6
+    assert {id(sequence) for sequence in first} == {id(sequence) for sequence in second}
+    assert [id(sequence) for sequence in first] != [id(sequence) for sequence in second]
+
+
+def test_a_gradient_is_clipped_to_its_norm_and_weights_decay_as_told(random_tiny, tmp_path):
+    """One step of plain gradient descent at rate 1: the weights move by the clipped norm."""
+    run = Run(config(tmp_path, "run", iterations=1, mini_batch=0, max_grad_norm=0.01, weight_decay=0.25, lr_halving=0))
+    assert run.optimizer.param_groups[0]["weight_decay"] == 0.25
+    run.config.learning_rate, run.optimizer = 1.0, torch.optim.SGD(run.trained, lr=1.0)
+    start = [p.detach().clone() for p in run.trained]
+    train(run.config, run)
+    moved = torch.cat([(p - before).flatten() for p, before in zip(run.trained, start, strict=True)])
+    assert lines(run.config.out)[0]["grad_norm"] > 0.1
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_the_ema_follows_by_one_minus_its_decay(random_tiny, tmp_path):
     run = Run(config(tmp_path, "run", scorer="ema", ema_decay=0.75, iterations=1))
     start = [p.clone() for p in run.models["ema"].parameters()]

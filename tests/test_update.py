@@ -11,7 +11,8 @@ from baselines import METHODS
 from baselines.distillation import distillation_loss
 from baselines.rlsd import rescale
 from config import Config
-from train import k3, make_batch, policy_loss
+from data import Step, Trajectory
+from train import k3, make_batch, outcome_of, policy_loss
 
 NAN = float("nan")
 
@@ -77,6 +78,16 @@ def test_opd_is_the_teachers_shift_and_nothing_else():
     assert advantages_of(config, 0, torch.tensor([7.0]), old, {}, teacher=teacher)[0].tolist() == [[0.75, 0]]
     config = Config(algo="opd", teacher="smollm2", skill_clip=0.5)
     assert advantages_of(config, 0, torch.tensor([7.0]), old, {}, teacher=teacher)[0].tolist() == [[0.5, 0]]
+
+
+def test_the_outcome_is_the_reward_less_the_steps_own_penalty():
+    """One group: won, of a valid and an invalid step, and lost, of a valid one. Returns 10, 9.9 and 0, mean 6.6333."""
+    valid, invalid = (Step((), "", [1], [2], "", "", valid) for valid in (True, False))
+    played = [Trajectory("t", 0, [valid, invalid], True), Trajectory("t", 0, [valid], False)]
+    config = Config(success_reward=10.0, invalid_penalty=0.1, normalize="mean")
+    outcome, metrics = outcome_of(METHODS["opid"](config), played)
+    assert torch.allclose(outcome, torch.tensor([3.36667, 3.26667, -6.63333]), atol=1e-4)
+    assert metrics == {"advantage/silent_groups": 0}
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
