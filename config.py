@@ -12,7 +12,7 @@ from pathlib import Path
 
 from baselines import METHODS
 from data import Level, Skills
-from envs import ENVIRONMENTS, read_options
+from envs import ENVIRONMENTS, new_words, read_options
 from lm.writers import import_writer
 from router import RULES, route
 
@@ -177,6 +177,8 @@ class Config:
         if self.prompt == "auto":
             self.prompt = "compact" if self.model == "tiny" else "official"
         read_options(self.env, self.env_options)
+        if self.model == "tiny" and (unknown := new_words(self.env, self.env_options)):
+            raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no other {unknown[0]}")
         if self.max_new_tokens >= self.context_limit:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip:

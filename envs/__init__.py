@@ -21,7 +21,7 @@ class TextEnv(Protocol):
     - `held_out`: the splits that evaluation plays (valid_seen, valid_unseen)
     - `columns`: task type -> its column in the table, in order (the types' own names)
     - `generated`: False where the data come from outside, so that training takes all there are (True)
-    - `closed_vocabulary`: False where its data have other words than the tiny model knows (True)
+    - `new_words`, of the class: options that, changed, bring words which the tiny model does not know (none)
     - `prefetch(responses: list[str]) -> None`, called on one live environment of a rollout before each turn's steps,
       with the texts of all live episodes' responses in order. An environment whose steps ask something slow (a search
       server) can ask for all of them in one request there, and find the answers in its steps.
@@ -101,6 +101,13 @@ def read_options(name: str, texts: dict[str, str]) -> dict[str, Any]:
             raise ValueError(f"--env {name} has no option {key!r}; --env-options knows: {', '.join(names) or 'none'}")
         options[key] = _read(key, text, known[key])
     return options
+
+
+def new_words(name: str, texts: dict[str, str]) -> list[str]:
+    """The options among `texts` whose values bring words that the tiny model does not know."""
+    cls = env_class(name)
+    known = inspect.signature(cls).parameters
+    return [key for key in getattr(cls, "new_words", ()) if key in texts and texts[key] != known[key].default]
 
 
 def _kinds(hint) -> list:

@@ -144,7 +144,7 @@ def test_search_hint_words():
 def test_the_tiny_model_refuses_words_that_it_does_not_know(env):
     assert Config(env=env, model="tiny").prompt == "compact"
     with pytest.raises(ValueError, match="knows only the words of generated"):
-        Config(env=env, model="tiny", games="somewhere")
+        Config(env=env, model="tiny", env_options={{"search": "questions", "webshop": "data"}[env]: "somewhere"})
 
 
 @pytest.mark.parametrize("name", ["laptop-search", "laptop-webshop"])

@@ -123,6 +123,8 @@ class SearchEnv:
     environments of the process.
     """
 
+    new_words = ("questions", "retriever")
+
     def __init__(
         self,
         games: list[str] | None = None,
@@ -138,7 +140,6 @@ class SearchEnv:
         self.games, self.max_steps, self.prompt, self.history = games or [], max_steps, prompt, history
         self.questions, self.top_k = questions, top_k
         self.generated = questions == GENERATE
-        self.closed_vocabulary = self.generated and retriever == GENERATE
         self.held_out = ("valid_seen", "valid_unseen") if self.generated else ("test",)
         self.columns = GENERATED_SOURCES if self.generated else DATA_SOURCES
         self.source = retriever if isinstance(retriever, str) else CachedRetriever(retriever, top_k)

@@ -53,6 +53,8 @@ class WebshopEnv:
     fewer (compact). `history` steps are shown in a "window" prompt.
     """
 
+    new_words = ("data",)
+
     def __init__(
         self,
         games: list[str] | None = None,
@@ -68,7 +70,7 @@ class WebshopEnv:
         if max_steps < 1 or history < 0 or (page_size is not None and page_size < 1):
             raise ValueError(f"max_steps {max_steps}, history {history} or page_size {page_size} is out of range")
         self.games, self.max_steps, self.prompt, self.history = games, max_steps, prompt, history
-        self.generated = self.closed_vocabulary = data == "generate"
+        self.generated = data == "generate"
         self.page_size = page_size or (compact.PAGE_SIZE if prompt == "compact" else 10)
         self.shop, self.index, self.asins = open_shop(str(data), goals)
         self.session: Session | None = None
