@@ -239,3 +239,20 @@ def test_a_lora_reference_that_samples_first_does_not_leak_the_models_own_sampli
         sampler = Sampler(sampling, tokenizer, max_new_tokens=8, temperature=1.0)
         answers.append(sampler([0], [Encoder(tokenizer, "chat").context(["look now"], [])]))
     assert answers[0] == answers[1]
+
+
+def test_where_padding_matters_only_rows_of_one_length_share_a_call(monkeypatch):
+    model = small_model(LlamaConfig, LlamaForCausalLM)
+    contexts = [[9, 8, 7], [5, 6, 7, 8, 9], [7, 7, 9], [4, 9]]
+    options = {"max_new_tokens": 4, "temperature": 0.0, "reuse_cache": False, "record": True}
+    alone = [Sampler(model, TOKENIZER, **options)([0], [context])[0] for context in contexts]
+    sampler, shapes, original = Sampler(model, TOKENIZER, **options), [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **more: (shapes.append(tuple(ids.shape)), original(ids, **more))[1]
+    )
+    sampler.pads = False
+    assert sampler([3, 4, 5, 6], contexts) == alone
+    assert shapes == [(1, 2), (2, 3), (1, 5)]  # the shortest first
+    assert {key: len(turns[0]) for key, turns in sampler.recorded.items()} == {
+        key: len(response) for key, response in zip([3, 4, 5, 6], alone, strict=True)
+    }
