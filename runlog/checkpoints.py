@@ -48,8 +48,10 @@ def save(path: Path, iteration: int, model, optimizer, ema, method: dict) -> Non
 
 
 def load(path: Path, model, optimizer, ema, method) -> None:
-    """Into all of them. Raises ValueError for a checkpoint of another model."""
+    """Into all of them. Raises ValueError for a checkpoint of another model or of an older version of this code."""
     state = torch.load(path, map_location=model.device, weights_only=True)
+    if "method" not in state:
+        raise ValueError(f"{path} is of an older version of this code: go on with that one, or start anew")
     unexpected = model.load_state_dict(state["model"], strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"{path} is of another model: it holds {unexpected[0]}")

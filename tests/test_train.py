@@ -483,3 +483,13 @@ def test_empty_mini_batches_do_not_count_as_zero(random_tiny, tmp_path):
     few, many = lines(few.out)[0], lines(many.out)[0]
     assert many["loss/policy"] == pytest.approx(few["loss/policy"], rel=0.3)
     assert many["grad_norm"] > few["grad_norm"] / 2
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_by_name(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1))
+    path = Path(c.out, "checkpoints/000000.pt")
+    state = torch.load(path, weights_only=True)
+    del state["method"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"000000.pt is of an older version"):
+        train(replace(c, iterations=2, resume=True))
