@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import Config, parse_args
 from lm.loading import save_policy
-from runlog import read_lines
+from runlog.metrics import read_lines
 from train import train
 
 PHASES = ("rollout", "skills", "rescore", "update")

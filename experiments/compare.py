@@ -32,7 +32,7 @@ from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
 from experiments.tables import draw, efficiency, table
 from lm.loading import save_policy, write_whole
-from runlog import read_lines
+from runlog.metrics import read_lines
 from tiny.loading import load_model
 
 METHODS_COMPARED = tuple(name for name in METHODS if name != "opd")  # it needs a larger model, and none is at hand

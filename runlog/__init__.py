@@ -36,20 +36,15 @@ FREE |= {"token_budget", "generate_budget", "gradient_checkpointing", "eval_batc
 FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
 
 
-def read_lines(path: Path) -> list[dict]:
-    """metrics.jsonl, evaluations.jsonl or samples.jsonl. Raises FileNotFoundError where it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 class RunLog:
     """Files under `config.out`. Only the main process writes."""
 
     def __init__(self, config: Config, accelerator):
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.out)
-        self.checkpoint, damaged = checkpoints.newest_readable(self.folder)
-        written = self.folder / "config.json"
-        if written.exists() and (self.checkpoint or damaged or (self.folder / "metrics.jsonl").exists()):
+        written, saved = self.folder / "config.json", checkpoints.saved(self.folder)
+        if written.exists() and (saved or (self.folder / "metrics.jsonl").exists()):
             self._check(json.loads(written.read_text()))
+        self.checkpoint, damaged = checkpoints.newest_readable(saved if config.resume else [])
         if damaged and self.checkpoint is None:
             raise ValueError(f"no checkpoint in {self.folder} is whole ({damaged[0]} is not): nothing to resume from")
         for path in damaged:
@@ -185,7 +180,7 @@ class RunLog:
         if not self.accelerator.is_main_process:
             return
         checkpoints.save(self.folder / "checkpoints" / f"{iteration:06d}.pt", iteration, model, optimizer, ema, method)
-        for old in sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))[: -self.config.keep_checkpoints]:
+        for old in checkpoints.saved(self.folder)[: -self.config.keep_checkpoints]:
             old.unlink()
 
     def restore(self, model, optimizer, ema, method) -> None:

@@ -11,13 +11,18 @@ import torch
 from lm.loading import write_whole
 
 
-def newest_readable(folder: Path) -> tuple[Path | None, list[Path]]:
-    """-> (the newest checkpoint of a run folder that is whole, the newer ones that are not).
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted((folder / "checkpoints").glob("[0-9]*.pt"))
+
+
+def newest_readable(checkpoints: list[Path]) -> tuple[Path | None, list[Path]]:
+    """Checkpoints, oldest first -> (the newest one that is whole, the newer ones that are not).
 
     A checkpoint is a zip file with a checksum of each part, so that a truncated or damaged one shows.
     """
     damaged = []
-    for path in sorted((folder / "checkpoints").glob("[0-9]*.pt"), reverse=True):
+    for path in reversed(checkpoints):
         if _whole(path):
             return path, damaged
         damaged.append(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from functools import wraps
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +31,11 @@ MEANS_OVER = {
 }
 LARGEST = {"rollout/logprob_gap"}  # of all processes
 WEIGHED_BY = {name: over for over, names in MEANS_OVER.items() for name in names}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """metrics.jsonl, evaluations.jsonl or samples.jsonl. Raises FileNotFoundError where it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def sizes_of(

@@ -299,6 +299,15 @@ def test_a_folder_with_another_run_is_refused(random_tiny, tmp_path):
         train(config(tmp_path, "run", iterations=1, tasks=3, resume=True))
 
 
+def test_checkpoints_of_an_unknown_run_are_gone_on_from_only_if_asked(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1))
+    for name in ("config.json", "metrics.jsonl"):
+        Path(c.out, name).unlink()
+    assert Run(replace(c, resume=True)).log.first_iteration == 1
+    Path(c.out, "config.json").unlink()
+    assert Run(c).log.first_iteration == 0
+
+
 def test_a_run_from_before_a_flag_had_its_default(random_tiny, tmp_path):
     train(c := config(tmp_path, "run", iterations=1))
     written = Path(c.out, "config.json")
