@@ -62,6 +62,11 @@ def skill_advantage(skill_logprobs: Tensor, base_logprobs: Tensor, mask: Tensor)
     return torch.where(mask.bool() & ~shift.isnan(), shift, torch.zeros_like(shift)).detach()
 
 
+def where_scored(shift: Tensor, logprobs: Tensor) -> Tensor:
+    """A shift with NaN where `logprobs` has it: 0 is what enters a sum, NaN says "not scored". All (B, R) -> (B, R)"""
+    return shift.masked_fill(logprobs.isnan(), float("nan"))
+
+
 def combine(
     outcome: Tensor,  # (B,)
     episode_shift: Tensor | None,  # (B, R) skill_advantage of the episode-guided steps

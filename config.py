@@ -194,11 +194,12 @@ class Config:
         method(self).check_routes([route(Skills("", "both levels", {0: "at one step"}), 1, self.routing, **seen)])
 
     def _check_values(self) -> None:
+        hints = typing.get_type_hints(Config)
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
-            if not _is_of(value, typing.get_type_hints(Config)[f.name]):
+            if not _is_of(value, hints[f.name]):
                 raise ValueError(f"{flag(f.name)} must be {f.type}, not {value!r}")
         for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -335,13 +336,13 @@ def parse_args(
         usage=f"{program} [--recipe NAME] [flags]",
     )
     first = fields(Config)[0].metadata["group"]
-    groups = {first: parser.add_argument_group(first)}
+    groups, hints = {first: parser.add_argument_group(first)}, typing.get_type_hints(Config)
     groups[first].add_argument("--recipe", help="settings to start from: a name in recipes/ or a .toml file")
     for f in fields(Config):
         title, hidden = f.metadata["group"], shown is not None and f.name not in shown
-        groups.setdefault(title, None)
-        groups[title] = groups[title] or parser.add_argument_group(title)
-        annotation = typing.get_type_hints(Config)[f.name]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        annotation = hints[f.name]
         if annotation == dict[str, str]:
             help = {"metavar": "KEY=VALUE", "default": argparse.SUPPRESS}
             help["help"] = argparse.SUPPRESS if hidden else f.metadata["help"]

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from advantage import combine, linear_decay, outcome_advantage, skill_advantage, sum_of_scored
+from advantage import combine, linear_decay, outcome_advantage, skill_advantage, sum_of_scored, where_scored
 from baselines import METHODS, Method
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
@@ -118,7 +118,7 @@ def make_batch(
     # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m
     base = plain[config.scorer] if guided and config.shift_base == "scorer" else old  # (B, R)
     shifts = {level: skill_advantage(logprobs, base, mask) for level, logprobs in guided.items()}  # (B, R) each
-    known = [shift.masked_fill(guided[level].isnan(), float("nan")) for level, shift in shifts.items()]
+    scored = [where_scored(shift, guided[level]) for level, shift in shifts.items()]
 
     # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
     fade = linear_decay(iteration, config.skill_iterations)
@@ -126,7 +126,7 @@ def make_batch(
     episode, step = shifts.get("episode"), shifts.get("step")  # (B, R) each, or None
     advantages = combine(outcome, episode, step, mask, **lambdas, skill_clip=config.skill_clip)  # (B, R)
     reference = plain["reference"] if config.kl else None  # (B, R)
-    batch = Batch(contexts, responses, mask, old, reference, sum_of_scored(mask, *known), advantages)
+    batch = Batch(contexts, responses, mask, old, reference, sum_of_scored(mask, *scored), advantages)
     return method.adjust(batch, outcome, plain, guided, iteration)
 
 

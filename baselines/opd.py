@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from advantage import skill_advantage
+from advantage import skill_advantage, where_scored
 from baselines.method import Config, Grpo
 from data import Batch
 from tiny.loading import load_model
@@ -26,10 +26,9 @@ class Opd(Grpo):
         self, batch: Batch, outcome: Tensor, plain: dict[str, Tensor], guided: dict[str, Tensor], iteration: int
     ) -> Batch:
         shift = skill_advantage(plain["teacher"], batch.old_logprobs, batch.mask)  # (B, R)
-        known = shift.masked_fill(plain["teacher"].isnan(), float("nan"))  # (B, R)
         bound = self.config.skill_clip
         advantages = shift if bound is None else shift.clamp(-bound, bound)  # (B, R)
-        return replace(batch, skill_advantages=known, advantages=advantages)
+        return replace(batch, skill_advantages=where_scored(shift, plain["teacher"]), advantages=advantages)
 
 
 def load_teacher(name: str, tokenizer, *, dtype: str):
