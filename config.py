@@ -18,8 +18,8 @@ from router import RULES, route
 
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
-    *("token_budget", "generate_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
-    *("temperature", "learning_rate", "max_grad_norm", "eval_batch", "kl_clip"),
+    *("token_budget", "rollout_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
+    *("temperature", "learning_rate", "max_grad_norm", "kl_clip"),
 )
 NOT_NEGATIVE = (
     *("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history", "lr_halving"),
@@ -83,6 +83,11 @@ class Config:
     reuse_cache: bool = ROLLOUT(
         True, "keep keys and values from turn to turn where a model's architecture makes that exact; off: read anew"
     )
+    rollout_budget: int = ROLLOUT(
+        131072,
+        "most rows x length of what is sampled at a time, in rollouts, evaluation and skill writing: it bounds their "
+        "memory. Episodes beyond it wait",
+    )
     success_reward: float = ROLLOUT(10.0, "outcome reward of a solved task")
     # 0, not the paper's 0.1: in a group whose outcomes are all equal the penalty alone is what gets normalised, to the
     # same size as a real outcome, and for small models with many invalid actions that noise makes training collapse.
@@ -96,7 +101,6 @@ class Config:
     skill_context_limit: int | None = SKILLS(None, "most tokens of transcript and answer; none: --context-limit")
     skill_temperature: float = SKILLS(1.0, "temperature of skill writing; 0: greedy")
     skill_prefill: str = SKILLS("", "text that starts every skill answer of a local model, such as '{'")
-    generate_budget: int = SKILLS(8192, "most rows x length of one skill-writing generate call; a GPU wants more")
     openai_base_url: str | None = SKILLS(None, "endpoint for --skill-writer openai; none: the library's default")
     openai_model: str | None = SKILLS(None, "model name for --skill-writer openai (key: OPENAI_API_KEY)")
 
@@ -147,13 +151,20 @@ class Config:
 
     dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
     mixed_precision: str = MODEL("no", "accelerate's autocast", ("no", "bf16"))
+    frozen_dtype: str = MODEL(
+        "auto",
+        "dtype of frozen models (reference, teacher); auto: bfloat16 for the weights that --mixed-precision bf16 rounds "
+        "anyway, which changes no number",
+        ("auto", "float32", "bfloat16"),
+    )
+    offload: bool = MODEL(False, "reference and optimizer state in host memory while they are not needed")
+    shard: bool = MODEL(False, "weights, gradients, optimizer and frozen models split over all processes (FSDP2)")
     gradient_checkpointing: bool = MODEL(False, "recompute activations in the backward pass")
     lora_rank: int = MODEL(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
 
     eval_every: int = RUN(10, "iterations between evaluations; 0: only at the end")
     eval_games: int = RUN(200, "games per split at evaluation, at most")
     eval_temperature: float = RUN(0.4, "sampling temperature of evaluation")
-    eval_batch: int | None = RUN(None, "held-out games played at a time; none: as many as an iteration has episodes")
     save_every: int = RUN(10, "iterations between checkpoints")
     keep_checkpoints: int = RUN(2, "newest checkpoints to keep")
     sample_every: int = RUN(5, "iterations between samples.jsonl records")

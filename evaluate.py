@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 HELD_OUT = ("valid_seen", "valid_unseen")
 FLAGS = (
     *("model", "env", "env_options", "prompt", "history", "context", "context_limit", "max_new_tokens", "max_steps"),
-    *("eval_games", "eval_temperature", "eval_batch", "reuse_cache", "dtype", "seed"),
+    *("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "dtype", "seed"),
 )  # that evaluation reads; of a run's policy the run's own settings are the defaults
 
 

@@ -231,7 +231,7 @@ class Run:
             **sampling,
             context_limit=config.skill_context_limit or config.context_limit,
             prefill=config.skill_prefill,
-            batch_tokens=config.generate_budget,
+            batch_tokens=config.rollout_budget,
             date=self.encoder.date,
         )
 

@@ -32,7 +32,7 @@ FREE = {
 }
 # What messages and docs recommend against running out of memory, a context that is too short, or a gradient that is no
 # number: it has to be possible in the run that needs it.
-FREE |= {"token_budget", "generate_budget", "gradient_checkpointing", "eval_batch", "context_limit"}
+FREE |= {"token_budget", "rollout_budget", "gradient_checkpointing", "offload", "context_limit"}
 FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
 
 

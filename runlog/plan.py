@@ -137,7 +137,7 @@ def _tokens_sampled(config: Config) -> int:
     acting = episodes * config.context_limit
     if not config.writes_skills or config.skill_writer not in LOCAL_WRITERS:
         return acting
-    writing = min(config.generate_budget, episodes * (config.skill_context_limit or config.context_limit))
+    writing = min(config.rollout_budget, episodes * (config.skill_context_limit or config.context_limit))
     return max(acting, writing)
 
 
