@@ -84,7 +84,7 @@ class Config:
         True, "keep keys and values from turn to turn where a model's architecture makes that exact; off: read anew"
     )
     rollout_budget: int = ROLLOUT(
-        131072,
+        32768,
         "most rows x length of what is sampled at a time, in rollouts, evaluation and skill writing: it bounds their "
         "memory. Episodes beyond it wait",
     )
