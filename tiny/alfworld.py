@@ -261,6 +261,11 @@ def avoidance(play: HouseholdPlay, flaw: str) -> str:
     return "never look in same place again"
 
 
+def names() -> dict[str, set[str]]:
+    kinds = {"object": "object_types", "place": "receptacle_types"}
+    return {kind: {name.lower() for name in FACTS[types]} for kind, types in kinds.items()}
+
+
 def flaw_of(play: HouseholdPlay) -> str:
     """What went wrong in a failed episode, read off what was done where something else was called for."""
     for _, command, advice in play.turns:

@@ -18,12 +18,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 import lm.loading
+from envs import ENVIRONMENTS
 from lm.loading import add_lora, save_policy, write_whole
 from tiny.demonstrations import Demonstrator, demonstrations
 from tiny.supervised import demonstration_loss, shuffled_batches, teach
@@ -32,27 +33,44 @@ PREFIX = "cold:"  # in front of a model's name: that model after the cold start 
 RECORD, CHECKPOINT = "coldstart.json", "checkpoint.pt"
 
 
-@dataclass(frozen=True)
+def setting(default, help: str, choices: tuple[str, ...] | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
 class ColdStart:
-    """What a cold start is a function of (on a CPU: bit for bit, on the same number of threads)."""
+    """What a cold start is a function of (on a CPU bit for bit, with as many threads). Raises ValueError for a value
+    out of range."""
 
-    model: str = "smollm2"
-    env: str = "alfworld"
-    games: int = 400  # of the train split; each gives three episodes and one answer with skills
-    seed: int = 0
-    prompt: str = "compact"
-    context: str = "chat"
-    context_limit: int = 2048  # most tokens of a demonstration
-    learning_rate: float = 2e-4  # AdamW's, at its peak
-    batch_tokens: int = 2048  # most padded tokens a step
-    others: float = 0.0  # weight of tokens that are not responses
-    lora_rank: int = 0  # 0: all weights are trained
-    mixed_precision: str = "bf16"
+    model: str = setting("smollm2", "'smollm2', a folder or a hub id: an instruct model")
+    env: str = setting("alfworld", "environment", ENVIRONMENTS)
+    games: int = setting(400, "train games, each of which gives three episodes and one answer with skills")
+    seed: int = setting(0, "seed of everything random")
+    prompt: str = setting("compact", "prompt style; official: with short thoughts", ("compact", "official"))
+    context: str = setting("chat", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
+    context_limit: int = setting(0, "most tokens of a demonstration; 0: 2048, with official prompts 8192")
+    learning_rate: float = setting(0.0, "AdamW's peak learning rate; 0: 2e-4, with --lora-rank 1e-3")
+    batch_tokens: int = setting(2048, "most padded tokens of a step; a longer demonstration goes alone")
+    others: float = setting(0.0, "weight of tokens that are not responses")
+    lora_rank: int = setting(0, "rank of LoRA adapters on all linear layers (needs peft); 0: all weights are trained")
+    mixed_precision: str = setting("bf16", "autocast", ("no", "bf16"))
+
+    def __post_init__(self):
+        self.context_limit = self.context_limit or (2048 if self.prompt == "compact" else 8192)
+        self.learning_rate = self.learning_rate or (1e-3 if self.lora_rank else 2e-4)
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+            if f.name in ("games", "context_limit", "learning_rate", "batch_tokens") and value <= 0:
+                raise ValueError(f"{f.name} must be positive, not {value}")
+            if f.name in ("others", "lora_rank") and value < 0:
+                raise ValueError(f"{f.name} must not be negative")
 
 
-def folder_of(model: str, env: str) -> Path:
-    """Where the cold-started weights of a model belong: what `cold:MODEL` loads."""
-    return Path("runs") / f"cold-{Path(model).name}-{env}"
+def folder_of(model: str, env: str, prompt: str = "compact") -> Path:
+    """Where the cold-started weights of a model belong; those of compact prompts are what `cold:MODEL` loads."""
+    return Path("runs") / f"cold-{Path(model).name}-{env}{'' if prompt == 'compact' else '-' + prompt}"
 
 
 def cold_started(name: str, env: str) -> str:
@@ -130,7 +148,7 @@ def batches_of(tokenizer, settings: ColdStart) -> list:
     return shuffled_batches(sequences, settings.batch_tokens, 1, settings.seed)
 
 
-# ---- what is kept -----------------------------------------------------------------------------------------------------
+# ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
 def write_record(folder: Path, record: dict) -> None:
@@ -145,7 +163,7 @@ def save_checkpoint(path: Path, model, optimizer, losses: list[float], seconds: 
 
 
 def resumed(path: Path, model, optimizer) -> tuple[list[float], float]:
-    """-> the losses so far and the seconds that they took, the state put into model and optimizer; none: at the start."""
+    """-> the losses so far and the seconds that they took, with the state put into model and optimizer."""
     if not path.is_file():
         return [], 0.0
     state = torch.load(path, map_location=model.device, weights_only=True)

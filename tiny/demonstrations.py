@@ -36,6 +36,7 @@ class Turn:
     admissible: list[str]
     action: str  # as the parser reads it from `response`
     response: str
+    meant: bool  # neither a slip nor impossible: to be learnt
 
 
 class Demonstrator:
@@ -56,7 +57,10 @@ class Demonstrator:
         context_limit: int | None = None,
     ):
         self.tokenizer, self.rng, self.script = tokenizer, random.Random(seed), script(env)
-        self.encoder, self.env = Encoder(tokenizer, context), make_env(env, prompt=prompt, max_steps=self.script.MAX_STEPS)
+        self.encoder, self.env = (
+            Encoder(tokenizer, context),
+            make_env(env, prompt=prompt, max_steps=self.script.MAX_STEPS),
+        )
         self.prompt, self.context_limit = prompt, context_limit
         closing = closing_token(tokenizer)
         self.end = tokenizer.eos_token_id if closing is None else closing
@@ -86,8 +90,8 @@ class Demonstrator:
         return self.script.played(game, rng, flaws, prompt=self.prompt, skill=skill, hinted=hinted)
 
     def acting(self, play: Play, most: int | None = None) -> list[Sequence]:
-        """A play, or its first `most` turns, with skill and hints in place; every command but slips is to be learnt.
-        One sequence, or one a turn where contexts do not extend one another."""
+        """A play, or its first `most` turns, with skill and hints in place. One sequence, or one a turn where contexts
+        do not extend one another."""
         task, turns = self.turns(play)
         prompts, contexts, responses = [], [], []
         for t, turn in enumerate(turns[:most]):
@@ -104,19 +108,18 @@ class Demonstrator:
             responses.append(response)
         sequences = pack(contexts, responses)
         for sequence in sequences:
-            sequence.responses = [place for place in sequence.responses if place[0] not in play.slips]
+            sequence.responses = [place for place in sequence.responses if turns[place[0]].meant]
         return [sequence for sequence in sequences if sequence.responses]
 
     def turns(self, play: Play) -> tuple[str, list[Turn]]:
-        """-> (the task, the turns of a play) in the environment's prompt style. The official one is played again."""
-        if self.prompt == "compact":
-            return play.task, [Turn(seen, [], command, command) for seen, command, _ in play.turns]
+        """-> (the task, the turns of a play), played again in the environment's own prompt style."""
         observation, info = self.env.reset(options={"game": play.game})
         task, turns = info["task"], []
-        for t in range(len(play.turns)):
-            response, admissible = self.script.official(play, t, self.env), info["admissible_actions"]
-            action, _ = self.env.parse_action(response, admissible)
-            turns.append(Turn(observation, admissible, action, response))
+        for t, (_, command, _) in enumerate(play.turns):
+            response = command if self.prompt == "compact" else self.script.official(play, t, self.env)
+            admissible = info["admissible_actions"]
+            action, valid = self.env.parse_action(response, admissible)
+            turns.append(Turn(observation, admissible, action, response, valid and t not in play.slips))
             observation, _, _, _, info = self.env.step(action)
         return task, turns
 

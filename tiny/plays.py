@@ -87,6 +87,12 @@ class Script(Protocol):
     def workflow(self, play: Play) -> str:
         """The episode skill of a success: the order of work for this kind of task."""
 
+    def avoidance(self, play: Play, flaw: str) -> str:
+        """The episode skill of a failure: what to avoid, and so what to do instead, for one flaw."""
+
+    def names(self) -> dict[str, set[str]]:
+        """The words of skills that name something of the task, by kind: "object", and "place" where there are any."""
+
     def flaw_of(self, play: Play) -> str:
         """What went wrong in a failed episode, read off what was done where something else was called for."""
 

@@ -156,6 +156,10 @@ def workflow(play: Play) -> str:
     return f"first {searches} then answer from doc with same name"
 
 
+def names() -> dict[str, set[str]]:
+    return {"object": {word for hop in HOPS for word in query(hop).split()} - {"it"}}
+
+
 def flaw_of(play: Play) -> str:
     """The last thing that went wrong, read off what was done where something else was called for."""
     commands = [command for _, command, _ in play.turns]

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from data import Skills
 from lm.loading import write_whole
 from lm.packing import Sequence, micro_batches
-from tiny.demonstrations import Demonstrator, demonstrations
+from tiny.demonstrations import Demonstrator, Turn, demonstrations
 from tiny.plays import Play, script
 from tiny.supervised import demonstration_loss, latest, shuffled_batches, teach
 
@@ -94,6 +94,11 @@ class TinyDemonstrator(Demonstrator):
 
     def play(self, game, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> Play:
         return self.script.play(game, random.Random(self.rng.random()), flaws, skill=skill, hinted=hinted)
+
+    def turns(self, play: Play) -> tuple[str, list[Turn]]:
+        """As they were played: where names are exchanged for others, they cannot be played again."""
+        told = enumerate(play.turns)
+        return play.task, [Turn(seen, [], command, command, t not in play.slips) for t, (seen, command, _) in told]
 
     def spell(self, skills: Skills) -> str:
         return skills_json(skills)

@@ -8,6 +8,7 @@ import random
 
 from data import Skills
 from envs.webshop import VOCABULARY, WebshopEnv, compact
+from envs.webshop.catalogue import DEPARTMENTS
 from envs.webshop.compact import SEARCH, shown
 from envs.webshop.expert import ENTRY, TITLE, Shopper
 from tiny.plays import Play, advised_steps, watch
@@ -161,6 +162,10 @@ def workflow(play: Play) -> str:
         "first search all words then open fitting title with fitting price then check every feature back one is "
         f"missing then choose {option_names(play)} then buy"
     )
+
+
+def names() -> dict[str, set[str]]:
+    return {"object": {name for department in DEPARTMENTS.values() for name in department.options}}
 
 
 def flaw_of(play: Play) -> str:
