@@ -16,6 +16,7 @@ import tiny.coldstart
 import tiny.warmstart
 from config import Config, read_recipe
 from envs import make_env
+from envs.webshop import compact
 from lm.encoder import Encoder
 from lm.loading import load_model as load_plainly
 from lm.loading import save_policy
@@ -167,6 +168,27 @@ def test_official_responses_give_a_reason_first():
                 assert t in play.slips or "something else" not in thought[1]
 
 
+def test_what_the_template_begins_is_not_said_again():
+    template = TEMPLATES["deepseek-r1"]
+    demonstrator = Demonstrator(byte_tokenizer(template), 0, prompt="official")
+    play = demonstrator.play(demonstrator.script.games(1)[0], set())
+    for context, response in everything(demonstrator, play).values():
+        assert demonstrator.tokenizer.decode(context).endswith(template.began)
+        assert re.match(r"\w[^<]*</think><action>", demonstrator.tokenizer.decode(response))
+
+
+def test_an_official_shop_shows_what_the_adviser_saw():
+    """Places of products depend on how many a page shows."""
+    demonstrator = Demonstrator(byte_tokenizer(TEMPLATES["chatml"]), 0, "webshop", prompt="official")
+    env = demonstrator.env
+    for game in demonstrator.script.games(6):
+        play = demonstrator.play(game, {"first hit"})
+        env.reset(options={"game": game})
+        for seen, command, _ in play.turns:
+            assert seen in (compact.page_words(env.session), "nothing happens")
+            env.step(compact.official(command, env.session))
+
+
 def test_a_demonstration_ends_where_its_context_is_full():
     tokenizer = byte_tokenizer(TEMPLATES["chatml"])
     whole = Demonstrator(tokenizer, 0)
@@ -293,11 +315,10 @@ def test_cold_models_speak_compact_prompts():
     assert Config(**settings).model == "cold:smollm2"
 
 
-@pytest.mark.parametrize("env", ENVS)
-def test_the_laptop_recipe_holds_the_longest_demonstration(env, smollm2):
+def test_the_laptop_recipe_holds_the_longest_demonstration(smollm2):
     config = Config(**read_recipe("laptop-smollm2"))
-    demonstrator = Demonstrator(smollm2[1], 0, env)
-    for game in demonstrator.script.games(20):
+    demonstrator = Demonstrator(smollm2[1], 0, config.env)
+    for game in demonstrator.script.games(100):
         *acting, writing = demonstrator.sequences(game)
         assert max(size for s in acting for _, _, size in s.responses) <= config.max_new_tokens
         assert writing.responses[0][2] <= config.skill_tokens
