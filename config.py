@@ -84,7 +84,7 @@ class Config:
         True, "keep keys and values from turn to turn where a model's architecture makes that exact; off: read anew"
     )
     rollout_budget: int = ROLLOUT(
-        131072,
+        32768,
         "most rows x length of what is sampled at a time, in rollouts, evaluation and skill writing: it bounds their "
         "memory. Episodes beyond it wait",
     )
@@ -153,8 +153,8 @@ class Config:
     mixed_precision: str = MODEL("no", "accelerate's autocast", ("no", "bf16"))
     frozen_dtype: str = MODEL(
         "auto",
-        "dtype of frozen models (reference, teacher); auto: bfloat16 for the weights that --mixed-precision bf16 rounds "
-        "anyway, which changes no number",
+        "dtype of frozen models (reference, teacher); auto: bfloat16 for those weights that --mixed-precision bf16 "
+        "rounds anyway, which changes no number",
         ("auto", "float32", "bfloat16"),
     )
     offload: bool = MODEL(False, "reference and optimizer state in host memory while they are not needed")

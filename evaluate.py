@@ -76,28 +76,24 @@ def play(
     config: Config,
     games: list[str],
     *,
-    processes: int = 1,
     episode_skills: dict[str, str] | None = None,  # task type -> the skill to act under; None: without
     make_env: Callable[[], TextEnv] | None = None,  # None: the run's own environment
 ) -> list[Trajectory]:
-    """Play each of `games` once, at --eval-temperature, `--eval-batch` at a time over all `processes`."""
-    at_once = max((config.eval_batch or config.tasks * config.rollouts) // processes, 1)
-    trajectories: list[Trajectory] = []
-    bar = tqdm(range(0, len(games), at_once), desc="evaluate", leave=False, disable=None)
-    for start in bar:
-        sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.eval_temperature}
-        sampler = Sampler(model, encoder.tokenizer, **sampling, reuse_cache=config.reuse_cache)
-        trajectories += rollout(
+    """Play each of `games` once, at --eval-temperature, as many at a time as --rollout-budget holds."""
+    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.eval_temperature}
+    budgets = {"rollout_budget": config.rollout_budget, "token_budget": config.token_budget}
+    sampler = Sampler(model, encoder.tokenizer, **sampling, **budgets, reuse_cache=config.reuse_cache)
+    with tqdm(desc="evaluate", leave=False, disable=None) as bar:
+        return rollout(
             sampler,
             encoder,
             make_env or environment(config),
-            games[start : start + at_once],
+            games,
             1,
             context_limit=config.context_limit,
             episode_skills=episode_skills,
-            progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
+            progress=lambda waiting, live: bar.set_postfix(waiting=waiting, live=live),
         )[0]
-    return trajectories
 
 
 def named(trajectories: list[Trajectory], columns: dict[str, str]) -> dict[str, str]:
@@ -160,7 +156,7 @@ def evaluate(
             if not games:
                 log.warning("%s has no games in %s: left out of the evaluation", config.env, split)
                 continue
-            results[split] = play(model, encoder, config, games[process::processes], processes=processes, **acting)
+            results[split] = play(model, encoder, config, games[process::processes], **acting)
     return results
 
 

@@ -72,30 +72,32 @@ def rollout(
     *,
     context_limit: int,
     episode_skills: dict[str, str] | None = None,
-    progress: Callable[[int, int], None] = lambda live, turn: None,
+    progress: Callable[[int, int], None] = lambda waiting, live: None,
 ) -> tuple[list[Trajectory], dict[str, float]]:
     """Play every game `group_size` times -> (trajectories grouped in order, metrics).
 
-    All live episodes take their turn in one batch; a finished one leaves it. An episode whose coming context could not
-    hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted (rollout/context_full).
-    One whose first context does not fit stays without steps (rollout/too_long). With `episode_skills` (task type ->
-    text) the policy acts under the skill of a game's type; one that leaves no room is left out (rollout/skilled counts
-    the others).
+    All live episodes take their turn in one batch; a finished one leaves it. As many are alive at a time as the
+    sampler's budget holds whole; the others wait until all of these have ended. An episode whose coming context could
+    not hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted
+    (rollout/context_full). One whose first context does not fit stays without steps (rollout/too_long). With
+    `episode_skills` (task type -> text) the policy acts under the skill of a game's type; one that leaves no room is
+    left out (rollout/skilled counts the others).
     """
-    episodes = [
-        Episode.start(make_env(), game, group, episode_skills)
-        for group, game in enumerate(games)
-        for _ in range(group_size)
-    ]
     room = context_limit - sampler.config.max_new_tokens  # for a context
-    turn, live = 0, list(range(len(episodes)))
+    waiting = [(game, group) for group, game in enumerate(games) for _ in range(group_size)]
+    episodes: list[Episode] = []
+    live: list[int] = []  # of `episodes`
     training = sampler.model.training
     sampler.model.eval()
-    while live:
-        progress(len(live), turn)
+    while live or waiting:
+        if not live:
+            wave, waiting = waiting[: sampler.rows(context_limit)], waiting[sampler.rows(context_limit) :]
+            live = list(range(len(episodes), len(episodes) + len(wave)))
+            episodes += [Episode.start(make_env(), game, group, episode_skills) for game, group in wave]
+        progress(len(waiting), len(live))
         contexts = {i: episodes[i].context(encoder) for i in live}
         for i in live:
-            if turn == 0 and episodes[i].skill and len(contexts[i]) > room:
+            if episodes[i].skill and not episodes[i].trajectory.steps and len(contexts[i]) > room:
                 contexts[i] = episodes[i].drop_skill(encoder)
             episodes[i].cut = len(contexts[i]) > room
         live = [i for i in live if not episodes[i].cut]
@@ -109,7 +111,6 @@ def rollout(
             if sampler.recorded is not None:
                 episodes[i].trajectory.steps[-1].logprobs = sampler.recorded[i][-1]
         live = [i for i in live if not episodes[i].done]
-        turn += 1
     sampler.model.train(training)
     skilled = {} if episode_skills is None else {"rollout/skilled": sum(e.skill is not None for e in episodes)}
     return [episode.trajectory for episode in episodes], _metrics(episodes) | skilled

@@ -189,8 +189,9 @@ class Run:
         games = rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
         sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+        budgets = {"rollout_budget": config.rollout_budget, "token_budget": config.token_budget}
         how = {"reuse_cache": config.reuse_cache, "record": iteration == 0}
-        sampler = Sampler(self.policy, self.tokenizer, **sampling, **how)
+        sampler = Sampler(self.policy, self.tokenizer, **sampling, **budgets, **how)
         with self._bar("rollout") as bar, self.accelerator.autocast(), gathered(self.policy):
             trajectories, metrics = rollout(
                 sampler,
@@ -200,7 +201,7 @@ class Run:
                 config.rollouts,
                 context_limit=config.context_limit,
                 episode_skills=self.method.acts_under(),
-                progress=lambda live, turn: bar.set_postfix(live=live, turn=turn),
+                progress=lambda waiting, live: bar.set_postfix(waiting=waiting, live=live),
             )
         if not (played := [trajectory for trajectory in trajectories if trajectory.steps]):
             raise ValueError("no task's first prompt fits: raise --context-limit or lower --max-new-tokens")
@@ -238,7 +239,8 @@ class Run:
             **sampling,
             context_limit=config.skill_context_limit or config.context_limit,
             prefill=config.skill_prefill,
-            batch_tokens=config.rollout_budget,
+            rollout_budget=config.rollout_budget,
+            token_budget=config.token_budget,
             date=self.encoder.date,
         )
 

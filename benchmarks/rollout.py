@@ -27,17 +27,19 @@ import torch
 from benchmarks.score import load
 from envs.alfworld import AlfworldEnv, cached_games
 from lm.encoder import Encoder
-from lm.sampler import Sampler
+from lm.sampler import COMPACT_AT, Sampler
 from rollout import rollout
 
-WAYS = {"re-read": {"reuse_cache": False}, "cached": {"compact_at": 1.0}, "compacted": {}}
+WAYS = {"re-read": (False, COMPACT_AT), "cached": (True, 1.0), "compacted": (True, COMPACT_AT)}  # reused, compacted at
 
 
 def played(model, encoder: Encoder, prompt: str, turns: int, episodes: int, new_tokens: int, way: str):
     """(seconds, responses by episode, columns of the cache at the end or 0). One seed, whatever the way."""
     torch.manual_seed(0)
     sampling = {"max_new_tokens": new_tokens, "temperature": 1.0}
-    sampler = Sampler(model, encoder.tokenizer, **sampling, **WAYS[way])
+    reused, compact_at = WAYS[way]
+    sampler = Sampler(model, encoder.tokenizer, **sampling, reuse_cache=reused)
+    sampler.compact_at = compact_at
     make_env = lambda: AlfworldEnv(max_steps=turns, prompt=prompt)
     games = cached_games("small", "valid_seen", episodes)
     started = time.perf_counter()

@@ -21,7 +21,7 @@ from lm.writers import model_writer
 from skills import write_skills
 from tiny.loading import load_model
 
-ANSWERING = {"max_new_tokens": 160, "temperature": 1.0, "context_limit": 4096, "batch_tokens": 65536}
+ANSWERING = {"max_new_tokens": 160, "temperature": 1.0, "context_limit": 4096, "rollout_budget": 65536}
 PREFILLS = ("", "{", '{"episode_summary": "')
 
 

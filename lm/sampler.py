@@ -6,9 +6,11 @@ scored, so a model's own generation_config may not leak in.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -94,27 +96,40 @@ class CachedConversations:
         self.cache.batch_select_indices(index)
 
 
-class Recorder(LogitsProcessor):
-    """Log-probs of the tokens that `generate` chooses, one step of logits at a time."""
+class Draws(LogitsProcessor):
+    """Chooses the token that each row's own random numbers say: the first at which the distribution function passes u.
 
-    def __init__(self, temperature: float):
-        self.temperature, self.columns, self.previous = temperature, [], None
+    Left to itself, `generate` draws for all rows at once, so that what an episode samples would depend on the rows
+    beside it. Here memory may be bounded (--rollout-budget) and rows may leave without another token being sampled,
+    rounding aside. `record=True` keeps the log-probs of the chosen tokens.
+    """
+
+    def __init__(self, temperature: float, numbers: Tensor | None, start: int, record: bool):
+        """`numbers` (rows, n): u of each row's coming tokens, 0 <= u < 1; None: the likeliest token each time. `start`:
+        columns before the first one."""
+        self.temperature, self.numbers, self.start = temperature or 1.0, numbers, start
+        self.logprobs: list[Tensor] | None = [] if record else None  # one (rows,) a token
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """ids (rows, length so far), logits (rows, V) of the token to come; both are left as they are."""
-        self._choose(ids[:, -1])
-        self.previous = torch.log_softmax(logits.float() / self.temperature, -1)  # (rows, V)
-        return logits
+        """ids (rows, length so far), logits (rows, V) of the token to come -> (rows, V) with one left to choose."""
+        logprobs = torch.log_softmax(logits.float() / self.temperature, -1)  # (rows, V)
+        if self.numbers is None:
+            chosen = logprobs.argmax(-1, keepdim=True)  # (rows, 1)
+        else:
+            below = logprobs.exp().cumsum(-1)  # (rows, V)
+            total = below[:, -1:]  # (rows, 1) 1 but for rounding
+            u = self.numbers[:, ids.shape[1] - self.start, None] * total
+            chosen = torch.searchsorted(below, torch.minimum(u, total.nextafter(torch.zeros_like(total))), right=True)
+            chosen = chosen.clamp(max=logits.shape[1] - 1)  # what is no number finds no place
+        logprob = logprobs.gather(1, chosen)  # (rows, 1)
+        if self.logprobs is not None:
+            self.logprobs.append(logprob[:, 0])
+        # 0 for the chosen one, or no number, which `generate` refuses
+        return torch.full_like(logits, -torch.inf).scatter(1, chosen, (0 * logprob).to(logits.dtype))
 
-    def _choose(self, tokens: Tensor) -> None:
-        if self.previous is not None:
-            self.columns.append(self.previous.gather(1, tokens[:, None])[:, 0])
-
-    def finish(self, new: Tensor) -> list[list[float]]:
-        """`new` (rows, n): all sampled tokens -> their log-probs, n a row."""
-        if len(self.columns) < new.shape[1]:
-            self._choose(new[:, -1])
-        return torch.stack(self.columns[: new.shape[1]], 1).tolist()
+    def recorded(self, columns: int) -> list[list[float]]:
+        """Log-probs of the first `columns` tokens of each row."""
+        return torch.stack(self.logprobs[:columns], 1).tolist()
 
 
 class Sampler:
@@ -126,7 +141,13 @@ class Sampler:
     all are read anew. Where the model's architecture makes padding matter (lm/obstacles.py) the cache is not kept, or
     not beyond a sliding window, and rows of unequal length are sampled apart. `record=True` keeps in `recorded` the
     log-prob of each sampled token: episode -> turn -> one a token.
+
+    Memory: its caller keeps rows x length within `rollout_budget` (None: no bound), and contexts are read in pieces of
+    at most `token_budget` rows x columns. Random numbers: of one seed, drawn from PyTorch's when a Sampler is made,
+    each turn of each episode has its own.
     """
+
+    compact_at = COMPACT_AT
 
     def __init__(
         self,
@@ -136,17 +157,24 @@ class Sampler:
         max_new_tokens: int,
         temperature: float,
         reuse_cache: bool = True,
-        compact_at: float = COMPACT_AT,
         record: bool = False,
+        rollout_budget: int | None = None,
+        token_budget: int | None = None,
     ):
-        self.model, self.compact_at = model, compact_at
-        # how many columns a cache may have that is kept
-        self.columns = cached_columns(model) if reuse_cache and cache_obstacle(model) is None else 0
+        self.model, self.rollout_budget, self.token_budget = model, rollout_budget, token_budget
+        # how many columns a cache may have that is kept, and that is filled in pieces
+        self.columns = cached_columns(model) if cache_obstacle(model) is None else 0
+        self.kept = self.columns if reuse_cache else 0
         self.pads = padding_obstacle(model) is None
         self.config = temperature_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
         self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
         self.held: CachedConversations | None = None
-        self.temperature, self.recorded = temperature or 1.0, defaultdict(list) if record else None
+        self.temperature, self.recorded = temperature, defaultdict(list) if record else None
+        self.seed, self.turns = torch.randint(2**62, ()).item(), Counter()
+
+    def rows(self, length: int) -> int:
+        """How many rows of at most `length` tokens may be sampled at a time: at least one."""
+        return sys.maxsize if self.rollout_budget is None else max(1, self.rollout_budget // length)
 
     def __call__(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         """Sample one response for each of `contexts`; `keys` name the episodes, so that finished ones leave."""
@@ -189,27 +217,51 @@ class Sampler:
             return ids, mask
         return torch.cat([self.held.ids, ids], 1), torch.cat([self.held.mask, mask], 1)
 
+    def _numbers(self, keys: list[int]) -> Tensor | None:
+        """(rows, max_new_tokens): of each row's coming turn; None for greedy sampling."""
+        if not self.temperature:
+            return None
+        draws = [np.random.default_rng((self.seed, key, self.turns[key])) for key in keys]
+        numbers = np.stack([draw.random(self.config.max_new_tokens, np.float32) for draw in draws])
+        return torch.from_numpy(numbers).to(self.model.device)
+
     @torch.no_grad()
     def _generate(self, keys: list[int], contexts: list[list[int]]) -> list[list[int]]:
         ids, mask = self._append(contexts)
-        if self.held and ids.shape[1] + self.config.max_new_tokens > self.columns:
+        length = ids.shape[1] + self.config.max_new_tokens
+        if self.held and length > self.kept:
             self.held = None
             ids, mask = self._append(contexts)
         options = {"cache": self.held.cache} if self.held else {}
-        recorder = None if self.recorded is None else Recorder(self.temperature)
-        options |= {"logits_processor": LogitsProcessorList([recorder])} if recorder else {}
-        out = self.model.generate(ids, attention_mask=mask, generation_config=self.config, **options)
+        piece = max(1, self.token_budget // len(keys)) if self.token_budget and length <= self.columns else None
+        self.config.prefill_chunk_size = piece
+        draws = Draws(self.temperature, self._numbers(keys), ids.shape[1], self.recorded is not None)
+        # `generate` draws, too, of the one token that is left: a number that nobody shall miss
+        with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=self.config,
+                logits_processor=LogitsProcessorList([draws]),
+                **options,
+            )
         new = out.sequences[:, ids.shape[1] :].tolist()  # (rows, new tokens)
         responses = [self._cut(row) for row in new]
-        if recorder:
-            for key, response, row in zip(keys, responses, recorder.finish(out.sequences[:, ids.shape[1] :])):
-                self.recorded[key].append(row[: len(response)])
-        if out.sequences.shape[1] <= self.columns:
+        self._note(keys, responses, draws)
+        if out.sequences.shape[1] <= self.kept:
             written = [[1] * len(response) + [0] * (len(row) - len(response)) for row, response in zip(new, responses)]
             mask = torch.cat([mask, torch.tensor(written, device=mask.device)], 1)
             seen = [context + response for context, response in zip(contexts, responses)]
             self.held = CachedConversations(list(keys), seen, out.sequences, mask, out.cache)
         return responses
+
+    def _note(self, keys: list[int], responses: list[list[int]], draws: Draws) -> None:
+        """The turn is over: the next one has other random numbers."""
+        self.turns.update(keys)
+        if self.recorded is not None:
+            rows = draws.recorded(max(map(len, responses)))
+            for key, response, row in zip(keys, responses, rows, strict=True):
+                self.recorded[key].append(row[: len(response)])
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """Up to the first end-of-turn token, which belongs to the response (the policy chose to stop)."""
@@ -219,22 +271,14 @@ class Sampler:
         return tokens
 
 
-def generate(
-    model,
-    tokenizer,
-    contexts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    token_budget: int,
-) -> list[list[int]]:
-    """Independent responses to independent contexts -> their ids. Rows x length stays within `token_budget` a call."""
+def generate(sampler: Sampler, contexts: list[list[int]]) -> list[list[int]]:
+    """Independent responses to independent contexts -> their ids, in batches of like length within the sampler's
+    budget. Make a Sampler for each call, without `reuse_cache`."""
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     responses: list[list[int]] = [[] for _ in contexts]
     while order:
-        rows = max(1, token_budget // (len(contexts[order[0]]) + max_new_tokens))
+        rows = sampler.rows(len(contexts[order[0]]) + sampler.config.max_new_tokens)
         batch, order = order[:rows], order[rows:]
-        sampler = Sampler(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, reuse_cache=False)
         for i, response in zip(batch, sampler(batch, [contexts[i] for i in batch]), strict=True):
             responses[i] = response
     return responses

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 from lm.encoder import Encoder
-from lm.sampler import generate
+from lm.sampler import Sampler, generate
 
 Writer = Callable[[list[str]], list[str | None]]
 
@@ -27,21 +27,23 @@ def model_writer(
     temperature: float,
     context_limit: int,  # tokens of prompt, prefill and `max_new_tokens` together; a longer prompt is answered None
     prefill: str,  # starts the answer, such as '{"episode_summary": "': more answers of small models parse
-    batch_tokens: int,  # rows x length of one batch in `generate`
+    rollout_budget: int,  # rows x length of one batch
+    token_budget: int | None = None,  # rows x columns of a prompt that are read at a time; None: the whole batch's
     date: str | None = None,  # see Encoder
 ) -> Writer:
     """Skills from a local model, such as the policy itself."""
     encoder = Encoder(tokenizer, "window", date)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "reuse_cache": False}
+    sampling |= {"rollout_budget": rollout_budget, "token_budget": token_budget}
     start = tokenizer.encode(prefill, add_special_tokens=False)
     room = context_limit - len(start) - max_new_tokens  # for a prompt
 
     def write(prompts: list[str]) -> list[str | None]:
         contexts = [encoder.context([prompt], []) for prompt in prompts]
         fits = [i for i, context in enumerate(contexts) if len(context) <= room]
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "token_budget": batch_tokens}
         training = model.training
         model.eval()
-        responses = generate(model, tokenizer, [contexts[i] + start for i in fits], **sampling)
+        responses = generate(Sampler(model, tokenizer, **sampling), [contexts[i] + start for i in fits])
         model.train(training)
         answers: list[str | None] = [None] * len(contexts)
         for i, response in zip(fits, responses, strict=True):

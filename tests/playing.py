@@ -10,7 +10,7 @@ BUDGET = 16384  # tokens of a pass: everything at once
 
 def play(model, encoder, make_env, games, group_size, *, max_new_tokens, context_limit, temperature=1.0, **more):
     """`rollout` by a Sampler; `more` goes to whichever of the two knows it."""
-    sampling = {name: more.pop(name) for name in ("reuse_cache",) if name in more}
+    sampling = {name: more.pop(name) for name in ("reuse_cache", "rollout_budget") if name in more}
     sampler = Sampler(model, encoder.tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, **sampling)
     return rollout(sampler, encoder, make_env, games, group_size, context_limit=context_limit, **more)
 

@@ -9,7 +9,7 @@ from envs.alfworld import TASK_TYPES
 from envs.search import DATA_SOURCES, GENERATED_SOURCES
 from evaluate import environment, eval_splits, evaluate, format_table, games_of, success_by_type, wilson
 from lm.encoder import Encoder
-from rollout import rollout
+from lm.sampler import Sampler
 
 
 def played(task_type, *outcomes):
@@ -110,11 +110,11 @@ def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, token
     assert [t.game for t in runs[0]] == games_of(config, "valid_unseen")
 
 
-@pytest.mark.parametrize("batch, sizes", [(None, [4, 1]), (2, [2, 2, 1]), (64, [5])])
-def test_games_are_played_in_batches_of_the_size_asked_for(batch, sizes, llama, tokenizer, monkeypatch):
-    config = Config(eval_games=5, max_steps=1, max_new_tokens=6, tasks=2, rollouts=2, eval_batch=batch)
-    played, original = [], rollout
-    monkeypatch.setattr("evaluate.rollout", lambda *a, **k: (played.append(len(a[3])), original(*a, **k))[1])
+@pytest.mark.parametrize("budget, sizes", [(2 * 1024, [2, 2, 1]), (131072, [5])])
+def test_games_are_played_within_the_budget(budget, sizes, llama, tokenizer, monkeypatch):
+    config = Config(eval_games=5, max_steps=1, max_new_tokens=6, rollout_budget=budget)
+    played, original = [], Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, *a: (played.append(len(a[0])), original(self, *a))[1])
     evaluate(llama, Encoder(tokenizer, "chat"), config, ["valid_unseen"])
     assert played == sizes
 

@@ -13,6 +13,7 @@ from envs.alfworld import AlfworldEnv, words
 from lm.encoder import Encoder
 from lm.sampler import Sampler, generate, temperature_sampling
 from rescore import guided_context, response_logprobs
+from rollout import rollout
 from tests import playing
 from tests.templates import TEMPLATES, byte_tokenizer
 
@@ -75,14 +76,10 @@ def test_compacting_the_cache_changes_no_token_and_keeps_it_small(architecture, 
     model, encoder = request.getfixturevalue(architecture), Encoder(tokenizer, "chat")
     model.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
     runs, widths = [], {}
-    for name, options in {
-        "plain": {"reuse_cache": False},
-        "compacted": {"compact_at": 0.25},
-        "never": {"compact_at": 1.0},
-        "always": {"compact_at": 0.0},
-    }.items():
+    for name, compact_at in {"plain": 1.0, "compacted": 0.25, "never": 1.0, "always": 0.0}.items():
         torch.manual_seed(0)
-        sampler = Sampler(model, tokenizer, max_new_tokens=9, temperature=temperature, **options)
+        sampler = Sampler(model, tokenizer, max_new_tokens=9, temperature=temperature, reuse_cache=name != "plain")
+        sampler.compact_at = compact_at
         runs.append(ragged(encoder, sampler)[0])
         if sampler.held:
             widths[name] = sampler.held.ids.shape[1]
@@ -97,7 +94,8 @@ def test_a_compacted_cache_holds_the_rows_and_nothing_else(llama, tokenizer):
     """Keys and values of a row are those that a fresh pass over the row alone computes, moved to the right."""
     llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
     torch.manual_seed(0)
-    sampler = Sampler(llama, tokenizer, max_new_tokens=9, temperature=1.0, compact_at=1.0)
+    sampler = Sampler(llama, tokenizer, max_new_tokens=9, temperature=1.0)
+    sampler.compact_at = 1.0
     ragged(Encoder(tokenizer, "chat"), sampler, turns=4)
     before = sampler.held
     after = before.compacted()
@@ -151,13 +149,16 @@ def test_a_models_own_generation_config_does_not_leak_in(llama, tokenizer):
 
 def test_generate_keeps_order_over_batches(llama, tokenizer):
     contexts = [tokenizer(f"<user>look{' bed 1' * n}<assistant>")["input_ids"] for n in (1, 9, 4)]
-    together = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0, token_budget=10**6)
-    apart = generate(llama, tokenizer, contexts, max_new_tokens=5, temperature=0.0, token_budget=1)
-    assert together == apart
-    assert all(together)
+    answers = []
+    for budget in (10**6, 1):
+        torch.manual_seed(0)
+        sampler = Sampler(llama, tokenizer, max_new_tokens=5, temperature=1.0, rollout_budget=budget)
+        answers.append(generate(sampler, contexts))
+    assert answers[0] == answers[1]
+    assert all(answers[0])
 
 
-def test_generate_stays_within_its_budget_and_takes_the_longest_first(llama, tokenizer, monkeypatch):
+def test_generate_stays_within_its_budget_and_takes_the_longest_first(llama, tokenizer):
     calls = []
 
     class Spy(Sampler):
@@ -165,9 +166,8 @@ def test_generate_stays_within_its_budget_and_takes_the_longest_first(llama, tok
             calls.append([len(context) for context in contexts])
             return super().__call__(keys, contexts)
 
-    monkeypatch.setattr("lm.sampler.Sampler", Spy)
     contexts = [[9] * length for length in (3, 12, 7, 2, 30)]
-    responses = generate(llama, tokenizer, contexts, max_new_tokens=3, temperature=1.0, token_budget=25)
+    responses = generate(Spy(llama, tokenizer, max_new_tokens=3, temperature=1.0, rollout_budget=25), contexts)
     # 33 tokens alone are more than 25; 15 leave no room for 15 more; 2 x 10; the last alone
     assert calls == [[30], [12], [7, 3], [2]]
     assert max(map(len, responses)) <= 3
@@ -194,6 +194,46 @@ def test_a_rollout_is_a_function_of_its_seed_and_not_of_the_cache(llama, tokeniz
     ]
     assert runs[0] == runs[1] == runs[2]
     assert runs[0] != runs[3]
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_a_budget_plays_in_waves_and_changes_no_token(style, llama, tokenizer, compact_env, games, monkeypatch):
+    llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))  # rows end early
+    alive, runs = [], []
+    sample = Sampler.__call__
+
+    def note(sampler, keys, contexts):
+        alive[-1].append(keys)
+        return sample(sampler, keys, contexts)
+
+    monkeypatch.setattr(Sampler, "__call__", note)
+    for budget in (None, 2 * 512 + 511, 1):
+        alive.append([])
+        runs.append(play(llama, tokenizer, compact_env, games[:3], style, rollout_budget=budget)[0])
+    assert runs[0] == runs[1] == runs[2]  # trajectories whole: games, contexts, responses, outcomes
+    assert len({len(step.response) for t in runs[0] for step in t.steps}) > 2
+    assert alive[0] == [[0, 1, 2, 3, 4, 5]] * 5  # five steps each
+    assert alive[1] == [[0, 1]] * 5 + [[2, 3]] * 5 + [[4, 5]] * 5
+    assert alive[2] == [[i] for i in range(6) for _ in range(5)]
+
+
+def test_contexts_are_read_in_pieces_and_no_token_changes(llama, tokenizer, compact_env, games):
+    read, runs = [], []
+    llama.register_forward_pre_hook(
+        lambda _, args, inputs: read[-1].append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    for budget in (None, 40):
+        read.append([])
+        torch.manual_seed(0)
+        sampler = Sampler(llama, tokenizer, max_new_tokens=8, temperature=1.0, record=True, token_budget=budget)
+        limits = {"context_limit": 512}
+        runs.append(rollout(sampler, Encoder(tokenizer, "chat"), compact_env, games[:2], 2, **limits)[0])
+    whole, pieces = (max(rows * columns for rows, columns in shapes) for shapes in read)
+    assert whole > 80 and pieces == 40
+    for one, other in zip(*runs, strict=True):
+        assert [step.response for step in one.steps] == [step.response for step in other.steps]
+        for a, b in zip(one.steps, other.steps, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
 def test_finished_episodes_leave_the_batch_and_success_is_rewarded(llama, tokenizer, games, monkeypatch):

@@ -32,7 +32,7 @@ from lm.loading import add_lora, frozen_copy, without_dropout
 from lm.logprobs import sequence_logprobs
 from lm.obstacles import cache_obstacle, cached_columns, check_model, padding_obstacle, sampling_note
 from lm.packing import pack
-from lm.sampler import Sampler, check_gap, end_of_turn_ids, logprob_gap
+from lm.sampler import Draws, Sampler, check_gap, end_of_turn_ids, logprob_gap
 from rescore import response_logprobs
 from tests.architectures import small_model
 from tests.test_architectures import ENDS, TOKENIZER, episodes
@@ -115,6 +115,56 @@ def test_the_log_probs_that_a_sampler_records_are_those_that_are_scored():
     assert logprob_gap(sampled, scored)[0] < 1e-5
     assert logprob_gap(sampled, response_logprobs(model, contexts, responses, token_budget=60))[0] > 0.1
     check_gap(*logprob_gap(sampled, scored), torch.float32)
+
+
+def test_each_rows_own_number_chooses_its_token():
+    """p = (0, 1/4, 1/2, 1/4) and, at temperature 1/2, (0, 1/6, 2/3, 1/6): the first token whose sum exceeds u."""
+    logits = torch.tensor([[-math.inf, 0, math.log(2), 0]]).repeat(7, 1)
+    numbers = torch.tensor([0, 0.2, 0.25, 0.74, 0.75, 0.99, 1 - 2**-24])[:, None]
+    ids = torch.zeros(7, 3, dtype=torch.long)
+    draws = Draws(1.0, numbers, 3, record=True)
+    assert draws(ids, logits).argmax(1).tolist() == [1, 1, 2, 2, 3, 3, 3]
+    assert draws.recorded(1) == [pytest.approx([math.log(p)]) for p in (0.25, 0.25, 0.5, 0.5, 0.25, 0.25, 0.25)]
+    sharper = Draws(0.5, numbers, 3, record=False)(ids, logits)
+    assert sharper.argmax(1).tolist() == [1, 2, 2, 2, 2, 3, 3]
+    assert (sharper.softmax(1).max(1).values == 1).all()  # and no other one can be drawn
+    assert Draws(0.0, None, 3, record=False)(ids, logits).argmax(1).tolist() == [2] * 7
+    spoilt = Draws(1.0, numbers, 3, record=False)(ids, logits * math.nan)
+    assert spoilt.isnan().any(1).all()
+
+
+def test_what_a_row_samples_depends_on_its_seed_episode_and_turn_alone():
+    model = small_model(LlamaConfig, LlamaForCausalLM)
+
+    def sampled(keys, turns=1, seed=0):
+        torch.manual_seed(seed)
+        sampler = Sampler(model, TOKENIZER, max_new_tokens=9, temperature=1.0)
+        return [dict(zip(keys, sampler(keys, [[5, 6, 7]] * len(keys)), strict=True)) for _ in range(turns)]
+
+    (together,) = sampled([0, 1, 2, 3])
+    for key in together:
+        assert sampled([key]) == [{key: together[key]}]
+    assert len(set(map(tuple, together.values()))) == 4
+    first, second = sampled([0, 1], turns=2)
+    assert first[0] != second[0]
+    assert sampled([0], seed=1) != [{0: together[0]}]
+    before = torch.get_rng_state()
+    sampler = Sampler(model, TOKENIZER, max_new_tokens=9, temperature=1.0)
+    after = torch.get_rng_state()
+    sampler([0], [[5, 6, 7]])
+    assert torch.equal(torch.get_rng_state(), after) and not torch.equal(before, after)
+
+
+def test_samples_follow_the_distribution():
+    """4,000 rows' first tokens against the probabilities: no token is off by more than five standard errors."""
+    model = small_model(LlamaConfig, LlamaForCausalLM)
+    torch.manual_seed(0)
+    sampler = Sampler(model, TOKENIZER, max_new_tokens=1, temperature=0.7)
+    tokens = torch.tensor([response[0] for response in sampler(list(range(4000)), [[5, 6, 7]] * 4000)])
+    with torch.no_grad():
+        p = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 0.7).softmax(-1)
+    share = torch.bincount(tokens, minlength=len(p)) / 4000
+    assert ((share - p).abs() < 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
 
 
 def test_the_gap_by_hand():

@@ -34,21 +34,22 @@ def tokenizer():
 def test_model_writer_prompts_prefills_and_leaves_out_what_does_not_fit(tokenizer, monkeypatch):
     calls = []
 
-    def generate(model, tokenizer, contexts, **options):
-        calls.append((contexts, options, model.training))
+    def generate(sampler, contexts):
+        calls.append((contexts, sampler, model.training))
         return [[5, 1], [6, 8, 1]]
 
     monkeypatch.setattr(writers, "generate", generate)
+    monkeypatch.setattr(writers, "Sampler", lambda model, tokenizer, **options: options)
     model = torch.nn.Linear(1, 1)
     write = model_writer(
-        model, tokenizer, max_new_tokens=4, temperature=0.5, context_limit=11, prefill="{ ", batch_tokens=99
+        model, tokenizer, max_new_tokens=4, temperature=0.5, context_limit=11, prefill="{ ", rollout_budget=99
     )
     answers = write(["one", "one two one two", "two two two"])
     # user one <end> assistant {      user two two two <end> assistant {      4 new tokens: 11 fit, 12 do not
     assert calls == [
         (
             [[3, 5, 1, 4, 7], [3, 6, 6, 6, 1, 4, 7]],
-            {"max_new_tokens": 4, "temperature": 0.5, "token_budget": 99},
+            {"max_new_tokens": 4, "temperature": 0.5, "reuse_cache": False, "rollout_budget": 99, "token_budget": None},
             False,
         )
     ]
@@ -71,7 +72,7 @@ def test_model_writer_with_a_real_tiny_model(tokenizer):
         temperature=1.0,
         context_limit=30,
         prefill='{"a": "',
-        batch_tokens=4096,
+        rollout_budget=4096,
     )
     answers = write(["one", "one two two", "two " * 40])
     assert answers[0].startswith('{"a": "') and answers[1].startswith('{"a": "') and answers[2] is None

@@ -62,7 +62,7 @@ def main() -> None:
         temperature=args.temperature,
         context_limit=config.context_limit,
         prefill=config.skill_prefill,
-        batch_tokens=config.rollout_budget,
+        rollout_budget=config.rollout_budget,
     )
     skills, metrics = write_skills(
         trajectories, write, max_step_skills=config.max_step_skills, template=COMPACT_ANALYSIS
