@@ -142,8 +142,6 @@ class Run:
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
             raise ValueError(f"{config.tasks} --tasks of {len(self.games)} games: fewer than one for each process")
-        if config.shard and self.accelerator.num_processes == 1:
-            raise ValueError("--shard splits weights over processes, and there is but one: accelerate launch train.py")
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
         place = "cpu" if config.shard else device  # a sharded model never is on the device as a whole
@@ -153,6 +151,8 @@ class Run:
         # The policy is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
         self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
+        check_model(self.policy, config.context_limit)
+        self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
         self.models = {"policy": self.policy, "old": self.policy, "reference": frozen_copy(self.policy)}
         if config.keeps_ema:
@@ -160,9 +160,6 @@ class Run:
         self.further = self.method.load(self.tokenizer, place)
         if config.shard:
             shard([*self.models.values(), *self.further.values()], device)
-        with gathered(self.policy):
-            check_model(self.policy, config.context_limit)
-            self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         if config.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
             self.policy.enable_input_require_grads()
