@@ -2,7 +2,7 @@
 
 python train.py                                    # the laptop default: tiny model, fast ALFWorld, no GPU
 python train.py --recipe alfworld-qwen2.5-3b       # the paper's settings
-accelerate launch train.py --recipe ...            # many GPUs: each plays its share of the tasks
+accelerate launch train.py --recipe ...            # many GPUs: each plays its share; with --shard it holds one
 
 `method.` marks the places where another --algo departs from OPID (baselines/method.py); for OPID, and for GRPO, which
 is OPID without skills, each of them leaves all as it is.
@@ -31,6 +31,7 @@ from lm.logprobs import sequence_logprobs
 from lm.obstacles import check_model, sampling_note
 from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
+from lm.parallel import clip_gradients, even, gathered, shard, sum_gradients
 from lm.sampler import Sampler, check_gap, logprob_gap
 from lm.writers import Writer, import_writer, model_writer, openai_writer
 from rescore import guided_contexts, layout_noise, response_logprobs, score
@@ -145,12 +146,13 @@ class Run:
             raise ValueError(f"{config.tasks} --tasks of {len(self.games)} games: fewer than one for each process")
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        place = "cpu" if config.shard else device  # a sharded model never is on the device as a whole
         model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
         start = self.log.start(model)
         torch.manual_seed(config.seed)
         # The policy is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
-        self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(device)
+        self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
         check_model(self.policy, config.context_limit)
         self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
@@ -158,9 +160,11 @@ class Run:
         self.models = {"policy": self.policy, "old": self.policy, "reference": reference}
         if config.keeps_ema:
             self.models["ema"] = copy.deepcopy(self.policy).requires_grad_(False).eval()
-        self.further = self.method.load(self.tokenizer, device)
+        self.further = self.method.load(self.tokenizer, place)
         others = [self.models[name] for name in ("reference", "ema") if name in self.models] + [*self.further.values()]
         self.frozen = [model for model in others if isinstance(model, torch.nn.Module)]  # with weights of their own
+        if config.shard:
+            shard([self.policy, *self.frozen], device)
         if config.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
             self.policy.enable_input_require_grads()
@@ -191,7 +195,7 @@ class Run:
         budgets = {"rollout_budget": config.rollout_budget, "token_budget": config.token_budget}
         how = {"reuse_cache": config.reuse_cache, "record": iteration == 0}
         sampler = Sampler(self.policy, self.tokenizer, **sampling, **budgets, **how)
-        with self._bar("rollout") as bar, self.accelerator.autocast():
+        with self._bar("rollout") as bar, self.accelerator.autocast(), gathered(self.policy):
             trajectories, metrics = rollout(
                 sampler,
                 self.encoder,
@@ -215,8 +219,9 @@ class Run:
         if not (config.levels or config.writes_skills):
             return skills, metrics
         if config.writes_skills:
-            writers = [model for model in self.frozen if model is self.models.get(config.skill_writer)]
-            with self.accelerator.autocast(), self.offload.needed(*writers):
+            writer = self.models.get(config.skill_writer)
+            needed = self.offload.needed(*(model for model in self.frozen if model is writer))
+            with self.accelerator.autocast(), needed, gathered(writer):
                 skills, metrics = write_skills(
                     trajectories,
                     self.writer,
@@ -356,12 +361,12 @@ class Run:
         names = ["loss/policy", "loss/kl", "clip_fraction"] + (["loss/distill"] if self.method.loss_weight else [])
         zero = torch.zeros((), device=self.accelerator.device)
         sums = dict.fromkeys(names, zero)  # of each term, over this process's tokens, of which it may have none
-        for micro in micro_batches(sequences, self.config.token_budget):
+        for micro in even(micro_batches(sequences, self.config.token_budget), self.policy):
             losses, terms = self.losses(micro, batch)  # (N,)
             (losses.sum() / tokens).backward()
             sums = {name: sums[name] + term.detach().sum() for name, term in terms.items()}
-        self._sum_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        sum_gradients(self.trained)
+        norm = clip_gradients(self.trained, self.config.max_grad_norm)
         if norm.isfinite():  # else one such step would spoil weights and moments for good
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -390,14 +395,6 @@ class Run:
             losses = losses + self.method.loss_weight * terms["loss/distill"]
         return losses, terms
 
-    def _sum_gradients(self) -> None:
-        """Over all processes; one that had no tokens for a parameter counts as zero."""
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.trained:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
-
     # ---- the rest ------------------------------------------------------------------------------------------------
 
     def finish(
@@ -425,7 +422,7 @@ class Run:
     @timed("evaluate")
     def evaluate(self, iteration: int) -> Metrics:
         """Held-out success, and its table printed. Iteration -1: the policy before training."""
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), gathered(self.policy):
             success, table = evaluate_everywhere(
                 self.policy, self.encoder, self.config, self.accelerator, self.method.acts_under()
             )

@@ -13,7 +13,6 @@ long is named there, and the others go on; the exit status says whether all went
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
@@ -30,6 +28,7 @@ from lm.loading import save_policy
 from runlog.metrics import read_lines
 from runlog.plan import architecture_of
 
+ROOT = Path(__file__).parent.parent
 RECIPE, SHAPE = "alfworld-qwen3-1.7b", "Qwen3-1.7B"
 SMALLER = {  # on a CPU: the same shape, in little
     "num_hidden_layers": 2,

@@ -50,8 +50,12 @@ def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> t
     branched = any(sequence.branches for sequence in sequences)
     inputs |= tree_inputs(sequences, length, device) if branched else {}
     with tree_attention(model) if branched else nullcontext():
-        logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)
-    return logprobs, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+        logprobs = token_logprobs(model, inputs, keep.to(device), _ids(targets, device), temperature)
+    return logprobs, _ids(rows, device), _ids(columns, device)
+
+
+def _ids(values: list[int], device) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)  # of none, too, which are no integers otherwise
 
 
 def token_logprobs(

@@ -15,6 +15,7 @@ import torch
 from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
 from lm.loading import save_policy, write_whole
+from lm.parallel import whole
 from runlog import checkpoints
 from runlog.metrics import over_processes
 
@@ -32,12 +33,12 @@ FREE = {
 }
 # What messages and docs recommend against running out of memory, a context that is too short, or a gradient that is no
 # number: it has to be possible in the run that needs it.
-FREE |= {"token_budget", "rollout_budget", "gradient_checkpointing", "offload", "context_limit"}
+FREE |= {"token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"}
 FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
 
 
 class RunLog:
-    """Files under `config.out`. Only the main process writes."""
+    """Files under `config.out`. Only the main process writes, but for the shards of a checkpoint."""
 
     def __init__(self, config: Config, accelerator):
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.out)
@@ -177,11 +178,11 @@ class RunLog:
 
     def save(self, iteration: int, model, optimizer, ema, method: dict) -> None:
         """A checkpoint, and only the newest `--keep-checkpoints` of them. See checkpoints.save."""
-        if not self.accelerator.is_main_process:
-            return
-        checkpoints.save(self.folder / "checkpoints" / f"{iteration:06d}.pt", iteration, model, optimizer, ema, method)
-        for old in checkpoints.saved(self.folder)[: -self.config.keep_checkpoints]:
-            old.unlink()
+        if self.accelerator.is_main_process or self.config.shard:
+            checkpoints.save(self.folder / "checkpoints", iteration, model, optimizer, ema, method)
+        if self.accelerator.is_main_process:
+            for old in checkpoints.saved(self.folder)[: -self.config.keep_checkpoints]:
+                checkpoints.remove(old)
 
     def restore(self, model, optimizer, ema, method) -> None:
         """Load the newest whole checkpoint into all of them, where the run goes on from one."""
@@ -190,6 +191,7 @@ class RunLog:
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""
+        model = whole(model)
         if self.accelerator.is_main_process:
             from runlog.curve import plot_curve  # matplotlib is not needed for anything else
 
