@@ -22,9 +22,9 @@ from lm.loading import add_lora
 
 
 class Count(TorchDispatchMode):
-    """While it is entered: `held`, bytes of the tensors that are alive, and `peaks`, the most of it in each stage, up to
-    a `mark` and from there on. Tensors that were there before (`known`) count as nothing. `kept` is for the work to set:
-    what it leaves behind."""
+    """While it is entered: `held`, bytes of the tensors that are alive, and `peaks`, the most of it in each stage, up
+    to a `mark` and from there on. Tensors that were there before (`known`) count as nothing. `kept` is for the work to
+    set: what it leaves behind."""
 
     def __init__(self, known):
         super().__init__()

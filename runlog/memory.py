@@ -22,6 +22,14 @@ def peak_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def reset_peak(device: torch.device) -> None:
+    """`peak_mib` counts from here on. Raises OSError on a CPU where the system is not Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def there() -> float:
     """Bytes that this process may hold, with what it holds already: the GPU's, or on a CPU what is free and within the
     limits of its control groups. Infinite where the system does not say."""

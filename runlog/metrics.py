@@ -92,8 +92,8 @@ def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -
 
 
 def timed(phase: str):
-    """A method of Run that returns metrics, alone or last, returns its wall clock among them, and what it held goes back
-    to the system."""
+    """A method of Run that returns metrics, alone or last, returns its wall clock among them, and gives back to the
+    system what it held."""
 
     def wrap(method):
         @wraps(method)

@@ -1,8 +1,8 @@
 """What a run needs of memory, phase by phase, whether that is there, and what to change first: python train.py --plan
 
-Planned from the model's configuration, no weights loaded. Exact: weights, gradients, optimizer, copies, keys and values.
-What a pass holds besides is counted on tensors without data, by the run's own code (passes.py). All rows are taken to
-be as long as they may be. benchmarks/plan.py compares with what runs really take.
+Planned from the model's configuration, no weights loaded. Exact: weights, gradients, optimizer, copies, keys and
+values. What a pass holds besides is counted on tensors without data, by the run's own code (passes.py). All rows are
+taken to be as long as they may be. benchmarks/plan.py compares with what runs really take.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _changes(plan: Plan) -> list[tuple[str, dict]]:
 def line(config: Config, model, processes: int) -> str:
     """One line for the start of a run, with a warning where it would run out."""
     try:
-        plan = Plan(config, model.config, processes=processes, libraries=_libraries(bytes_of(model)))
+        plan = Plan(config, model.config, processes=processes, libraries=libraries_of(model))
     except Exception as error:  # an architecture that does not run without data; no reason to refuse it
         return f"memory: not planned, {type(error).__name__} in this architecture's code"
     there = memory.there()
@@ -206,7 +206,7 @@ def line(config: Config, model, processes: int) -> str:
 def told(config: Config) -> str:
     """What --plan prints."""
     launched = "WORLD_SIZE" in os.environ
-    plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=_libraries(0))
+    plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries_of())
     there = memory.there()
     change = advice(plan, there)
     lines = [format_phases(plan.phases)]
@@ -224,9 +224,10 @@ def told(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _libraries(model: int) -> float | None:
-    """Bytes of this process without its model; None on a GPU, where they are not in its memory."""
-    return None if torch.cuda.is_available() else max(0, memory.resident() - model)
+def libraries_of(*models: nn.Module) -> float | None:
+    """Bytes of this process without the models that it holds; None on a GPU, where it is not in the card's memory."""
+    memory.give_back()
+    return None if torch.cuda.is_available() else max(0, memory.resident() - sum(map(bytes_of, models)))
 
 
 def format_phases(phases: list[Phase]) -> str:
