@@ -29,6 +29,7 @@ from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.logprobs import sequence_logprobs
 from lm.obstacles import check_model, sampling_note
+from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
 from lm.sampler import Sampler, check_gap, logprob_gap
 from lm.writers import Writer, import_writer, model_writer, openai_writer
@@ -140,6 +141,7 @@ class Run:
         config.check_trainable()
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
+        self.offload = Offload(self.accelerator.device, config.offload)
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
             raise ValueError(f"{config.tasks} --tasks of {len(self.games)} games: fewer than one for each process")
@@ -155,10 +157,13 @@ class Run:
         self.accelerator.print(line(config, self.policy, self.accelerator.num_processes))
         self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
-        self.models = {"policy": self.policy, "old": self.policy, "reference": frozen_copy(self.policy)}
+        reference = frozen_copy(self.policy, config.frozen_dtype, mixed_precision=config.mixed_precision)
+        self.models = {"policy": self.policy, "old": self.policy, "reference": reference}
         if config.keeps_ema:
             self.models["ema"] = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.further = self.method.load(self.tokenizer, device)
+        others = [self.models[name] for name in ("reference", "ema") if name in self.models] + [*self.further.values()]
+        self.frozen = [model for model in others if isinstance(model, torch.nn.Module)]  # with weights of their own
         if config.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
             self.policy.enable_input_require_grads()
@@ -167,6 +172,7 @@ class Run:
         self.encoder = Encoder(self.tokenizer, config.context, start["date"])
         self.writer = self._writer() if config.writes_skills else None
         self.log.restore(self.policy, self.optimizer, self.models.get("ema"), self.method)
+        self.offload.rest(*self.frozen, self.optimizer)
         if config.eval_every and self.log.first_iteration == 0:
             self.evaluate(-1)
 
@@ -212,7 +218,8 @@ class Run:
         if not (config.levels or config.writes_skills):
             return skills, metrics
         if config.writes_skills:
-            with self.accelerator.autocast():
+            writers = [model for model in self.frozen if model is self.models.get(config.skill_writer)]
+            with self.accelerator.autocast(), self.offload.needed(*writers):
                 skills, metrics = write_skills(
                     trajectories,
                     self.writer,
@@ -270,7 +277,7 @@ class Run:
         config = self.config
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.offload.needed(*self.frozen):
             plain, guided, metrics = self._logprobs(contexts, responses, trajectories, routes)
             if iteration == 0:
                 largest, mean = logprob_gap([step.logprobs for step in steps], plain["old"])
@@ -322,7 +329,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
         taken: list[Metrics] = []
-        with self._bar("update", total=config.epochs * parts) as bar:
+        with self._bar("update", total=config.epochs * parts) as bar, self.offload.needed(self.optimizer):
             for _ in range(config.epochs):
                 rng.shuffle(sequences)
                 for part in range(parts):
@@ -338,7 +345,7 @@ class Run:
         finite = [metrics for metrics in taken if math.isfinite(metrics["grad_norm"])]
         if ema := self.models.get("ema"):
             for slow, fast in zip(ema.parameters(), self.policy.parameters(), strict=True):
-                slow.lerp_(fast.detach(), 1 - config.ema_decay)
+                slow.lerp_(fast.detach().to(slow.device), 1 - config.ema_decay)
         means = {name: sum(metrics[name] / len(finite) for metrics in finite) for name in finite[0]}
         return means | {"update/skipped": skipped}
 
