@@ -23,12 +23,12 @@ from lm.loading import add_lora
 
 class Count(TorchDispatchMode):
     """While it is entered: `held`, bytes of the tensors that are alive, and `peaks`, the most of it in each stage, up
-    to a `mark` and from there on. Tensors that were there before (`known`) count as nothing. `kept` is for the work to
-    set: what it leaves behind."""
+    to a `mark` and from there on. Tensors that were there before (`known`) count as nothing. `kept` and `cache` are for
+    the work to set: what it leaves behind, and keys and values."""
 
     def __init__(self, known):
         super().__init__()
-        self.held, self.peaks, self.kept = 0, [0], 0
+        self.held, self.peaks, self.kept, self.cache = 0, [0], 0, 0
         self._sizes: dict[int, int] = {}  # storage -> its bytes
         for tensor in known:
             self._add(tensor.untyped_storage(), 0)
@@ -58,9 +58,6 @@ class Count(TorchDispatchMode):
         self.held -= self._sizes.pop(key)
 
 
-Work = Callable[[nn.Module, Count], None]
-
-
 def shell(architecture, dtype: str, lora_rank: int) -> nn.Module:
     """The model with all its sizes and none of its data."""
     with torch.device("meta"):
@@ -68,21 +65,33 @@ def shell(architecture, dtype: str, lora_rank: int) -> nn.Module:
         return add_lora(model, lora_rank) if lora_rank else model
 
 
-def peak_of(work: Work, architecture, dtype: str, lora_rank: int) -> tuple[float, float]:
-    """Bytes beyond the weights that `work` holds: (at its peak, left behind).
+class Shells:
+    """A model to count on. Where all its layers are alike, two short ones: of two layers, and of three."""
 
-    Where all layers are alike it is counted with two and with three of them, and each stage extended to all: in a stage
-    memory grows with every layer by the same.
-    """
-    text = architecture.get_text_config(decoder=True)
-    depth, shorter = text.num_hidden_layers, [_shortened(architecture, layers) for layers in (2, 3)]
-    sizes = [bytes_of(shell(each, dtype, lora_rank)) for each in (*shorter, architecture)]
-    if depth <= 3 or sizes[2] != sizes[0] + (depth - 2) * (sizes[1] - sizes[0]):
-        stages = _stages(work, architecture, dtype, lora_rank)
-        return max(stages[:-1]), stages[-1]
-    two, three = (_stages(work, each, dtype, lora_rank) for each in shorter)
-    stages = [a + (depth - 2) * (b - a) for a, b in zip(two, three, strict=True)]
-    return max(stages[:-1]), stages[-1]
+    def __init__(self, architecture, dtype: str, lora_rank: int):
+        self.options, depth = (dtype, lora_rank), architecture.get_text_config(decoder=True).num_hidden_layers
+        two, three, whole = (_shortened(architecture, layers) for layers in (2, 3, depth))
+        sizes = [bytes_of(shell(each, *self.options)) for each in (two, three, whole)]
+        self.more = depth - 2  # layers than two
+        alike = depth > 3 and sizes[2] == sizes[0] + self.more * (sizes[1] - sizes[0])
+        self.counted = [two, three] if alike else [whole]
+
+    def peak_of(self, work: Callable[[nn.Module, Count], None]) -> tuple[float, float, float]:
+        """Bytes beyond the weights that `work` holds: (at its peak, what it `kept`, its `cache`).
+
+        In each stage of it memory grows with every layer by the same, so that two numbers of layers say it of any.
+        """
+        stages = [self._stages(work, architecture) for architecture in self.counted]
+        if len(stages) == 2:
+            stages = [[two + self.more * (three - two) for two, three in zip(*stages, strict=True)]]
+        *peaks, kept, cache = stages[0]
+        return max(peaks), kept, cache
+
+    def _stages(self, work, architecture) -> list[float]:
+        model = shell(architecture, *self.options)
+        with _without_data(model), Count([*model.parameters(), *model.buffers()]) as count:
+            work(model, count)
+            return [*count.peaks, count.kept, count.cache]
 
 
 def bytes_of(model: nn.Module, *, trained: bool = False) -> int:
@@ -97,14 +106,6 @@ def _shortened(architecture, layers: int):
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     return architecture
-
-
-def _stages(work: Work, architecture, dtype: str, lora_rank: int) -> list[float]:
-    """The peak of each stage, and what is left behind."""
-    model = shell(architecture, dtype, lora_rank)
-    with _without_data(model), Count([*model.parameters(), *model.buffers()]) as count:
-        work(model, count)
-        return [*count.peaks, count.kept]
 
 
 @contextlib.contextmanager

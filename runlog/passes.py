@@ -9,72 +9,57 @@ Shapes: rows of `length` tokens, S x L a micro-batch, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import DynamicCache
 
 from config import Config
 from lm.logprobs import CHUNK, head_logprobs, hidden_states
-from lm.obstacles import takes, text_config
+from lm.obstacles import takes
 from lm.sampler import Draws
-from runlog.counting import Count, peak_of
+from runlog.counting import Count, Shells
 
 
 @dataclass
 class Pass:
-    """Bytes: `peak` beyond the weights, of which `cache` are keys and values, and `copies` the weights as autocast
-    multiplies them, which it keeps until a phase is over."""
+    """Bytes: `peak` beyond the weights, of which `copies` are the weights as autocast multiplies them, which it keeps
+    until a phase is over, and `cache` keys and values."""
 
     peak: float
-    cache: float
     copies: float
+    cache: float
 
 
 class Passes:
     """The passes of one run; each is counted once, when it is first asked for."""
 
     def __init__(self, config: Config, architecture):
-        self.config, self.architecture, self._counted = config, architecture, {}
+        self.config, self._counted = config, {}
+        self._shells = Shells(architecture, config.dtype, config.lora_rank)
 
     def sampling(self, rows: int, length: int) -> Pass:
         """`rows` x `length` keys and values, with the largest piece of a context being read, or one more token."""
         piece = min(length, max(1, self.config.token_budget // rows))
-        passes = [
-            self._count(f"sampling {rows} {length} {columns}", self._sample(rows, length, columns))
-            for columns in sorted({1, piece})
-        ]
-        peak = max(peak for peak, _ in passes)
-        return Pass(peak, rows * length * self.token_bytes(), passes[0][1])
+        asked = [(f"sampling {rows} {length} {n}", self._sample(rows, length, n)) for n in sorted({1, piece})]
+        passes = [self._count(name, work) for name, work in asked]
+        return max(passes, key=lambda each: each.peak)
 
     def scoring(self) -> Pass:
         """Log-probs without gradient."""
-        peak, copies = self._count("scoring", self._score)
-        return Pass(peak, 0, copies)
+        return self._count("scoring", self._score)
 
     def update(self) -> Pass:
         """A micro-batch forwards and backwards, with gradients there to add to, which are in its peak."""
-        peak, _ = self._count("update", self._train)
-        return Pass(peak, 0, self.scoring().copies)
-
-    def token_bytes(self) -> int:
-        """Keys and values of one token, all layers."""
-        text = self.architecture.get_text_config(decoder=True)
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return 2 * text.num_hidden_layers * _heads(text) * size * self._dtype().itemsize
-
-    def _dtype(self) -> torch.dtype:
-        """Of what is multiplied."""
-        return torch.bfloat16 if self.config.mixed_precision == "bf16" else getattr(torch, self.config.dtype)
+        return replace(self._count("update", self._train), copies=self.scoring().copies)
 
     def _autocast(self):
         autocast = self.config.mixed_precision == "bf16"
         return torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
 
-    def _count(self, name: str, work) -> tuple[float, float]:
+    def _count(self, name: str, work) -> Pass:
         if name not in self._counted:
-            config = self.config
-            self._counted[name] = peak_of(work, self.architecture, config.dtype, config.lora_rank)
+            self._counted[name] = Pass(*self._shells.peak_of(work))
         return self._counted[name]
 
     # ---- the work itself -----------------------------------------------------------------------------------------
@@ -83,16 +68,15 @@ class Passes:
         """The last `columns` of each row are read, and a token is drawn."""
 
         def work(model, count: Count) -> None:
-            text = text_config(model)
-            size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            shape = rows, _heads(text), length - columns, size
+            few = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
             with torch.no_grad(), self._autocast():
-                layers = range(text.num_hidden_layers if columns < length else 0)
-                cache = DynamicCache([[torch.empty(shape, dtype=self._dtype()) for _ in "kv"] for _ in layers] or None)
+                cache = self._cache(model, rows, length - columns)
+                count.cache = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+                count.cache *= length / max(1, length - columns)
                 count.peaks = [count.held]  # what making it took is not asked for
                 model.get_output_embeddings().register_forward_pre_hook(count.mark)
-                ids, mask = torch.zeros(rows, columns, dtype=torch.long), torch.ones(rows, 1, columns, length).bool()
-                few = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+                ids = torch.zeros(rows, columns, dtype=torch.long)
+                mask = torch.ones(rows, 1, columns, length, dtype=torch.bool)
                 logits = model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **few).logits
                 count.mark()
                 logits = logits[:, -1].to(copy=True, dtype=torch.float32)  # (rows, V), and as `generate` goes on
@@ -102,6 +86,14 @@ class Passes:
                 count.kept = count.held
 
         return work
+
+    def _cache(self, model, rows: int, length: int) -> DynamicCache:
+        """Keys and values of so many tokens, of the types in which the model makes them: under autocast keys are often
+        float32, as rotary embeddings and norms make them."""
+        one = DynamicCache()
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), cache=one, use_cache=True)
+        pairs = [(layer.keys, layer.values) for layer in one.layers]  # (1, heads, 1, size) each
+        return DynamicCache([[x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in pair] for pair in pairs])
 
     def _score(self, model, count: Count) -> None:
         with torch.no_grad(), self._autocast():
@@ -122,10 +114,12 @@ class Passes:
     def _logprobs(self, model, count: Count) -> torch.Tensor:
         """As `sequence_logprobs` computes them, with the tokens to score at the end of each row."""
         config, head = self.config, model.get_output_embeddings()
-        length = min(config.token_budget, config.context_limit)
-        rows = config.token_budget // length
-        ids, mask = torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, 1, length, length).bool()
-        states = hidden_states(model, {"input_ids": ids, "attention_mask": mask})  # (S, L, H)
+        rows = max(1, config.token_budget // config.context_limit)
+        length = max(config.context_limit, config.token_budget // rows)
+        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+        if rows > 1 or not torch.is_grad_enabled():  # there is padding, or branches
+            inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        states = hidden_states(model, inputs)  # (S, L, H)
         responses = 1 if config.context == "window" else config.max_steps
         scored = rows * min(length, responses * config.max_new_tokens)
         states = states.flatten(0, 1).index_select(0, torch.arange(scored))  # (N, H)
@@ -133,7 +127,3 @@ class Passes:
         if states.requires_grad:
             states.register_hook(count.mark)
         return head_logprobs(head, states, torch.zeros(scored, dtype=torch.long), config.temperature, CHUNK)
-
-
-def _heads(text) -> int:
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads

@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
-from config import LOCAL_WRITERS, Config, flag
+from config import LOCAL_WRITERS, RECIPES, Config, flag
+from lm.loading import frozen
 from runlog import memory
 from runlog.counting import bytes_of, shell
 from runlog.passes import Pass, Passes
 from tiny.loading import load_config
 
 MIB, GIB = 2**20, 2**30
+FROZEN = ("reference", "teacher", "ema")  # models that only read
 CARDS = (16, 24, 48, 80, 141)  # GiB, of one GPU
 # of a card or of this machine: the rest is for the CUDA context, libraries' workspaces, and pieces that fit nothing
 USABLE = 0.9
@@ -44,7 +47,7 @@ class Plan:
 
     def __init__(self, config: Config, architecture=None, *, processes: int = 1, libraries: float | None = None):
         self.config, self.processes, self.libraries, self.gpu = config, processes, libraries, libraries is None
-        self.architecture = architecture or load_config(config.model, config.env)
+        self.architecture = architecture or architecture_of(config.model, config.env)
         self.model = shell(self.architecture, config.dtype, config.lora_rank)
         self.passes = Passes(config, self.architecture)
         self.phases = [phase for phase in self._phases() if phase]
@@ -59,67 +62,70 @@ class Plan:
         return self.largest.size
 
     def _phases(self) -> list[Phase | None]:
-        config, share = self.config, self.processes
-        limit = config.context_limit
-        alive = min(max(1, config.rollout_budget // limit), -(-config.tasks // share) * config.rollouts)
-        played = min(max(1, config.rollout_budget // limit), -(-config.eval_games // share))
-        phases = [self._sampling("rollout", alive, limit, "policy"), self._skills()]
-        scoring = self.passes.scoring()
-        reads_reference = config.kl or config.scorer == "reference"
-        phases.append(self._without_gradient("scoring", scoring, "reference" if reads_reference else "policy"))
-        phases.append(self._update())
-        return [*phases, self._sampling("evaluation", played, limit, "policy") if played > alive else None]
+        config, limit = self.config, self.config.context_limit
+        alive, played = self._rows(limit, self._episodes()), self._rows(limit, self._share(config.eval_games))
+        return [
+            self._without_gradient("rollout", self.passes.sampling(alive, limit)),
+            self._skills(),
+            self._without_gradient("scoring", self.passes.scoring(), *FROZEN),
+            self._update(),
+            self._without_gradient("evaluation", self.passes.sampling(played, limit)) if played > alive else None,
+        ]
 
-    def _sampling(self, name: str, rows: int, length: int, model: str) -> Phase:
-        return self._without_gradient(name, self.passes.sampling(rows, length), model)
+    def _share(self, count: int) -> int:
+        """The most of so many that one process gets."""
+        return -(-count // self.processes)
+
+    def _episodes(self) -> int:
+        return self._share(self.config.tasks) * self.config.rollouts
+
+    def _rows(self, length: int, count: int) -> int:
+        """How many rows are sampled at a time, of `count` in all."""
+        return min(max(1, self.config.rollout_budget // length), count)
 
     def _skills(self) -> Phase | None:
-        config = self.config
-        if not config.writes_skills or config.skill_writer not in LOCAL_WRITERS:
+        config, writer = self.config, self.config.skill_writer
+        if not config.writes_skills or writer not in LOCAL_WRITERS:
             return None
         length = config.skill_context_limit or config.context_limit
-        rows = min(max(1, config.rollout_budget // length), -(-config.tasks // self.processes) * config.rollouts)
-        return self._sampling("skills", rows, length, config.skill_writer)
+        work = self.passes.sampling(self._rows(length, self._episodes()), length)
+        return self._without_gradient("skills", work, writer)
 
     # ---- what a phase holds --------------------------------------------------------------------------------------
 
-    def _lasting(self, update: bool, reference: bool) -> dict[str, float]:
-        """What is held in a phase whatever it does."""
-        config, model = self.config, self.model
-        offload = config.offload and self.gpu
+    def _lasting(self, used: tuple[str, ...]) -> dict[str, float]:
+        """What is held whatever a phase does. With --offload on a GPU only what is `used` of the models that only read,
+        and of the optimizer."""
+        config, weights = self.config, bytes_of(self.model)
         parts = {
-            "process": self.libraries or 0,
-            "weights": bytes_of(model),
-            "reference": 0 if config.lora_rank or (offload and not reference) else self._frozen(config.model),
-            "teacher": self._frozen(config.teacher) if config.teacher and (reference or not offload) else 0,
-            "EMA": bytes_of(model) if config.keeps_ema else 0,
-            "optimizer": 0 if offload and not update else 2 * bytes_of(model, trained=True),
+            "weights": weights,
+            "reference": 0 if config.lora_rank else self._frozen(config.model),
+            "teacher": self._frozen(config.teacher) if config.teacher else 0,
+            "ema": weights if config.keeps_ema else 0,
+            "optimizer": 2 * bytes_of(self.model, trained=True),
         }
+        if config.offload and self.gpu:
+            parts = {name: size for name, size in parts.items() if name in ("weights", *used)}
         if config.shard:
-            parts = {name: size if name == "process" else size / self.processes for name, size in parts.items()}
-        return parts
+            parts = {name: size / self.processes for name, size in parts.items()}
+        return {"process": self.libraries or 0} | parts
 
-    def _without_gradient(self, name: str, work: Pass, model: str) -> Phase:
-        """`model`: the one that reads most."""
-        parts = self._lasting(update=False, reference=model == "reference")
-        if self.config.shard:
+    def _without_gradient(self, name: str, work: Pass, *used: str) -> Phase:
+        parts = self._lasting(used)
+        if self.config.shard:  # the model in use, whole
             parts["gathered"] = bytes_of(self.model) * (1 - 1 / self.processes)
         parts |= {"autocast copies": work.copies, "keys, values": work.cache}
         return Phase(name, parts | {"pass": work.peak - work.copies - work.cache})
 
     def _update(self) -> Phase:
-        work, trained = self.passes.update(), bytes_of(self.model, trained=True)
-        parts, mine = (
-            self._lasting(update=True, reference=False),
-            trained / (self.processes if self.config.shard else 1),
-        )
+        work, trained, parts = self.passes.update(), bytes_of(self.model, trained=True), self._lasting(("optimizer",))
+        mine = trained / (self.processes if self.config.shard else 1)
         if self.config.shard:
             parts["gathered"] = self._units()
-        # AdamW's roots of the second moments, of all weights at a time on a GPU, when a pass's activations are gone
-        step = mine if self.gpu else 0
-        held = max(work.peak - trained, step)
+        # A pass, or, when its activations are gone, AdamW's roots of all second moments, which a GPU takes at a time.
+        held, step = work.peak - trained, mine if self.gpu else 0
         copies = work.copies if held > step else 0
-        return Phase("update", parts | {"gradients": mine, "autocast copies": copies, "pass": held - copies})
+        return Phase("update", parts | {"gradients": mine, "autocast copies": copies, "pass": max(held, step) - copies})
 
     def _units(self) -> float:
         """What FSDP gathers at a time: what belongs to no layer, two layers, and the gradient of the larger of both."""
@@ -129,16 +135,16 @@ class Plan:
         return (rest + 2 * layer + max(rest, layer)) * (1 - 1 / self.processes)
 
     def _frozen(self, name: str) -> int:
-        """A frozen copy's bytes; see --frozen-dtype."""
-        config, own = self.config, name == self.config.model
-        model = shell(self.architecture if own else load_config(name), config.dtype, 0)
-        if config.frozen_dtype == "float32" or (config.frozen_dtype == "auto" and config.mixed_precision == "no"):
-            return bytes_of(model)
-        if config.frozen_dtype == "bfloat16":
-            return sum(2 * p.numel() for p in model.parameters())
-        tied = model.get_input_embeddings().weight
-        linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not tied]
-        return bytes_of(model) - sum(w.numel() * (w.element_size() - 2) for w in linear)
+        """The bytes of a copy that only reads."""
+        config, architecture = self.config, self.architecture if name == self.config.model else architecture_of(name)
+        model = shell(architecture, config.dtype, 0)
+        return bytes_of(frozen(model, config.frozen_dtype, mixed_precision=config.mixed_precision))
+
+
+def architecture_of(name: str, env: str = "alfworld"):
+    """A model's configuration, of the recipes' models without asking the hub."""
+    published = RECIPES / "models" / f"{name.rpartition('/')[2]}.json"
+    return AutoConfig.from_pretrained(published) if published.is_file() else load_config(name, env)
 
 
 # ---- is it there, and what to change -------------------------------------------------------------------------------
