@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-STATUS, LIMITS = Path("/proc/self/status"), Path("/sys/fs/cgroup")
+STATUS, GROUPS, LIMITS = Path("/proc/self/status"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def peak_mib(device: torch.device) -> float:
@@ -38,7 +38,7 @@ def there() -> float:
     if not STATUS.exists():
         return float("inf")
     free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    return min([free + resident(), *_group_limits()])
+    return min([free + resident(), *group_limits()])
 
 
 def resident() -> float:
@@ -51,10 +51,10 @@ def _status(name: str) -> int:
     return int(STATUS.read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
-def _group_limits() -> list[int]:
+def group_limits() -> list[int]:
     """Of the control groups that this process is in, versions 1 and 2."""
     limits = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in GROUPS.read_text().splitlines():
         _, kinds, group = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
             continue

@@ -70,9 +70,8 @@ class Passes:
         def work(model, count: Count) -> None:
             few = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
             with torch.no_grad(), self._autocast():
-                cache = self._cache(model, rows, length - columns)
-                count.cache = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
-                count.cache *= length / max(1, length - columns)
+                cache, a_token = self._cache(model, rows, length - columns)
+                count.cache = rows * length * a_token
                 count.peaks = [count.held]  # what making it took is not asked for
                 model.get_output_embeddings().register_forward_pre_hook(count.mark)
                 ids = torch.zeros(rows, columns, dtype=torch.long)
@@ -87,13 +86,14 @@ class Passes:
 
         return work
 
-    def _cache(self, model, rows: int, length: int) -> DynamicCache:
-        """Keys and values of so many tokens, of the types in which the model makes them: under autocast keys are often
-        float32, as rotary embeddings and norms make them."""
+    def _cache(self, model, rows: int, length: int) -> tuple[DynamicCache, int]:
+        """Keys and values of `rows` x `length` tokens, and the bytes of one. Their types are those in which the model
+        makes them: under autocast keys are often float32, from rotary embeddings and norms."""
         one = DynamicCache()
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), cache=one, use_cache=True)
         pairs = [(layer.keys, layer.values) for layer in one.layers]  # (1, heads, 1, size) each
-        return DynamicCache([[x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in pair] for pair in pairs])
+        cache = DynamicCache([[x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in pair] for pair in pairs])
+        return cache, sum(x.nbytes for pair in pairs for x in pair)
 
     def _score(self, model, count: Count) -> None:
         with torch.no_grad(), self._autocast():
