@@ -37,8 +37,10 @@ from lm.writers import Writer, import_writer, model_writer, openai_writer
 from rescore import guided_contexts, layout_noise, response_logprobs, score
 from rollout import rollout
 from router import asks_for, route
-from runlog import RunLog, peak_mib
+from runlog import RunLog
+from runlog.memory import peak_mib
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of, timed
+from runlog.plan import line, told
 from skills import write_skills
 from tiny.loading import load_model
 
@@ -154,6 +156,7 @@ class Run:
         # hold different numbers of micro-batches, and `generate` is the model's own.
         self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
         check_model(self.policy, config.context_limit)
+        self.accelerator.print(line(config, self.policy, self.accelerator.num_processes))
         self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
         reference = frozen_copy(self.policy, config.frozen_dtype, mixed_precision=config.mixed_precision)
@@ -448,9 +451,7 @@ def learning_rate(config: Config, iteration: int) -> float:
 def main() -> None:
     config = parse_args()
     if config.plan:
-        from runlog.plan import format_plan, plan
-
-        print(format_plan(plan(config)))
+        print(told(config))
         return
     try:
         run = Run(config)
