@@ -202,6 +202,8 @@ class Config:
             raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
         if self.levels and self.routing == "none":
             raise ValueError("--routing none guides no step: use --algo grpo")
+        if self.offload and self.shard:
+            raise ValueError("--offload is for one card: with --shard every card holds its part of all of it")
         if self.teacher is not None and self.algo != "opd":
             raise ValueError("--teacher is for opd")
         self._check_writer()

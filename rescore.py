@@ -19,6 +19,7 @@ from lm.branches import notice, tree_obstacle
 from lm.encoder import Encoder
 from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence, graft, micro_batches, pack
+from lm.parallel import gathered
 from router import guided_messages
 
 Progress = Callable[[list], Iterator]  # micro-batches -> the same, with a progress bar
@@ -150,9 +151,10 @@ def _score_all(
     scores = torch.full(shape, float("nan"))
     training = model.training
     model.eval()
-    for batch in progress(micro_batches(sequences, token_budget)):
-        logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
-        scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
+    with gathered(model):
+        for batch in progress(micro_batches(sequences, token_budget)):
+            logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
+            scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
     model.train(training)
     return scores
 

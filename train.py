@@ -2,7 +2,7 @@
 
 python train.py                                    # the laptop default: tiny model, fast ALFWorld, no GPU
 python train.py --recipe alfworld-qwen2.5-3b       # the paper's settings
-accelerate launch train.py --recipe ...            # many GPUs: each plays its share of the tasks
+accelerate launch train.py --recipe ...            # many GPUs: each plays its share; with --shard it holds one
 
 `method.` marks the places where another --algo departs from OPID (baselines/method.py); for OPID, and for GRPO, which
 is OPID without skills, each of them leaves all as it is.
@@ -29,14 +29,18 @@ from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.logprobs import sequence_logprobs
 from lm.obstacles import check_model, sampling_note
+from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
+from lm.parallel import clip_gradients, even, gathered, shard, sum_gradients
 from lm.sampler import Sampler, check_gap, logprob_gap
 from lm.writers import Writer, import_writer, model_writer, openai_writer
 from rescore import guided_contexts, layout_noise, response_logprobs, score
 from rollout import rollout
 from router import asks_for, route
-from runlog import RunLog, peak_mib
+from runlog import RunLog
+from runlog.memory import peak_mib
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of, timed
+from runlog.plan import line, told
 from skills import write_skills
 from tiny.loading import load_model
 
@@ -138,24 +142,33 @@ class Run:
         config.check_trainable()
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
+        self.offload = Offload(self.accelerator.device, config.offload)
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
             raise ValueError(f"{config.tasks} --tasks of {len(self.games)} games: fewer than one for each process")
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        place = "cpu" if config.shard else device  # a sharded model never is on the device as a whole
         model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
         start = self.log.start(model)
         torch.manual_seed(config.seed)
         # The policy is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
-        self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(device)
+        self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
         check_model(self.policy, config.context_limit)
+        self.accelerator.print(line(config, self.policy, self.accelerator.num_processes))
         self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
-        self.models = {"policy": self.policy, "old": self.policy, "reference": frozen_copy(self.policy)}
+        reference = frozen_copy(self.policy, config.frozen_dtype, mixed_precision=config.mixed_precision)
+        self.models = {"policy": self.policy, "old": self.policy, "reference": reference}
         if config.keeps_ema:
             self.models["ema"] = copy.deepcopy(self.policy).requires_grad_(False).eval()
-        self.further = self.method.load(self.tokenizer, device)
+        self.further = self.method.load(self.tokenizer, place)
+        others = [self.models[name] for name in ("reference", "ema") if name in self.models] + [*self.further.values()]
+        self.frozen = [model for model in others if isinstance(model, torch.nn.Module)]  # with weights of their own
+        if config.shard:
+            with self.accelerator.autocast():
+                shard([self.policy, *self.frozen], device)
         if config.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
             self.policy.enable_input_require_grads()
@@ -164,6 +177,7 @@ class Run:
         self.encoder = Encoder(self.tokenizer, config.context, start["date"])
         self.writer = self._writer() if config.writes_skills else None
         self.log.restore(self.policy, self.optimizer, self.models.get("ema"), self.method)
+        self.offload.rest(*self.frozen, self.optimizer)
         if config.eval_every and self.log.first_iteration == 0:
             self.evaluate(-1)
 
@@ -185,7 +199,7 @@ class Run:
         budgets = {"rollout_budget": config.rollout_budget, "token_budget": config.token_budget}
         how = {"reuse_cache": config.reuse_cache, "record": iteration == 0}
         sampler = Sampler(self.policy, self.tokenizer, **sampling, **budgets, **how)
-        with self._bar("rollout") as bar, self.accelerator.autocast():
+        with self._bar("rollout") as bar, self.accelerator.autocast(), gathered(self.policy):
             trajectories, metrics = rollout(
                 sampler,
                 self.encoder,
@@ -209,7 +223,9 @@ class Run:
         if not (config.levels or config.writes_skills):
             return skills, metrics
         if config.writes_skills:
-            with self.accelerator.autocast():
+            writer = self.models.get(config.skill_writer)
+            needed = self.offload.needed(*(model for model in self.frozen if model is writer))
+            with self.accelerator.autocast(), needed, gathered(writer):
                 skills, metrics = write_skills(
                     trajectories,
                     self.writer,
@@ -267,7 +283,7 @@ class Run:
         config = self.config
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.offload.needed(*self.frozen):
             plain, guided, metrics = self._logprobs(contexts, responses, trajectories, routes)
             if iteration == 0:
                 largest, mean = logprob_gap([step.logprobs for step in steps], plain["old"])
@@ -319,7 +335,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
         taken: list[Metrics] = []
-        with self._bar("update", total=config.epochs * parts) as bar:
+        with self._bar("update", total=config.epochs * parts) as bar, self.offload.needed(self.optimizer):
             for _ in range(config.epochs):
                 rng.shuffle(sequences)
                 for part in range(parts):
@@ -335,7 +351,7 @@ class Run:
         finite = [metrics for metrics in taken if math.isfinite(metrics["grad_norm"])]
         if ema := self.models.get("ema"):
             for slow, fast in zip(ema.parameters(), self.policy.parameters(), strict=True):
-                slow.lerp_(fast.detach(), 1 - config.ema_decay)
+                slow.lerp_(fast.detach().to(slow.device), 1 - config.ema_decay)
         means = {name: sum(metrics[name] / len(finite) for metrics in finite) for name in finite[0]}
         return means | {"update/skipped": skipped}
 
@@ -349,12 +365,12 @@ class Run:
         names = ["loss/policy", "loss/kl", "clip_fraction"] + (["loss/distill"] if self.method.loss_weight else [])
         zero = torch.zeros((), device=self.accelerator.device)
         sums = dict.fromkeys(names, zero)  # of each term, over this process's tokens, of which it may have none
-        for micro in micro_batches(sequences, self.config.token_budget):
+        for micro in even(micro_batches(sequences, self.config.token_budget), self.policy):
             losses, terms = self.losses(micro, batch)  # (N,)
             (losses.sum() / tokens).backward()
             sums = {name: sums[name] + term.detach().sum() for name, term in terms.items()}
-        self._sum_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        sum_gradients(self.trained)
+        norm = clip_gradients(self.trained, self.config.max_grad_norm)
         if norm.isfinite():  # else one such step would spoil weights and moments for good
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -383,14 +399,6 @@ class Run:
             losses = losses + self.method.loss_weight * terms["loss/distill"]
         return losses, terms
 
-    def _sum_gradients(self) -> None:
-        """Over all processes; one that had no tokens for a parameter counts as zero."""
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.trained:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
-
     # ---- the rest ------------------------------------------------------------------------------------------------
 
     def finish(
@@ -418,7 +426,7 @@ class Run:
     @timed("evaluate")
     def evaluate(self, iteration: int) -> Metrics:
         """Held-out success, and its table printed. Iteration -1: the policy before training."""
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), gathered(self.policy):
             success, table = evaluate_everywhere(
                 self.policy, self.encoder, self.config, self.accelerator, self.method.acts_under()
             )
@@ -444,9 +452,7 @@ def learning_rate(config: Config, iteration: int) -> float:
 def main() -> None:
     config = parse_args()
     if config.plan:
-        from runlog.plan import format_plan, plan
-
-        print(format_plan(plan(config)))
+        print(told(config))
         return
     try:
         run = Run(config)

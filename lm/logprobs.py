@@ -50,8 +50,12 @@ def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> t
     branched = any(sequence.branches for sequence in sequences)
     inputs |= tree_inputs(sequences, length, device) if branched else {}
     with tree_attention(model) if branched else nullcontext():
-        logprobs = token_logprobs(model, inputs, keep.to(device), torch.tensor(targets, device=device), temperature)
-    return logprobs, torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+        logprobs = token_logprobs(model, inputs, keep.to(device), _ids(targets, device), temperature)
+    return logprobs, _ids(rows, device), _ids(columns, device)
+
+
+def _ids(values: list[int], device) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)  # of none, too, which are no integers otherwise
 
 
 def token_logprobs(
@@ -78,8 +82,12 @@ def chunked_logprobs(
     model, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, temperature: float, chunk: int
 ) -> Tensor:
     """The same numbers and gradients with at most `chunk` logits alive (one token's, where that is more)."""
-    head = model.get_output_embeddings()
     states = hidden_states(model, inputs)[keep]  # (N, H)
+    return head_logprobs(model.get_output_embeddings(), states, targets, temperature, chunk)
+
+
+def head_logprobs(head, states: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
+    """Hidden states (N, H) -> log-probs (N,), `chunk` logits at a time."""
     size = max(1, chunk // head.weight.shape[0])
 
     def score(states: Tensor, targets: Tensor) -> Tensor:

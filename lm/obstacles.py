@@ -152,7 +152,8 @@ def _next_logprobs(model, ids: Tensor, mask: Tensor) -> Tensor:
     """(S, L) -> (S, V)"""
     returned = {"return_dict_in_generate": True, "output_logits": True}
     options = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0, **returned)
-    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options)
+    inputs = {"inputs": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    out = model.generate(**inputs, generation_config=options, synced_gpus=False)  # one process may ask alone
     return out.logits[0].float().log_softmax(-1)
 
 

@@ -243,6 +243,7 @@ class Sampler:
                 attention_mask=mask,
                 generation_config=self.config,
                 logits_processor=LogitsProcessorList([draws]),
+                synced_gpus=False,  # a sharded model is gathered, and nobody waits for other processes' tokens
                 **options,
             )
         new = out.sequences[:, ids.shape[1] :].tolist()  # (rows, new tokens)

@@ -6,15 +6,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import resource
-import sys
 from pathlib import Path
-
-import torch
 
 from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
 from lm.loading import save_policy, write_whole
+from lm.parallel import whole
 from runlog import checkpoints
 from runlog.metrics import over_processes
 
@@ -32,12 +29,12 @@ FREE = {
 }
 # What messages and docs recommend against running out of memory, a context that is too short, or a gradient that is no
 # number: it has to be possible in the run that needs it.
-FREE |= {"token_budget", "rollout_budget", "gradient_checkpointing", "offload", "context_limit"}
+FREE |= {"token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"}
 FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
 
 
 class RunLog:
-    """Files under `config.out`. Only the main process writes."""
+    """Files under `config.out`. Only the main process writes, but for the shards of a checkpoint."""
 
     def __init__(self, config: Config, accelerator):
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.out)
@@ -177,11 +174,11 @@ class RunLog:
 
     def save(self, iteration: int, model, optimizer, ema, method: dict) -> None:
         """A checkpoint, and only the newest `--keep-checkpoints` of them. See checkpoints.save."""
-        if not self.accelerator.is_main_process:
-            return
-        checkpoints.save(self.folder / "checkpoints" / f"{iteration:06d}.pt", iteration, model, optimizer, ema, method)
-        for old in checkpoints.saved(self.folder)[: -self.config.keep_checkpoints]:
-            old.unlink()
+        if self.accelerator.is_main_process or self.config.shard:
+            checkpoints.save(self.folder / "checkpoints", iteration, model, optimizer, ema, method)
+        if self.accelerator.is_main_process:
+            for old in checkpoints.saved(self.folder)[: -self.config.keep_checkpoints]:
+                checkpoints.remove(old)
 
     def restore(self, model, optimizer, ema, method) -> None:
         """Load the newest whole checkpoint into all of them, where the run goes on from one."""
@@ -190,22 +187,13 @@ class RunLog:
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""
+        model = whole(model)
         if self.accelerator.is_main_process:
             from runlog.curve import plot_curve  # matplotlib is not needed for anything else
 
             write_whole(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary))
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
         self.accelerator.end_training()
-
-
-def peak_mib(device: torch.device) -> float:
-    """Most memory held so far, MiB: what PyTorch allocated on a GPU; on a CPU, all that this process had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # the kernel's own count; getrusage counts in what the parent process held at the start
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _numbers(value):

@@ -1,35 +1,49 @@
-"""Checkpoints: everything that the next iteration depends on, complete or absent, and never a number that is none."""
+"""Checkpoints: everything that the next iteration depends on, complete or absent, and never a number that is none.
+
+One file (000009.pt), or, of a sharded run, a folder that every process writes its part of (000009.shards, shards.py). A
+run goes on from either, sharded or not, in any number of processes.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 
 from lm.loading import write_whole
+from lm.parallel import like, local, parts_of
+from runlog import shards
 
 
 def saved(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    return sorted((folder / "checkpoints").glob("[0-9]*.pt"))
+    names = re.compile(r"\d+\.(pt|shards)")
+    return sorted(path for path in (folder / "checkpoints").glob("*") if names.fullmatch(path.name))
+
+
+def remove(path: Path) -> None:
+    """A checkpoint of either kind."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def newest_readable(checkpoints: list[Path]) -> tuple[Path | None, list[Path]]:
     """Checkpoints, oldest first -> (the newest one that is whole, the newer ones that are not).
 
-    A checkpoint is a zip file with a checksum of each part, so that a truncated or damaged one shows.
+    A checkpoint has a checksum of each part, so that a truncated or damaged one shows: the file is a zip file.
     """
     damaged = []
     for path in reversed(checkpoints):
-        if _whole(path):
+        if shards.intact(path) if path.is_dir() else _intact(path):
             return path, damaged
         damaged.append(path)
     return None, damaged
 
 
-def _whole(path: Path) -> bool:
+def _intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -37,33 +51,46 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def save(path: Path, iteration: int, model, optimizer, ema, method: dict) -> None:
-    """Written beside, then renamed. Raises FloatingPointError, and writes nothing, where a weight is not finite."""
+def save(folder: Path, iteration: int, model, optimizer, ema, method: dict) -> None:
+    """Written beside, then renamed; by shards where the model is sharded, then by all processes together. Raises
+    FloatingPointError, and writes nothing, where a weight is not finite."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if spoilt := [name for name, p in trained.items() if not p.isfinite().all()]:
+    if spoilt := [name for name, p in trained.items() if not local(p).isfinite().all()]:
         raise FloatingPointError(f"{spoilt[0]} is not finite after iteration {iteration}: no checkpoint is written")
-    state = {
-        "iteration": iteration,
-        "model": trained,
-        "optimizer": optimizer.state_dict(),
-        "ema": ema.state_dict() if ema is not None else None,
-        "method": method,
-    }
-    write_whole(path, lambda temporary: torch.save(state, temporary))
+    state = {"iteration": iteration, "model": trained, "optimizer": optimizer.state_dict(), "method": method}
+    if parts_of(model):
+        shards.save(folder / f"{iteration:06d}.shards", state | {"ema": None if ema is None else parameters_of(ema)})
+    else:
+        state |= {"ema": None if ema is None else ema.state_dict()}
+        write_whole(folder / f"{iteration:06d}.pt", lambda temporary: torch.save(state, temporary))
 
 
+@torch.no_grad()
 def load(path: Path, model, optimizer, ema, method) -> None:
     """Into all of them. Raises ValueError for a checkpoint of another model or of an older version of this code."""
-    state = torch.load(path, map_location=model.device, weights_only=True)
+    own, slow = parameters_of(model), {} if ema is None else parameters_of(ema)
+    if path.is_dir():
+        state = shards.load(path, own, optimizer, slow)
+    else:
+        state = torch.load(path, map_location="cpu" if parts_of(model) else model.device, weights_only=True)
     if "method" not in state:
         raise ValueError(f"{path} is of an older version of this code: go on with that one, or start anew")
-    unexpected = model.load_state_dict(state["model"], strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(f"{path} is of another model: it holds {unexpected[0]}")
+    if unexpected := state["model"].keys() - own.keys():
+        raise ValueError(f"{path} is of another model: it holds {min(unexpected)}")
+    for weights, saved_ones in ((own, state["model"]), (slow, state["ema"] or {})):
+        for name, parameter in weights.items():
+            if name in saved_ones:
+                parameter.copy_(like(parameter, saved_ones[name]))
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, moments in state["optimizer"]["state"].items():
+        moments |= {name: like(trained[i], value) for name, value in moments.items()}
     optimizer.load_state_dict(state["optimizer"])
-    if ema is not None:
-        ema.load_state_dict(state["ema"])
     method.restore(state["method"])
+
+
+def parameters_of(model) -> dict[str, torch.Tensor]:
+    """By name; tied ones have one name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def fingerprint(model) -> str:

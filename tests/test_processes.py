@@ -2,13 +2,20 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from runlog import checkpoints
+from tests.sharded import CHECKS
 
 ROOT = Path(__file__).parent.parent
 TASKS, ROLLOUTS, ITERATIONS = 3, 2, 2
@@ -44,7 +51,7 @@ def writer(prompts):
     return [skill if drawn(prompt.split()).random() < 0.6 else "no idea" for prompt in prompts]
 
 def written(event, args):
-    if event == "open" and isinstance(args[0], str) and (args[2] & (os.O_WRONLY | os.O_RDWR)):
+    if event == "open" and isinstance(args[0], str | os.PathLike) and (args[2] & (os.O_WRONLY | os.O_RDWR)):
         files.append(os.path.abspath(args[0]))
     if event == "os.rename":
         files.append(os.path.abspath(args[1]))
@@ -72,10 +79,16 @@ config = parse_args(sys.argv[1:])
 run, rollout = train.Run(config), train.Run.rollout
 train.Run.rollout = note_played
 sys.addaudithook(written)
+share, finish = run.accelerator, train.RunLog.finish
+
+def keep(log, model, tokenizer):
+    shards = dict(model.named_parameters())
+    weights = {name: p.full_tensor() if config.shard else p for name, p in shards.items()}
+    torch.save({name: p.detach().clone() for name, p in weights.items()}, f"{config.out}.weights{share.process_index}")
+    finish(log, model, tokenizer)
+
+train.RunLog.finish = keep
 train.train(config, run)
-share = run.accelerator
-weights = {name: parameter.detach().clone() for name, parameter in run.policy.named_parameters()}
-torch.save(weights, f"{config.out}.weights{share.process_index}")
 inside = [file for file in files if file.startswith(os.path.abspath(config.out) + os.sep)]
 told = {"processes": share.num_processes, "files": inside, "played": played}
 with open(f"{config.out}.told{share.process_index}", "w") as file:
@@ -83,7 +96,23 @@ with open(f"{config.out}.told{share.process_index}", "w") as file:
 """.replace("ROLLOUTS", str(ROLLOUTS))
 
 
-def launch(count: int, script: str, *argv: str) -> None:
+DYING = (
+    SCRIPT.partition("config = parse_args")[0]
+    + """
+import time
+
+def rollout(run, *more):
+    if os.environ["RANK"] == "1":
+        DEATH
+    BUSY
+
+train.Run.rollout = rollout
+train.train(parse_args(sys.argv[1:]))
+"""
+)
+
+
+def launch(count: int, script: str, *argv: str, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a script in `count` processes on CPUs that PyTorch connects, and waits. Fails where one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,16 +126,26 @@ def launch(count: int, script: str, *argv: str) -> None:
         "--master_port",
         str(port),
     ]
-    surroundings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, script, *argv], cwd=ROOT, env=os.environ | surroundings, capture_output=True, text=True, timeout=300
-    )
+    done = run_python(command[1:], script, *argv)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def alone(script: str, *argv: str) -> None:
+    """Runs a script of this folder, which forks processes of its own."""
+    done = run_python([], str(ROOT / "tests" / script), *argv)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_python(options: list[str], *argv: str) -> subprocess.CompletedProcess:
+    surroundings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command, how = [sys.executable, *options, *argv], {"capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | surroundings, **how)
 
 
 def trained(folder: Path, count: int, *more: str) -> Path:
     """The run folder of a run in `count` processes. Beside it lies what each of them told and its weights."""
-    script, out = folder / "run.py", folder / f"processes{count}"
+    script, out = folder / "run.py", folder / f"processes{count}{'-sharded' * ('--shard' in more)}"
     script.write_text(SCRIPT)
     launch(count, str(script), *FLAGS.split(), "--out", str(out), *more)
     return out
@@ -120,19 +159,25 @@ def weights(out: Path, process: int) -> dict[str, torch.Tensor]:
     return torch.load(f"{out}.weights{process}")
 
 
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def lines(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run in one process and in two, which play two of its three tasks and one. One update an iteration."""
+    """The same run in one process, in two, which play two of its three tasks and one, and in two that share the weights
+    as well. One update an iteration."""
     folder = tmp_path_factory.mktemp("processes")
-    return [trained(folder, count, "--mini-batch", "0", "--learning-rate", "1") for count in (1, 2)]
+    flags = ("--mini-batch", "0", "--learning-rate", "1")
+    return [trained(folder, 1, *flags), trained(folder, 2, *flags), trained(folder, 2, *flags, "--shard")]
 
 
 def test_two_processes_share_the_tasks_without_overlap(runs):
-    one, two = runs
+    one, two, _ = runs
     assert told(one, 0)["processes"] == 1
     for process in (0, 1):
         assert told(two, process)["processes"] == 2
@@ -143,18 +188,22 @@ def test_two_processes_share_the_tasks_without_overlap(runs):
 
 
 def test_each_file_is_written_by_one_process_and_once(runs):
-    one, two = runs
+    one, two, sharded = runs
     assert told(two, 1)["files"] == []
     names = {Path(file).name for file in told(two, 0)["files"]}
     assert names == {Path(file).name for file in told(one, 0)["files"]}
     assert {"metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "000001.pt", "policy"} <= names
-    assert [record["iteration"] for record in lines(two, "metrics.jsonl")] == [0, 1]
-    assert [record["iteration"] for record in lines(two, "evaluations.jsonl")] == [1]
+    assert [Path(file).name for file in told(sharded, 1)["files"]] == ["__1_0.distcp"]
+    assert names - {"000001.pt", "000001.pt.tmp"} < {Path(file).name for file in told(sharded, 0)["files"]}
+    for out in (two, sharded):
+        assert [record["iteration"] for record in lines(out, "metrics.jsonl")] == [0, 1]
+        assert [record["iteration"] for record in lines(out, "evaluations.jsonl")] == [1]
 
 
-def test_two_processes_make_the_update_of_one(runs):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_make_the_update_of_one(runs, sharded):
     """Of the same trajectories, of which one process has twice as many as the other: mean over tokens of all."""
-    one, two = runs
+    one, two = runs[0], runs[1 + sharded]
     expected, first, second = weights(one, 0), weights(two, 0), weights(two, 1)
     start = lines(one, "metrics.jsonl")
     assert min(record["grad_norm"] for record in start) > 0.1
@@ -163,9 +212,10 @@ def test_two_processes_make_the_update_of_one(runs):
         assert (first[name] - value).abs().max() < 1e-5, name
 
 
-def test_metrics_of_two_processes_are_those_of_one(runs):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_metrics_of_two_processes_are_those_of_one(runs, sharded):
     """Every mean is over all episodes, steps, tokens, ...; processes of unequal shares do not count alike."""
-    for one, two in zip(*(lines(out, "metrics.jsonl") for out in runs), strict=True):
+    for one, two in zip(*(lines(out, "metrics.jsonl") for out in (runs[0], runs[1 + sharded])), strict=True):
         assert one.keys() == two.keys()
         assert one["episodes"] == TASKS * ROLLOUTS
         assert 0 < one["skills/parse_rate"] < 1 and 0 < one["train/success"] < 1
@@ -176,8 +226,8 @@ def test_metrics_of_two_processes_are_those_of_one(runs):
 
 
 def test_two_processes_share_the_evaluation(runs):
-    (one,), (two,) = (lines(out, "evaluations.jsonl") for out in runs)
-    assert one["table"] == two["table"] and one["success"] == two["success"]
+    (one,), (two,), (sharded,) = (lines(out, "evaluations.jsonl") for out in runs)
+    assert one["table"] == two["table"] == sharded["table"] and one["success"] == two["success"] == sharded["success"]
     assert [line.split()[-1] for line in two["table"].splitlines()] == ["games", "5", "5"]
 
 
@@ -188,3 +238,82 @@ def test_a_process_without_a_share_of_a_mini_batch_keeps_in_step(tmp_path):
         assert record["grad_norm"] > 0
     for name, value in weights(out, 0).items():
         assert torch.equal(value, weights(out, 1)[name]), name
+
+
+# ---- sharding, part by part (sharded.py) -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """(the folder that the checks wrote to, what went wrong in each process by check)"""
+    folder = tmp_path_factory.mktemp("sharded")
+    alone("sharded.py", str(folder))
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_sharding(checked, check):
+    assert "".join(checked[1][check]) == ""
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_final_policy_of_a_sharded_model_loads_plainly(checked, kind):
+    got, expected = (AutoModelForCausalLM.from_pretrained(checked[0] / name) for name in (kind, f"{kind}-plain"))
+    assert same(got.state_dict(), expected.state_dict())
+    assert (checked[0] / kind / "config.json").read_text() == (checked[0] / f"{kind}-plain/config.json").read_text()
+
+
+@pytest.mark.parametrize("damage", ["__1_0.distcp", "rest.pt", ".metadata", "index.json", "cut off"])
+def test_damaged_shards_fall_back_to_the_checkpoint_before(checked, damage, tmp_path):
+    shutil.copytree(checked[0] / "by3", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints/000009.shards"
+    (tmp_path / "checkpoints/000007.shards").rename(newest)
+    saved = checkpoints.saved(tmp_path)
+    assert [path.name for path in saved] == ["000008.pt", "000009.shards"]
+    assert checkpoints.newest_readable(saved) == (newest, [])
+    if damage == "cut off":
+        (newest / "__2_0.distcp").write_bytes((newest / "__2_0.distcp").read_bytes()[:-100])
+    elif damage == "__1_0.distcp":  # one bit
+        content = bytearray((newest / damage).read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / damage).write_bytes(content)
+    else:
+        (newest / damage).unlink()
+    assert checkpoints.newest_readable(saved) == (newest.with_name("000008.pt"), [newest])
+    checkpoints.remove(newest)
+    assert checkpoints.saved(tmp_path) == saved[:1]
+
+
+# ---- processes that die ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kills, processes, flags", [(25, 1, "--iterations 20"), (10, 2, "--iterations 8 --shard")], ids=["one", "sharded"]
+)
+def test_a_run_that_is_killed_again_and_again_goes_on_bit_for_bit(tmp_path, kills, processes, flags):
+    """At random moments, in the middle of writing a checkpoint included."""
+    alone("killed.py", str(tmp_path), str(kills), str(processes), *flags.split())
+    found = json.loads((tmp_path / "kills.json").read_text())
+    assert len(found) == kills and not any(kill["over"] for kill in found)
+    assert all(kill["left"] for kill in found if kill["cut_off"])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert lines(whole, "samples.jsonl") == lines(killed, "samples.jsonl")
+    told = [
+        [{k: v for k, v in r.items() if not k.startswith(("seconds/", "memory/"))} for r in lines(out, "metrics.jsonl")]
+        for out in (whole, killed)
+    ]
+    assert told[0] == told[1]
+    policies = [load_file(out / "policy/model.safetensors") for out in (whole, killed)]
+    assert same(*policies)
+
+
+@pytest.mark.parametrize("death", ["raise ValueError('it went wrong')", "os.kill(os.getpid(), 9)"])
+def test_a_process_that_dies_ends_the_others(tmp_path, death):
+    """The other one waits for it in a sum that would take half an hour to give up, or is busy alone."""
+    script = tmp_path / "run.py"
+    busy = "time.sleep(300)" if "kill" in death else "run.accelerator.wait_for_everyone()"
+    script.write_text(DYING.replace("DEATH", death).replace("BUSY", busy))
+    started = time.monotonic()
+    failed = launch(2, str(script), *FLAGS.split(), "--out", str(tmp_path / "run"), check=False)
+    assert failed.returncode != 0 and time.monotonic() - started < 60
+    assert ("Signal 9" if "kill" in death else "ValueError: it went wrong") in failed.stderr
