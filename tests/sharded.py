@@ -25,6 +25,7 @@ from data import Guidance
 from envs.alfworld import AlfworldEnv, generate_games
 from lm.encoder import Encoder
 from lm.loading import AdapterOff, add_lora, frozen_copy, save_policy
+from lm.obstacles import unwrapped
 from lm.packing import Sequence, micro_batches
 from lm.parallel import clip_gradients, even, gathered, is_sharded, shard, sum_gradients, whole
 from lm.sampler import Sampler
@@ -95,7 +96,8 @@ def backward(model, ranks: range, bf16: bool) -> None:
     batches = [batch for rank in ranks for batch in micro_batches(sequences_of(rank), 10)]
     for batch in even(batches, model):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logprobs, _, _ = lm.logprobs.sequence_logprobs(model, batch, 1.0)
+            logprobs, rows, columns = lm.logprobs.sequence_logprobs(model, batch, 1.0)
+        assert torch.zeros(3, 20)[rows, columns].shape == logprobs.shape  # of none, too
         (-logprobs.sum() / tokens).backward()
 
 
@@ -147,6 +149,7 @@ def spoilt_gradient(folder: Path) -> None:
     model = qwen()
     shard([model], CPU)
     backward(model, range(distributed.get_rank(), distributed.get_rank() + 1), False)
+    assert clip_gradients(list(model.parameters()), 1.0).isfinite()
     if distributed.get_rank() == 1:
         next(model.parameters()).grad.to_local().view(-1)[0] = float("nan")
     assert not clip_gradients(list(model.parameters()), 1.0).isfinite()
@@ -214,6 +217,7 @@ def scores_and_samples(folder: Path) -> None:
                 said.append([sampler([0, 1], rows[0][:2]) for _ in range(1 + rank)])  # nobody waits for the other
         assert said[0] == said[1]
         assert is_sharded(own[name].parameters())
+        assert not unwrapped(own[name])._get_fsdp_state()._comm_ctx.post_forward_order
     with torch.no_grad():  # as the update does it
         for slow, fast in zip(own["ema"].parameters(), own["old"].parameters(), strict=True):
             slow.lerp_(fast.detach(), 0.25)
@@ -296,6 +300,7 @@ def loads(path: Path, sharded: bool) -> None:
     for i, moments in states[1]["state"].items():
         for name, value in moments.items():
             close(states[0]["state"][i][name], value)
+            assert hasattr(states[0]["state"][i][name], "full_tensor") == (sharded and name != "step")
     if sharded:
         backward(model, range(0), False)  # it goes on
         optimizer.step()
