@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import resource
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def there() -> float:
     if not STATUS.exists():
         return float("inf")
     free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    return min([free + resident(), *group_limits()])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this run, on this machine
+    return min([free / processes + resident(), *(limit / processes for limit in group_limits())])
 
 
 def resident() -> float:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from config import Config
 from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence
-from lm.sampler import Sampler
+from lm.sampler import CachedConversations, Sampler
 from runlog import memory, metrics
 from runlog.counting import Count
 from runlog.passes import Passes
@@ -124,6 +124,20 @@ def test_sampling_is_that_of_real_tensors(tokenizer):
     planned = Passes(Config(token_budget=200), DEEP).sampling(8, 200)
     assert planned.cache == 8 * 200 * (2 * 6 * 32 * 4)  # K and V, six layers of two heads of 16
     assert max(count.peaks) <= planned.peak < 1.2 * max(count.peaks)  # the last piece read here is a short one
+
+
+def test_compacting_holds_no_second_cache():
+    ids, mask = torch.ones(4, 100, dtype=torch.long), torch.ones(4, 100, dtype=torch.long)
+    mask[:, 10:40] = 0
+    with Count([]) as count:
+        cache = DynamicCache([(torch.randn(4, 2, 99, 16), torch.randn(4, 2, 99, 16)) for _ in range(10)])
+        held, size = CachedConversations(list(range(4)), [[1] * 70] * 4, ids, mask, cache), count.held
+        count.mark()
+        held = held.compacted()
+        del cache
+    assert held.ids.shape[1] == held.cache.layers[0].keys.shape[2] + 1 == 70
+    assert count.peaks[-1] < 1.2 * size
+    assert count.held < 0.8 * size
 
 
 def test_keys_are_float32_under_autocast():
