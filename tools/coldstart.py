@@ -23,7 +23,7 @@ from evaluate import columns_of, environment, evaluate, format_table
 from lm.encoder import Encoder
 from lm.loading import load_model
 from lm.writers import model_writer
-from runlog import peak_mib
+from runlog.memory import peak_mib
 from skills import write_skills
 from tiny.coldstart import ColdStart, cold_start, folder_of
 from tiny.plays import script
