@@ -99,8 +99,12 @@ def shard(models: Iterable, device: torch.device) -> None:
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         root.set_reduce_scatter_unused_params(True)  # a parameter may have a gradient in some processes only
-        with gathered(model):  # tried now, by all processes together: later one may ask alone
-            has_linear_head(model)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):  # some weights may be in 16 bits
+            root(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # FSDP sets itself up in its first pass
+        root.reshard()
+        if any(parameter.requires_grad for parameter in root.parameters()):
+            with gathered(model):  # tried now, by all processes together: in the update one may ask alone
+                has_linear_head(model)
 
 
 def parts_of(model) -> list[FSDPModule]:

@@ -187,6 +187,9 @@ def scores_and_samples(folder: Path) -> None:
     for models in (plain, own):
         models["reference"] = AdapterOff(models["policy"])
     shard(own.values(), CPU)
+    with gathered(own["ema"]):  # by a process that has nothing to do
+        assert not is_sharded(own["ema"].parameters())
+    assert is_sharded(own["ema"].parameters())
     assert sum(p.to_local().numel() for p in own["old"].parameters()) < 0.6 * plain["old"].num_parameters()
     games = generate_games(folder / f"games{rank}", "train", 2, 0, size="small")
     limits = {"max_new_tokens": 6, "context_limit": 4096}
