@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lm.parallel import shard
 from runlog import checkpoints
 from tests.sharded import CHECKS
 
@@ -334,3 +335,8 @@ def test_a_process_that_dies_ends_those_of_other_machines(tmp_path):
     assert all(done.returncode != 0 for done in failed) and time.monotonic() - started < 150
     assert "process 0 ends, as process 1 has ended" in failed[0].stderr
     assert "Signal 9" in failed[1].stderr
+
+
+def test_one_process_has_nothing_to_share_the_weights_with():
+    with pytest.raises(ValueError, match="--shard splits weights over processes"):
+        shard([], torch.device("cpu"))
