@@ -186,9 +186,9 @@ def _changes(plan: Plan) -> list[tuple[str, dict]]:
     halved("token_budget", min(config.context_limit, 1024))
     if config.frozen_dtype == "float32":
         changes.append(("--frozen-dtype auto", {"frozen_dtype": "auto"}))
-    if plan.gpu and not config.offload:
+    if not config.offload:
         changes.append(("--offload", {"offload": True}))
-    if plan.processes > 1 and not config.shard and not config.lora_rank:
+    if plan.processes > 1 and not config.shard:
         changes.append(("--shard", {"shard": True}))
     if not config.lora_rank:
         changes.append(("--lora-rank 32", {"lora_rank": 32}))
