@@ -167,7 +167,8 @@ class Run:
         others = [self.models[name] for name in ("reference", "ema") if name in self.models] + [*self.further.values()]
         self.frozen = [model for model in others if isinstance(model, torch.nn.Module)]  # with weights of their own
         if config.shard:
-            shard([self.policy, *self.frozen], device)
+            with self.accelerator.autocast():
+                shard([self.policy, *self.frozen], device)
         if config.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
             self.policy.enable_input_require_grads()

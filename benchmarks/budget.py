@@ -12,7 +12,6 @@ PyTorch allocated, else what the process had resident), and whether the same tok
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import json
 import statistics
@@ -34,7 +33,7 @@ def case(budget: int, repeats: int, argv: list[str]) -> dict:
     from lm.encoder import Encoder
     from lm.sampler import Sampler
     from rollout import rollout
-    from runlog import peak_mib
+    from runlog.memory import give_back, peak_mib, reset_peak
     from tiny.loading import load_model
 
     config = parse_args(argv)
@@ -59,25 +58,14 @@ def case(budget: int, repeats: int, argv: list[str]) -> dict:
 
     model.to(device)
     play(1, 1)  # what the first use of anything takes
-    fresh_peak(device)
+    give_back()
+    reset_peak(device)
     before, seconds = peak_mib(device), []
     for _ in range(repeats):
         started = clock()
         said = play(config.tasks, config.rollouts)
         seconds.append(clock() - started)  # responses are on the CPU by then
     return {"seconds": seconds, "mib": peak_mib(device) - before, "said": said}
-
-
-def fresh_peak(device) -> None:
-    """`peak_mib` counts from here on. On a CPU, memory that is free but not given back yet is given back first."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
 
 
 def measured(budget: int, repeats: int, argv: list[str]) -> dict:

@@ -7,4 +7,5 @@ logprobs.py   the pass itself, log p of given tokens
 obstacles.py  what an architecture allows without changing its numbers
 writers.py    who writes the skills
 loading.py    loading and saving
+parallel.py   many processes: gradients summed, weights shared out; watch.py: none goes on without the others
 """

@@ -77,9 +77,11 @@ def is_sharded(parameters: Iterable[Tensor]) -> bool:
 
 
 def shard(models: Iterable, device: torch.device) -> None:
-    """Share the weights of each out over all processes, layer by layer, then the rest, in place. They may be on the
-    CPU: only this process's part goes to `device`. Models that share their weights (AdapterOff) are sharded once.
-    Raises ValueError in a single process."""
+    """Share the weights of each out over all processes, layer by layer, then the rest, in place.
+
+    They may be on the CPU: only this process's part goes to `device`. Models that share their weights (AdapterOff) are
+    sharded once. Called under the run's autocast. Raises ValueError in a single process.
+    """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         raise ValueError("--shard splits weights over processes, and there is but one: accelerate launch train.py ...")
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
@@ -97,8 +99,12 @@ def shard(models: Iterable, device: torch.device) -> None:
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         root.set_reduce_scatter_unused_params(True)  # a parameter may have a gradient in some processes only
-        with gathered(model):  # tried now, by all processes together: later one may ask alone
-            has_linear_head(model)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):  # some weights may be in 16 bits
+            root(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))  # FSDP sets itself up in its first pass
+        root.reshard()
+        if any(parameter.requires_grad for parameter in root.parameters()):
+            with gathered(model):  # tried now, by all processes together: in the update one may ask alone
+                has_linear_head(model)
 
 
 def parts_of(model) -> list[FSDPModule]:
@@ -122,11 +128,9 @@ def gathered(model) -> Iterator[None]:
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
         for layer in layers:
             layer.set_reshard_after_forward(True)
-        root.reset_iter_state()  # forgets the order of the passes, of which there may be a million
+        root.reset_iter_state()  # in parts again; and the order of the passes, perhaps a million, is forgotten
 
 
 def even(batches: list[list[Sequence]], model) -> list[list[Sequence]]:

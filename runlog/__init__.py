@@ -12,6 +12,7 @@ from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
 from lm.loading import save_policy, write_whole
 from lm.parallel import whole
+from lm.watch import watch
 from runlog import checkpoints
 from runlog.metrics import over_processes
 
@@ -56,6 +57,7 @@ class RunLog:
                 self._drop_from(self.folder / name, self.first_iteration or -1)
         accelerator.wait_for_everyone()
         accelerator.init_trackers("opid", config=config.to_dict())
+        self.farewell = watch()
 
     def start(self, model) -> dict[str, str]:
         """What the run started from, kept in `start.json`: the fingerprint of its weights, and the day, which some chat
@@ -193,6 +195,7 @@ class RunLog:
 
             write_whole(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary))
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
+        self.farewell()
         self.accelerator.end_training()
 
 

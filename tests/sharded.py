@@ -24,7 +24,8 @@ import lm.parallel
 from data import Guidance
 from envs.alfworld import AlfworldEnv, generate_games
 from lm.encoder import Encoder
-from lm.loading import AdapterOff, add_lora, save_policy
+from lm.loading import AdapterOff, add_lora, frozen_copy, save_policy
+from lm.obstacles import unwrapped
 from lm.packing import Sequence, micro_batches
 from lm.parallel import clip_gradients, even, gathered, is_sharded, shard, sum_gradients, whole
 from lm.sampler import Sampler
@@ -95,7 +96,8 @@ def backward(model, ranks: range, bf16: bool) -> None:
     batches = [batch for rank in ranks for batch in micro_batches(sequences_of(rank), 10)]
     for batch in even(batches, model):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logprobs, _, _ = lm.logprobs.sequence_logprobs(model, batch, 1.0)
+            logprobs, rows, columns = lm.logprobs.sequence_logprobs(model, batch, 1.0)
+        assert torch.zeros(3, 20)[rows, columns].shape == logprobs.shape  # of none, too
         (-logprobs.sum() / tokens).backward()
 
 
@@ -147,6 +149,7 @@ def spoilt_gradient(folder: Path) -> None:
     model = qwen()
     shard([model], CPU)
     backward(model, range(distributed.get_rank(), distributed.get_rank() + 1), False)
+    assert clip_gradients(list(model.parameters()), 1.0).isfinite()
     if distributed.get_rank() == 1:
         next(model.parameters()).grad.to_local().view(-1)[0] = float("nan")
     assert not clip_gradients(list(model.parameters()), 1.0).isfinite()
@@ -184,6 +187,9 @@ def scores_and_samples(folder: Path) -> None:
     for models in (plain, own):
         models["reference"] = AdapterOff(models["policy"])
     shard(own.values(), CPU)
+    with gathered(own["ema"]):  # by a process that has nothing to do
+        assert not is_sharded(own["ema"].parameters())
+    assert is_sharded(own["ema"].parameters())
     assert sum(p.to_local().numel() for p in own["old"].parameters()) < 0.6 * plain["old"].num_parameters()
     games = generate_games(folder / f"games{rank}", "train", 2, 0, size="small")
     limits = {"max_new_tokens": 6, "context_limit": 4096}
@@ -214,6 +220,7 @@ def scores_and_samples(folder: Path) -> None:
                 said.append([sampler([0, 1], rows[0][:2]) for _ in range(1 + rank)])  # nobody waits for the other
         assert said[0] == said[1]
         assert is_sharded(own[name].parameters())
+        assert not unwrapped(own[name])._get_fsdp_state()._comm_ctx.post_forward_order
     with torch.no_grad():  # as the update does it
         for slow, fast in zip(own["ema"].parameters(), own["old"].parameters(), strict=True):
             slow.lerp_(fast.detach(), 0.25)
@@ -221,6 +228,19 @@ def scores_and_samples(folder: Path) -> None:
             slow.lerp_(fast, 0.25)
     for a, b in zip(own["ema"].parameters(), plain["ema"].parameters(), strict=True):
         close(a, b)
+
+
+def frozen_in_less(folder: Path) -> None:
+    """Weights of two types in one model: its linear layers in bfloat16, the rest in float32."""
+    whole_one = qwen().eval()
+    less = frozen_copy(whole_one, "auto", mixed_precision="bf16")
+    assert {p.dtype for p in less.parameters()} == {torch.float32, torch.bfloat16}
+    sequences = sequences_of(distributed.get_rank())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        shard([less], CPU)
+        with gathered(less):
+            scores = [lm.logprobs.sequence_logprobs(model, sequences, 1.0)[0] for model in (less, whole_one)]
+    assert torch.equal(*scores)
 
 
 def final_policies(folder: Path) -> None:
@@ -283,6 +303,7 @@ def loads(path: Path, sharded: bool) -> None:
     for i, moments in states[1]["state"].items():
         for name, value in moments.items():
             close(states[0]["state"][i][name], value)
+            assert hasattr(states[0]["state"][i][name], "full_tensor") == (sharded and name != "step")
     if sharded:
         backward(model, range(0), False)  # it goes on
         optimizer.step()
@@ -301,6 +322,7 @@ CHECKS: dict[str, tuple[int, Callable[[Path], None]]] = {
     "a gradient that is no number is seen by all": (2, spoilt_gradient),
     "buckets sum as tensors do": (3, bucket_sums),
     "gathered models score and sample alike": (2, scores_and_samples),
+    "a frozen model in less is gathered as it was": (2, frozen_in_less),
     "the final policy is whole": (2, final_policies),
     "save by 2": (2, save_both),
     "save by 3": (3, save_both),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import efficiency, generation, iteration, scale, trl_update
+from benchmarks import efficiency, generation, iteration, processes, scale, trl_update
 from benchmarks.memory import measure
 from benchmarks.noise import scores_of, summary
 from benchmarks.rollout import WAYS, exponent, played
@@ -270,3 +271,35 @@ def test_the_scale_command_varies_one_size_at_a_time(monkeypatch, capsys):
     assert sizes == ["1 4 3 20", "2 4 3 20", "2 2 3 20", "2 8 3 20", "2 4 3 10"]
     assert lines[-3][0] == "turns" and [float(power) for power in lines[-3][1:]] == [1, 0] * 3
     assert lines[-2] == ["tokens", *["nan"] * 6]
+
+
+def test_traffic_by_hand():
+    """Of four processes, of which none is there: what one of them sends."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        counted, whole, part = processes.Traffic(4), torch.zeros(100), torch.zeros(25)
+        with counted:
+            for counted.phase, work in (
+                ("sum", lambda: torch.distributed.all_reduce(whole)),
+                ("gather", lambda: torch.distributed.all_gather_into_tensor(whole, part)),
+                ("scatter", lambda: torch.distributed.reduce_scatter_tensor(part, whole)),
+                ("nothing", lambda: whole + whole),
+            ):
+                work()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert dict(counted.sent) == {"sum": 2 * 3 * 100, "gather": 3 * 100, "scatter": 3 * 100}
+
+
+def test_table_of_processes_by_hand():
+    seconds, sent = dict.fromkeys(processes.PHASES, 1.5), dict.fromkeys(processes.PHASES, 0.25)
+    lines = processes.table({"a": {"seconds": seconds, "sent": sent}}, {"a": 7.0}).splitlines()
+    assert lines[-2].split() == ["all", "6.00", "1.0"] and lines[-1].split() == ["peak", "MiB", "7"]
+
+
+def test_the_processes_command_measures_sums_and_sampling(tmp_path):
+    """The parts that need no whole run."""
+    model = iteration.random_model(tmp_path / "model")
+    processes.launch(2, "parts", str(tmp_path / "parts"), "--model", model, "--repeats", "1")
+    found = json.loads((tmp_path / "parts.json").read_text())
+    assert min(found["sums"]["buckets"], found["sums"]["tensors"], found["sampling"]["gathered"][0]) > 0

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lm.parallel import shard
 from runlog import checkpoints
 from tests.sharded import CHECKS
 
@@ -96,37 +98,19 @@ with open(f"{config.out}.told{share.process_index}", "w") as file:
 """.replace("ROLLOUTS", str(ROLLOUTS))
 
 
-DYING = (
-    SCRIPT.partition("config = parse_args")[0]
-    + """
-import time
+TORCHRUN = ["-m", "torch.distributed.run"]
 
-def rollout(run, *more):
-    if os.environ["RANK"] == "1":
-        DEATH
-    BUSY
 
-train.Run.rollout = rollout
-train.train(parse_args(sys.argv[1:]))
-"""
-)
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def launch(count: int, script: str, *argv: str, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a script in `count` processes on CPUs that PyTorch connects, and waits. Fails where one of them fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(count),
-        "--master_port",
-        str(port),
-    ]
-    done = run_python(command[1:], script, *argv)
+    options = ["--nproc_per_node", str(count), "--master_port", str(free_port())]
+    done = run_python([*TORCHRUN, *options], script, *argv)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -307,13 +291,52 @@ def test_a_run_that_is_killed_again_and_again_goes_on_bit_for_bit(tmp_path, kill
     assert same(*policies)
 
 
-@pytest.mark.parametrize("death", ["raise ValueError('it went wrong')", "os.kill(os.getpid(), 9)"])
-def test_a_process_that_dies_ends_the_others(tmp_path, death):
-    """The other one waits for it in a sum that would take half an hour to give up, or is busy alone."""
-    script = tmp_path / "run.py"
-    busy = "time.sleep(300)" if "kill" in death else "run.accelerator.wait_for_everyone()"
+DYING = (
+    SCRIPT.partition("config = parse_args")[0]
+    + """
+import time
+
+def rollout(run, *more):
+    if os.environ["RANK"] == "1":
+        time.sleep(1)
+        DEATH
+    BUSY
+
+train.Run.rollout = rollout
+train.train(parse_args(sys.argv[1:]))
+"""
+)
+
+
+def dying(folder: Path, death: str, busy: str) -> list[str]:
+    """A script and its arguments: process 1 dies in its first rollout, and the others do something meanwhile."""
+    script = folder / "run.py"
     script.write_text(DYING.replace("DEATH", death).replace("BUSY", busy))
+    return [str(script), *FLAGS.split(), "--out", str(folder / "run")]
+
+
+def test_a_process_that_dies_ends_those_of_its_machine(tmp_path):
+    """One that waits for it would wait for half an hour."""
+    script = dying(tmp_path, "raise ValueError('it went wrong')", "run.accelerator.wait_for_everyone()")
     started = time.monotonic()
-    failed = launch(2, str(script), *FLAGS.split(), "--out", str(tmp_path / "run"), check=False)
-    assert failed.returncode != 0 and time.monotonic() - started < 60
-    assert ("Signal 9" if "kill" in death else "ValueError: it went wrong") in failed.stderr
+    failed = launch(2, *script, check=False)
+    assert failed.returncode != 0 and time.monotonic() - started < 90
+    assert "ValueError: it went wrong" in failed.stderr
+
+
+def test_a_process_that_dies_ends_those_of_other_machines(tmp_path):
+    """Two launches on one machine, which know of each other by address alone; the other one is busy, and waits for
+    nobody."""
+    script, port = dying(tmp_path, "os.kill(os.getpid(), 9)", "time.sleep(250)"), str(free_port())
+    started = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        options = [["--nnodes", "2", "--node_rank", str(node), "--master_port", port] for node in (0, 1)]
+        failed = list(pool.map(lambda how: run_python([*TORCHRUN, "--nproc_per_node", "1", *how], *script), options))
+    assert all(done.returncode != 0 for done in failed) and time.monotonic() - started < 150
+    assert "process 0 ends, as process 1 has ended" in failed[0].stderr
+    assert "Signal 9" in failed[1].stderr
+
+
+def test_one_process_has_nothing_to_share_the_weights_with():
+    with pytest.raises(ValueError, match="--shard splits weights over processes"):
+        shard([], torch.device("cpu"))
