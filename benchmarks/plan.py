@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 METHODS = {"rollout": "rollout", "skills": "write_skills", "scoring": "rescore", "update": "update"}  # of train.Run
-COMMON = "--prompt compact --tasks 2 --rollouts 4 --max-steps 8 --max-new-tokens 24 --skill-tokens 24 --iterations 2"
+COMMON = "--prompt compact --tasks 2 --rollouts 4 --max-steps 8 --max-new-tokens 8 --skill-tokens 8 --iterations 2"
 COMMON += " --context-limit 512 --skill-context-limit 1024 --token-budget 2048 --scorer reference --learning-rate 1e-6"
 COMMON += " --eval-every 0 --eval-games 2 --save-every 100"
 WAVES, AUTOCAST, CHECKPOINTING = "--rollout-budget 1024", "--mixed-precision bf16", "--gradient-checkpointing"

@@ -61,10 +61,7 @@ def group_limits() -> list[int]:
         if kinds and "memory" not in kinds.split(","):
             continue
         folder = LIMITS / "memory" / group.strip("/") if kinds else LIMITS / group.strip("/")
-        for path in (
-            folder,
-            *folder.parents,
-        ):  # a limit of a group holds for those in it; in a container some are hidden
+        for path in (folder, *folder.parents):  # a group's limit holds for those inside; a container hides some
             file = path / ("memory.limit_in_bytes" if kinds else "memory.max")
             if path.is_relative_to(LIMITS) and file.is_file() and (text := file.read_text().strip()).isdigit():
                 limits.append(int(text))

@@ -186,11 +186,11 @@ def _changes(plan: Plan) -> list[tuple[str, dict]]:
     halved("token_budget", min(config.context_limit, 1024))
     if config.frozen_dtype == "float32":
         changes.append(("--frozen-dtype auto", {"frozen_dtype": "auto"}))
-    if plan.gpu and not (config.offload or config.shard):
+    if not (config.offload or config.shard):
         changes.append(("--offload", {"offload": True}))
     if plan.processes > 1 and not (config.shard or config.offload or config.lora_rank):
         changes.append(("--shard", {"shard": True}))
-    if not config.lora_rank:
+    if not (config.lora_rank or config.shard):
         changes.append(("--lora-rank 32", {"lora_rank": 32}))
     return changes
 
