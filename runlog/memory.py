@@ -1,9 +1,7 @@
-"""Memory that there is, that is held, and that is given back."""
+"""Memory that there is, and that is held."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
 import resource
 import sys
@@ -66,19 +64,3 @@ def group_limits() -> list[int]:
             if path.is_relative_to(LIMITS) and file.is_file() and (text := file.read_text().strip()).isdigit():
                 limits.append(int(text))
     return limits
-
-
-def give_back() -> None:
-    """What was freed goes back to the system, on Linux without a GPU.
-
-    glibc keeps what is freed in its heap, in pieces between what lives on, and new tensors of other sizes go on top:
-    SmolLM2-135M held 8.4 GiB after two iterations, of which 2.1 were in use, and the next phase added to that. Giving
-    it back takes 0.2 s and the next phase begins with what is in use.
-    """
-    if sys.platform == "linux" and not torch.cuda.is_available() and (trim := _malloc_trim()):
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim():
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, Skills, Trajectory
-from runlog.memory import give_back
+from lm.memory import give_back
 
 Metrics = dict[str, float]
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from config import LOCAL_WRITERS, RECIPES, Config, flag
 from lm.loading import frozen
+from lm.memory import give_back
 from runlog import memory
 from runlog.counting import bytes_of, shell
 from runlog.passes import Pass, Passes
@@ -232,7 +233,7 @@ def told(config: Config) -> str:
 
 def libraries_of(*models: nn.Module) -> float | None:
     """Bytes of this process without the models that it holds; None on a GPU, where it is not in the card's memory."""
-    memory.give_back()
+    give_back()
     return None if torch.cuda.is_available() else max(0, memory.resident() - sum(map(bytes_of, models)))
 
 
