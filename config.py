@@ -264,6 +264,16 @@ class Config:
         return METHODS[self.algo].writes_skills(self)
 
     @property
+    def budgets(self) -> dict[str, int]:
+        """What bounds the memory of sampling."""
+        return {"rollout_budget": self.rollout_budget, "token_budget": self.token_budget}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What scoring goes by: the temperature that was sampled at, and the bound of its memory."""
+        return {"temperature": self.temperature, "token_budget": self.token_budget}
+
+    @property
     def keeps_ema(self) -> bool:
         """Whether a run needs a model that follows the policy slowly."""
         return (self.writes_skills and self.skill_writer == "ema") or (bool(self.levels) and self.scorer == "ema")

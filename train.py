@@ -196,9 +196,8 @@ class Run:
         games = rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
         sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-        budgets = {"rollout_budget": config.rollout_budget, "token_budget": config.token_budget}
         how = {"reuse_cache": config.reuse_cache, "record": iteration == 0}
-        sampler = Sampler(self.policy, self.tokenizer, **sampling, **budgets, **how)
+        sampler = Sampler(self.policy, self.tokenizer, **sampling, **config.budgets, **how)
         with self._bar("rollout") as bar, self.accelerator.autocast(), gathered(self.policy):
             trajectories, metrics = rollout(
                 sampler,
@@ -226,12 +225,8 @@ class Run:
             writer = self.models.get(config.skill_writer)
             needed = self.offload.needed(*(model for model in self.frozen if model is writer))
             with self.accelerator.autocast(), needed, gathered(writer):
-                skills, metrics = write_skills(
-                    trajectories,
-                    self.writer,
-                    max_step_skills=config.max_step_skills,
-                    template=self.make_env().analysis_prompt(),
-                )
+                asked = {"max_step_skills": config.max_step_skills, "template": self.make_env().analysis_prompt()}
+                skills, metrics = write_skills(trajectories, self.writer, **asked)
         return self.method.skills(trajectories, skills, rng), metrics
 
     def _writer(self) -> Writer:
@@ -248,8 +243,7 @@ class Run:
             **sampling,
             context_limit=config.skill_context_limit or config.context_limit,
             prefill=config.skill_prefill,
-            rollout_budget=config.rollout_budget,
-            token_budget=config.token_budget,
+            **config.budgets,
             date=self.encoder.date,
         )
 
@@ -268,10 +262,10 @@ class Run:
 
     def _old_logprobs(self, trajectories: list[Trajectory]) -> list[list[list[float]]]:
         """log pi_old of each token of each step of each trajectory."""
-        config, steps = self.config, [step for trajectory in trajectories for step in trajectory.steps]
-        limits = {"temperature": config.temperature, "token_budget": config.token_budget}
+        steps = [step for trajectory in trajectories for step in trajectory.steps]
+        sampled = [step.context for step in steps], [step.response for step in steps]
         with self.accelerator.autocast():
-            scores = response_logprobs(self.policy, [s.context for s in steps], [s.response for s in steps], **limits)
+            scores = response_logprobs(self.policy, *sampled, **self.config.limits)
         rows = iter([row[: len(step.response)].tolist() for row, step in zip(scores, steps, strict=True)])
         return [[next(rows) for _ in trajectory.steps] for trajectory in trajectories]
 
@@ -291,8 +285,7 @@ class Run:
                 metrics["rollout/logprob_gap"] = largest
             if config.levels and iteration == 0:
                 few = sum(len(trajectory.steps) for trajectory in trajectories[:NOISE_TRAJECTORIES])
-                limits = {"temperature": config.temperature, "token_budget": config.token_budget}
-                noise = layout_noise(self.policy, contexts[:few], responses[:few], **limits)
+                noise = layout_noise(self.policy, contexts[:few], responses[:few], **config.limits)
                 metrics["advantage/noise_floor"] = noise
         outcome, outcome_metrics = outcome_of(self.method, trajectories)  # (B,) A_ep
         batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration)
@@ -317,8 +310,7 @@ class Run:
             contexts,
             responses,
             guided,
-            temperature=config.temperature,
-            token_budget=config.token_budget,
+            **config.limits,
             progress=lambda name: lambda batches: self._bar(f"score {name}", batches),
         )
         return plain, scored, metrics
@@ -452,8 +444,7 @@ def learning_rate(config: Config, iteration: int) -> float:
 def main() -> None:
     config = parse_args()
     if config.plan:
-        print(told(config))
-        return
+        return print(told(config))
     try:
         run = Run(config)
     except (ValueError, OSError, ImportError) as error:  # a model, folder, package or setting that cannot be used
