@@ -1,12 +1,13 @@
 # make train   set up and run OPID on the laptop default (no GPU, no download beyond pip, no API key)
 # make test    set up and run every test
+# make gpu-check   what a GPU may change, tried and measured: one log for docs/logs
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/laptop
 ARGS   ?=
 
-.PHONY: train test lint clean
+.PHONY: train test gpu-check lint clean
 
 train: $(VENV)/.core
 	$(BIN)/python train.py --out $(OUT) --resume $(ARGS)
@@ -14,6 +15,10 @@ train: $(VENV)/.core
 # One thread a worker: two workers on two cores, instead of four threads that wait for one another.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Everything that a GPU may change, in ten minutes; without one the same at tiny sizes.
+gpu-check: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

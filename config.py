@@ -15,6 +15,7 @@ from data import Level, Skills
 from envs import ENVIRONMENTS, new_words, read_options
 from lm.writers import import_writer
 from router import RULES, route
+from tiny.coldstart import PREFIX
 
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
@@ -63,7 +64,7 @@ class Config:
 
     algo: str = FIRST("opid", "training method", tuple(METHODS))
     env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
-    model: str = FIRST("tiny", "'tiny', 'smollm2', a folder or a hub id")
+    model: str = FIRST("tiny", "'tiny', 'smollm2', a folder or a hub id; with cold: in front after its cold start")
     iterations: int = FIRST(60, "training iterations")
     tasks: int = FIRST(16, "tasks per iteration")
     rollouts: int = FIRST(8, "rollouts per task (N)")
@@ -146,7 +147,7 @@ class Config:
         "file or http:// of a server",
     )
     train_games: int = ENV(1000, "generated training games")
-    prompt: str = ENV("auto", "prompt style; auto: compact for the tiny model", ("auto", "official", "compact"))
+    prompt: str = ENV("auto", "prompt style; auto: compact for tiny and cold: models", ("auto", "official", "compact"))
     history: int = ENV(5, "last steps shown in a 'window' prompt")
 
     dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
@@ -186,7 +187,12 @@ class Config:
         """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""
         self._check_values()
         if self.prompt == "auto":
-            self.prompt = "compact" if self.model == "tiny" else "official"
+            self.prompt = "compact" if self.model == "tiny" or self.model.startswith(PREFIX) else "official"
+        if self.model.startswith(PREFIX) and (self.prompt, self.context) != ("compact", "chat"):
+            raise ValueError(
+                f"--model {self.model} knows --prompt compact and --context chat: for others run tools/coldstart.py "
+                "with them, and give its folder to --model"
+            )
         read_options(self.env, self.env_options)
         if self.model == "tiny" and (unknown := new_words(self.env, self.env_options)):
             raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no other {unknown[0]}")
@@ -196,6 +202,8 @@ class Config:
             raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
         if self.levels and self.routing == "none":
             raise ValueError("--routing none guides no step: use --algo grpo")
+        if self.offload and self.shard:
+            raise ValueError("--offload is for one card: with --shard every card holds its part of all of it")
         if self.teacher is not None and self.algo != "opd":
             raise ValueError("--teacher is for opd")
         self._check_writer()
@@ -254,6 +262,16 @@ class Config:
     @property
     def writes_skills(self) -> bool:
         return METHODS[self.algo].writes_skills(self)
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """What bounds the memory of sampling."""
+        return {"rollout_budget": self.rollout_budget, "token_budget": self.token_budget}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What scoring goes by: the temperature that was sampled at, and the bound of its memory."""
+        return {"temperature": self.temperature, "token_budget": self.token_budget}
 
     @property
     def keeps_ema(self) -> bool:

@@ -81,8 +81,7 @@ def play(
 ) -> list[Trajectory]:
     """Play each of `games` once, at --eval-temperature, as many at a time as --rollout-budget holds."""
     sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.eval_temperature}
-    budgets = {"rollout_budget": config.rollout_budget, "token_budget": config.token_budget}
-    sampler = Sampler(model, encoder.tokenizer, **sampling, **budgets, reuse_cache=config.reuse_cache)
+    sampler = Sampler(model, encoder.tokenizer, **sampling, **config.budgets, reuse_cache=config.reuse_cache)
     with tqdm(desc="evaluate", leave=False, disable=None) as bar:
         return rollout(
             sampler,

@@ -29,6 +29,7 @@ from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.logprobs import sequence_logprobs
 from lm.obstacles import check_model, sampling_note
+from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
 from lm.parallel import clip_gradients, even, gathered, shard, sum_gradients
 from lm.sampler import Sampler, check_gap, logprob_gap
@@ -36,8 +37,10 @@ from lm.writers import Writer, import_writer, model_writer, openai_writer
 from rescore import guided_contexts, layout_noise, response_logprobs, score
 from rollout import rollout
 from router import asks_for, route
-from runlog import RunLog, peak_mib
+from runlog import RunLog
+from runlog.memory import peak_mib
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of, timed
+from runlog.plan import line, told
 from skills import write_skills
 from tiny.loading import load_model
 
@@ -139,6 +142,7 @@ class Run:
         config.check_trainable()
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
+        self.offload = Offload(self.accelerator.device, config.offload)
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
             raise ValueError(f"{config.tasks} --tasks of {len(self.games)} games: fewer than one for each process")
@@ -152,14 +156,19 @@ class Run:
         # hold different numbers of micro-batches, and `generate` is the model's own.
         self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
         check_model(self.policy, config.context_limit)
+        self.accelerator.print(line(config, self.policy, self.accelerator.num_processes))
         self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
-        self.models = {"policy": self.policy, "old": self.policy, "reference": frozen_copy(self.policy)}
+        reference = frozen_copy(self.policy, config.frozen_dtype, mixed_precision=config.mixed_precision)
+        self.models = {"policy": self.policy, "old": self.policy, "reference": reference}
         if config.keeps_ema:
             self.models["ema"] = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.further = self.method.load(self.tokenizer, place)
+        others = [self.models[name] for name in ("reference", "ema") if name in self.models] + [*self.further.values()]
+        self.frozen = [model for model in others if isinstance(model, torch.nn.Module)]  # with weights of their own
         if config.shard:
-            shard([*self.models.values(), *self.further.values()], device)
+            with self.accelerator.autocast():
+                shard([self.policy, *self.frozen], device)
         if config.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
             self.policy.enable_input_require_grads()
@@ -168,6 +177,7 @@ class Run:
         self.encoder = Encoder(self.tokenizer, config.context, start["date"])
         self.writer = self._writer() if config.writes_skills else None
         self.log.restore(self.policy, self.optimizer, self.models.get("ema"), self.method)
+        self.offload.rest(*self.frozen, self.optimizer)
         if config.eval_every and self.log.first_iteration == 0:
             self.evaluate(-1)
 
@@ -186,9 +196,8 @@ class Run:
         games = rng.sample(self.games, min(config.tasks, len(self.games)))
         mine = games[share.process_index :: share.num_processes]
         sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-        budgets = {"rollout_budget": config.rollout_budget, "token_budget": config.token_budget}
         how = {"reuse_cache": config.reuse_cache, "record": iteration == 0}
-        sampler = Sampler(self.policy, self.tokenizer, **sampling, **budgets, **how)
+        sampler = Sampler(self.policy, self.tokenizer, **sampling, **config.budgets, **how)
         with self._bar("rollout") as bar, self.accelerator.autocast(), gathered(self.policy):
             trajectories, metrics = rollout(
                 sampler,
@@ -213,13 +222,11 @@ class Run:
         if not (config.levels or config.writes_skills):
             return skills, metrics
         if config.writes_skills:
-            with self.accelerator.autocast(), gathered(self.models.get(config.skill_writer)):
-                skills, metrics = write_skills(
-                    trajectories,
-                    self.writer,
-                    max_step_skills=config.max_step_skills,
-                    template=self.make_env().analysis_prompt(),
-                )
+            writer = self.models.get(config.skill_writer)
+            needed = self.offload.needed(*(model for model in self.frozen if model is writer))
+            with self.accelerator.autocast(), needed, gathered(writer):
+                asked = {"max_step_skills": config.max_step_skills, "template": self.make_env().analysis_prompt()}
+                skills, metrics = write_skills(trajectories, self.writer, **asked)
         return self.method.skills(trajectories, skills, rng), metrics
 
     def _writer(self) -> Writer:
@@ -236,8 +243,7 @@ class Run:
             **sampling,
             context_limit=config.skill_context_limit or config.context_limit,
             prefill=config.skill_prefill,
-            rollout_budget=config.rollout_budget,
-            token_budget=config.token_budget,
+            **config.budgets,
             date=self.encoder.date,
         )
 
@@ -256,10 +262,10 @@ class Run:
 
     def _old_logprobs(self, trajectories: list[Trajectory]) -> list[list[list[float]]]:
         """log pi_old of each token of each step of each trajectory."""
-        config, steps = self.config, [step for trajectory in trajectories for step in trajectory.steps]
-        limits = {"temperature": config.temperature, "token_budget": config.token_budget}
+        steps = [step for trajectory in trajectories for step in trajectory.steps]
+        sampled = [step.context for step in steps], [step.response for step in steps]
         with self.accelerator.autocast():
-            scores = response_logprobs(self.policy, [s.context for s in steps], [s.response for s in steps], **limits)
+            scores = response_logprobs(self.policy, *sampled, **self.config.limits)
         rows = iter([row[: len(step.response)].tolist() for row, step in zip(scores, steps, strict=True)])
         return [[next(rows) for _ in trajectory.steps] for trajectory in trajectories]
 
@@ -271,7 +277,7 @@ class Run:
         config = self.config
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.offload.needed(*self.frozen):
             plain, guided, metrics = self._logprobs(contexts, responses, trajectories, routes)
             if iteration == 0:
                 largest, mean = logprob_gap([step.logprobs for step in steps], plain["old"])
@@ -279,8 +285,7 @@ class Run:
                 metrics["rollout/logprob_gap"] = largest
             if config.levels and iteration == 0:
                 few = sum(len(trajectory.steps) for trajectory in trajectories[:NOISE_TRAJECTORIES])
-                limits = {"temperature": config.temperature, "token_budget": config.token_budget}
-                noise = layout_noise(self.policy, contexts[:few], responses[:few], **limits)
+                noise = layout_noise(self.policy, contexts[:few], responses[:few], **config.limits)
                 metrics["advantage/noise_floor"] = noise
         outcome, outcome_metrics = outcome_of(self.method, trajectories)  # (B,) A_ep
         batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration)
@@ -305,8 +310,7 @@ class Run:
             contexts,
             responses,
             guided,
-            temperature=config.temperature,
-            token_budget=config.token_budget,
+            **config.limits,
             progress=lambda name: lambda batches: self._bar(f"score {name}", batches),
         )
         return plain, scored, metrics
@@ -323,7 +327,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
         taken: list[Metrics] = []
-        with self._bar("update", total=config.epochs * parts) as bar:
+        with self._bar("update", total=config.epochs * parts) as bar, self.offload.needed(self.optimizer):
             for _ in range(config.epochs):
                 rng.shuffle(sequences)
                 for part in range(parts):
@@ -339,7 +343,7 @@ class Run:
         finite = [metrics for metrics in taken if math.isfinite(metrics["grad_norm"])]
         if ema := self.models.get("ema"):
             for slow, fast in zip(ema.parameters(), self.policy.parameters(), strict=True):
-                slow.lerp_(fast.detach(), 1 - config.ema_decay)
+                slow.lerp_(fast.detach().to(slow.device), 1 - config.ema_decay)
         means = {name: sum(metrics[name] / len(finite) for metrics in finite) for name in finite[0]}
         return means | {"update/skipped": skipped}
 
@@ -440,10 +444,7 @@ def learning_rate(config: Config, iteration: int) -> float:
 def main() -> None:
     config = parse_args()
     if config.plan:
-        from runlog.plan import format_plan, plan
-
-        print(format_plan(plan(config)))
-        return
+        return print(told(config))
     try:
         run = Run(config)
     except (ValueError, OSError, ImportError) as error:  # a model, folder, package or setting that cannot be used

@@ -10,6 +10,7 @@ from torch import Tensor
 from advantage import skill_advantage, where_scored
 from baselines.method import Config, Grpo
 from data import Batch
+from lm.loading import frozen
 from tiny.loading import load_model
 
 
@@ -20,7 +21,9 @@ class Opd(Grpo):
             raise ValueError("--algo opd needs --teacher, the larger model")
 
     def load(self, tokenizer, device) -> dict[str, Any]:
-        return {"teacher": load_teacher(self.config.teacher, tokenizer, dtype=self.config.dtype).to(device)}
+        config = self.config
+        teacher = load_teacher(config.teacher, tokenizer, dtype=config.dtype)
+        return {"teacher": frozen(teacher, config.frozen_dtype, mixed_precision=config.mixed_precision).to(device)}
 
     def adjust(
         self, batch: Batch, outcome: Tensor, plain: dict[str, Tensor], guided: dict[str, Tensor], iteration: int
@@ -37,4 +40,4 @@ def load_teacher(name: str, tokenizer, *, dtype: str):
     teacher, own = load_model(name, dtype=dtype)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {name} has another tokenizer than --model: it cannot score the model's tokens")
-    return teacher.requires_grad_(False).eval()
+    return frozen(teacher)

@@ -27,7 +27,7 @@ def case(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lm.logprobs import token_logprobs
-    from runlog import peak_mib
+    from runlog.memory import peak_mib
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}

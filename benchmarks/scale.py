@@ -37,7 +37,7 @@ from lm.logprobs import sequence_logprobs
 from lm.packing import micro_batches, pack
 from lm.sampler import Sampler
 from rescore import response_logprobs
-from runlog import peak_mib
+from runlog.memory import peak_mib
 
 PHASES = ("rollout", "scoring", "update")
 AXES = ("episodes", "turns", "tokens", "vocabulary")

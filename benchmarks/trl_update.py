@@ -197,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from runlog import peak_mib
+    from runlog.memory import peak_mib
 
     seconds = {"ours": ours, "trl": trl}[args.side](json.loads(args.work.read_text()))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

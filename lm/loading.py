@@ -121,11 +121,29 @@ def without_dropout(model):
     return model
 
 
-def frozen_copy(model):
-    """The weights as they are now, for good: the reference policy."""
+def frozen_copy(model, dtype: str = "float32", *, mixed_precision: str = "no"):
+    """The weights as they are now, for good: the reference policy. `dtype`: see `frozen`."""
     if hasattr(model, "disable_adapter"):
         return AdapterOff(model)
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    return frozen(copy.deepcopy(model), dtype, mixed_precision=mixed_precision)
+
+
+def frozen(model, dtype: str = "float32", *, mixed_precision: str = "no"):
+    """A model that only reads from now on, in place: -> the model.
+
+    `dtype` is --frozen-dtype. "float32": weights stay as they are. "bfloat16": all of them are rounded, which shows in
+    log-probs. "auto": with `mixed_precision` "bf16" those that autocast rounds before each use, so that under autocast
+    no number changes: of linear layers, but for one that shares its weight with the embeddings, which are looked up as
+    they are.
+    """
+    if dtype == "bfloat16":
+        model.to(torch.bfloat16)
+    elif dtype == "auto" and mixed_precision == "bf16":
+        linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
+        others = {id(p) for module in model.modules() if module not in linear for p in module.parameters(recurse=False)}
+        for parameter in {p for module in linear for p in module.parameters() if id(p) not in others}:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.requires_grad_(False).eval()
 
 
 def save_policy(model, tokenizer, folder: str | Path) -> None:

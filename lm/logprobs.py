@@ -82,8 +82,12 @@ def chunked_logprobs(
     model, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, temperature: float, chunk: int
 ) -> Tensor:
     """The same numbers and gradients with at most `chunk` logits alive (one token's, where that is more)."""
-    head = model.get_output_embeddings()
     states = hidden_states(model, inputs)[keep]  # (N, H)
+    return head_logprobs(model.get_output_embeddings(), states, targets, temperature, chunk)
+
+
+def head_logprobs(head, states: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
+    """Hidden states (N, H) -> log-probs (N,), `chunk` logits at a time."""
     size = max(1, chunk // head.weight.shape[0])
 
     def score(states: Tensor, targets: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def shard(models: Iterable, device: torch.device) -> None:
     """Share the weights of each out over all processes, layer by layer, then the rest, in place.
 
     They may be on the CPU: only this process's part goes to `device`. Models that share their weights (AdapterOff) are
-    sharded once. Raises ValueError in a single process.
+    sharded once. Called under the run's autocast. Raises ValueError in a single process.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         raise ValueError("--shard splits weights over processes, and there is but one: accelerate launch train.py ...")

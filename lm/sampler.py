@@ -66,7 +66,8 @@ class CachedConversations:
         return 1 - max(map(len, self.seen)) / self.ids.shape[1]
 
     def compacted(self) -> CachedConversations:
-        """A copy without the padding inside rows: left-padded to the longest.
+        """The same without the padding inside rows: left-padded to the longest. Takes the cache over, a layer at a
+        time, so that no second one is held.
 
         Exact, since keys carry their positions with them and position ids follow the mask. A row whose newest token is
         in the cache already has it read once more, as every row's newest column is.
@@ -80,13 +81,10 @@ class CachedConversations:
             """(rows, heads, length - 1, size) -> (rows, heads, longest - 1, size)"""
             return states.gather(2, cached[:, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
-        return CachedConversations(
-            self.keys,
-            self.seen,
-            self.ids.gather(1, columns),
-            self.mask.gather(1, columns),
-            DynamicCache([(move(layer.keys), move(layer.values)) for layer in self.cache.layers]),
-        )
+        for layer in self.cache.layers:
+            layer.keys, layer.values = move(layer.keys), move(layer.values)
+        ids, mask = self.ids.gather(1, columns), self.mask.gather(1, columns)
+        return CachedConversations(self.keys, self.seen, ids, mask, self.cache)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""

@@ -6,11 +6,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import resource
-import sys
 from pathlib import Path
-
-import torch
 
 from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
@@ -201,16 +197,6 @@ class RunLog:
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
         self.farewell()
         self.accelerator.end_training()
-
-
-def peak_mib(device: torch.device) -> float:
-    """Most memory held so far, MiB: what PyTorch allocated on a GPU; on a CPU, all that this process had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # the kernel's own count; getrusage counts in what the parent process held at the start
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _numbers(value):

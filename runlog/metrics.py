@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, Skills, Trajectory
+from lm.memory import give_back
 
 Metrics = dict[str, float]
 
@@ -91,13 +92,15 @@ def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -
 
 
 def timed(phase: str):
-    """A method of Run that returns metrics, alone or last, returns its wall clock among them."""
+    """A method of Run that returns metrics, alone or last, returns its wall clock among them, and gives back to the
+    system what it held."""
 
     def wrap(method):
         @wraps(method)
         def run(*args):
             started = time.perf_counter()
             returned = method(*args)
+            give_back()
             metrics = returned[-1] if isinstance(returned, tuple) else returned
             metrics[f"seconds/{phase}"] = time.perf_counter() - started
             return returned

@@ -1,159 +1,247 @@
-"""What a run would need of memory: python train.py --plan [--recipe ...]
+"""What a run needs of memory, phase by phase, whether that is there, and what to change first: python train.py --plan
 
-Estimated from the model's configuration, no weights loaded. Exact: weights, gradients, optimizer, copies, KV cache.
-Activations are what autograd saves in a forward pass of this very architecture under this run's autocast, counted on
-tensors without data and extended to --token-budget; the rest is arithmetic (see `_logits`, `_reading`). What a real run
-took is in its first iteration's line and its `memory/peak_mib`.
+Planned from the model's configuration, no weights loaded. Exact: weights, gradients, optimizer, copies, keys and
+values. What a pass holds besides is counted on tensors without data, by the run's own code (passes.py). All rows are
+taken to be as long as they may be. benchmarks/plan.py compares with what runs really take.
 """
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig
 
-from config import LOCAL_WRITERS, Config
-from lm.loading import add_lora
-from lm.logprobs import CHUNK
-from runlog import peak_mib
+from config import LOCAL_WRITERS, RECIPES, Config, flag
+from lm.loading import frozen
+from lm.memory import give_back
+from runlog import memory
+from runlog.counting import bytes_of, shell
+from runlog.passes import Pass, Passes
 from tiny.loading import load_config
 
-MIB = 2**20
-LENGTH = 32  # tokens of a row on which activations are counted; short, so that its mask does not count
+MIB, GIB = 2**20, 2**30
+FROZEN = ("reference", "teacher", "ema")  # models that only read
+CARDS = (16, 24, 48, 80, 141)  # GiB, of one GPU
+# of a card or of this machine: the rest is for the CUDA context, libraries' workspaces, and pieces that fit nothing
+USABLE = 0.9
 
 
 @dataclass
-class Part:
-    """`size` in bytes. `phase` says when it is held: always, while sampling (rollouts and skills), or in the update."""
+class Phase:
+    """`parts`: what is held at its peak, name -> bytes."""
 
     name: str
-    size: float
-    phase: str
-    note: str
+    parts: dict[str, float]
+
+    @property
+    def size(self) -> float:
+        return sum(self.parts.values())
 
 
-def plan(config: Config) -> list[Part]:
-    """What a process holds at its peak, part by part. Raises what loading a model's configuration raises (OSError
+class Plan:
+    """The phases of a run on one of `processes`, each with its peak. `libraries`: bytes of the process before it has a
+    model, which count on a CPU; None: planned for a GPU. Raises what loading a model's configuration raises (OSError
     where the hub cannot be reached)."""
-    architecture, dtype = load_config(config.model, config.env), getattr(torch, config.dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-        model = add_lora(model, config.lora_rank) if config.lora_rank else model
-    weights = _bytes(model.parameters())
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
-    layers, hidden = architecture.num_hidden_layers, architecture.hidden_size
-    a_token, fixed = _saved(architecture, config)
-    whole = a_token * config.token_budget
-    if config.gradient_checkpointing:  # the input of every layer, and one layer in full
-        whole = whole / layers + layers * config.token_budget * hidden * _width(config.dtype)
-    tokens = _tokens_sampled(config)
-    parts = [
-        Part("weights", weights, "always", f"{config.dtype}"),
-        Part("reference copy", 0 if config.lora_rank else weights, "always", "none with LoRA: adapters off"),
-        Part("teacher", _teacher(config), "always", "--teacher"),
-        Part("EMA copy", weights if config.keeps_ema else 0, "always", "--scorer ema, --skill-writer ema"),
-        Part("optimizer", 2 * trained, "always", "AdamW: two moments a trained weight"),
-        Part("KV cache", tokens * _kv_bytes(architecture, config), "sampling", f"{tokens:,} tokens at most"),
-        Part("reading prompts", tokens * _reading(architecture, config), "sampling", f"{tokens:,} tokens in one go"),
-        Part("gradients", trained, "update", ""),
-        Part("autocast copies", fixed, "update", "--mixed-precision: weights as they are multiplied"),
-        Part("activations", whole, "update", f"{config.token_budget:,} tokens a pass (--token-budget)"),
-        Part("logits", _logits(architecture, config), "update", "a chunk at a time"),
+
+    def __init__(self, config: Config, architecture=None, *, processes: int = 1, libraries: float | None = None):
+        self.config, self.processes, self.libraries, self.gpu = config, processes, libraries, libraries is None
+        self.architecture = architecture or architecture_of(config.model, config.env)
+        self.model = shell(self.architecture, config.dtype, config.lora_rank)
+        self.passes = Passes(config, self.architecture)
+        self.phases = [phase for phase in self._phases() if phase]
+
+    @property
+    def largest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.size)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of one process."""
+        return self.largest.size
+
+    def _phases(self) -> list[Phase | None]:
+        config, limit = self.config, self.config.context_limit
+        alive, played = self._rows(limit, self._episodes()), self._rows(limit, self._share(config.eval_games))
+        return [
+            self._without_gradient("rollout", self.passes.sampling(alive, limit)),
+            self._skills(),
+            self._without_gradient("scoring", self.passes.scoring(), *FROZEN),
+            self._update(),
+            self._without_gradient("evaluation", self.passes.sampling(played, limit)) if played > alive else None,
+        ]
+
+    def _share(self, count: int) -> int:
+        """The most of so many that one process gets."""
+        return -(-count // self.processes)
+
+    def _episodes(self) -> int:
+        return self._share(self.config.tasks) * self.config.rollouts
+
+    def _rows(self, length: int, count: int) -> int:
+        """How many rows are sampled at a time, of `count` in all."""
+        return min(max(1, self.config.rollout_budget // length), count)
+
+    def _skills(self) -> Phase | None:
+        config, writer = self.config, self.config.skill_writer
+        if not config.writes_skills or writer not in LOCAL_WRITERS:
+            return None
+        length = config.skill_context_limit or config.context_limit
+        work = self.passes.sampling(self._rows(length, self._episodes()), length)
+        return self._without_gradient("skills", work, writer)
+
+    # ---- what a phase holds --------------------------------------------------------------------------------------
+
+    def _lasting(self, used: tuple[str, ...]) -> dict[str, float]:
+        """What is held whatever a phase does. With --offload on a GPU only what is `used` of the models that only read,
+        and of the optimizer."""
+        config, weights = self.config, bytes_of(self.model)
+        parts = {
+            "weights": weights,
+            "reference": 0 if config.lora_rank else self._frozen(config.model),
+            "teacher": self._frozen(config.teacher) if config.teacher else 0,
+            "ema": weights if config.keeps_ema else 0,
+            "optimizer": 2 * bytes_of(self.model, trained=True),
+        }
+        if config.offload and self.gpu:
+            parts = {name: size for name, size in parts.items() if name in ("weights", *used)}
+        if config.shard:
+            parts = {name: size / self.processes for name, size in parts.items()}
+        return {"process": self.libraries or 0} | parts
+
+    def _without_gradient(self, name: str, work: Pass, *used: str) -> Phase:
+        parts = self._lasting(used)
+        if self.config.shard:  # the model in use, whole
+            parts["gathered"] = bytes_of(self.model) * (1 - 1 / self.processes)
+        parts |= {"autocast copies": work.copies, "keys, values": work.cache}
+        return Phase(name, parts | {"pass": work.peak - work.copies - work.cache})
+
+    def _update(self) -> Phase:
+        work, trained, parts = self.passes.update(), bytes_of(self.model, trained=True), self._lasting(("optimizer",))
+        mine = trained / (self.processes if self.config.shard else 1)
+        if self.config.shard:
+            parts["gathered"] = self._units()
+        # A pass, or, when its activations are gone, AdamW's roots of all second moments, which a GPU takes at a time.
+        held, step = work.peak - trained, mine if self.gpu else 0
+        copies = work.copies if held > step else 0
+        return Phase("update", parts | {"gradients": mine, "autocast copies": copies, "pass": max(held, step) - copies})
+
+    def _units(self) -> float:
+        """What FSDP gathers at a time: what belongs to no layer, two layers, and the gradient of the larger of both."""
+        layers = max((m for m in self.model.modules() if isinstance(m, nn.ModuleList)), key=len)
+        layer = bytes_of(layers[0])
+        rest = bytes_of(self.model) - sum(bytes_of(each) for each in layers)
+        return (rest + 2 * layer + max(rest, layer)) * (1 - 1 / self.processes)
+
+    def _frozen(self, name: str) -> int:
+        """The bytes of a copy that only reads."""
+        config, architecture = self.config, self.architecture if name == self.config.model else architecture_of(name)
+        model = shell(architecture, config.dtype, 0)
+        return bytes_of(frozen(model, config.frozen_dtype, mixed_precision=config.mixed_precision))
+
+
+def architecture_of(name: str, env: str = "alfworld"):
+    """A model's configuration, of the recipes' models without asking the hub."""
+    published = RECIPES / "models" / f"{name.rpartition('/')[2]}.json"
+    return AutoConfig.from_pretrained(published) if published.is_file() else load_config(name, env)
+
+
+# ---- is it there, and what to change -------------------------------------------------------------------------------
+
+
+def advice(plan: Plan, there: float) -> str | None:
+    """The change to make first where the plan does not fit into `there` bytes; None where it fits: the first that is
+    enough by itself, else the one that takes most off. What makes no number differ is asked first."""
+    if plan.peak <= USABLE * there:
+        return None
+    tried = []
+    for words, changes in _changes(plan):
+        same = {"processes": plan.processes, "libraries": plan.libraries}
+        other = Plan(replace(plan.config, **changes), plan.architecture, **same)
+        if other.peak <= USABLE * there:
+            return f"{words} is enough ({other.peak / GIB:.1f} GiB)"
+        tried.append((other.peak, words))
+    least, words = min(tried, default=(plan.peak, ""))
+    if least > 0.98 * plan.peak:
+        return "no flag by itself takes much off: a smaller model, or a larger device"
+    return f"first {words} ({least / GIB:.1f} GiB), then ask again"
+
+
+def _changes(plan: Plan) -> list[tuple[str, dict]]:
+    """Settings that could take something off the largest phase, as (words, changes)."""
+    config, phase, changes = plan.config, plan.largest.name, []
+
+    def halved(name: str, least: int) -> None:
+        value = getattr(config, name)
+        while value // 2 >= least:
+            value //= 2
+            changes.append((f"{flag(name)} {value}", {name: value}))
+
+    if phase in ("rollout", "skills", "evaluation"):
+        length = (config.skill_context_limit or config.context_limit) if phase == "skills" else config.context_limit
+        halved("rollout_budget", length)
+    if phase == "update" and not config.gradient_checkpointing:
+        changes.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    halved("token_budget", min(config.context_limit, 1024))
+    if config.frozen_dtype == "float32":
+        changes.append(("--frozen-dtype auto", {"frozen_dtype": "auto"}))
+    if not (config.offload or config.shard):
+        changes.append(("--offload", {"offload": True}))
+    if plan.processes > 1 and not (config.shard or config.offload or config.lora_rank):
+        changes.append(("--shard", {"shard": True}))
+    if not (config.lora_rank or config.shard):
+        changes.append(("--lora-rank 32", {"lora_rank": 32}))
+    return changes
+
+
+def line(config: Config, model, processes: int) -> str:
+    """One line for the start of a run, with a warning where it would run out."""
+    try:
+        plan = Plan(config, model.config, processes=processes, libraries=libraries_of(model))
+    except Exception as error:  # an architecture that does not run without data; no reason to refuse it
+        return f"memory: not planned, {type(error).__name__} in this architecture's code"
+    there = memory.there()
+    told = (
+        f"memory: at most {plan.peak / GIB:.1f} GiB by plan (in the {plan.largest.name}), {there / GIB:.1f} GiB there"
+    )
+    change = advice(plan, there)
+    return told if change is None else f"{told}\nWARNING: this run may run out of memory. Change {change}; see --plan"
+
+
+def told(config: Config) -> str:
+    """What --plan prints."""
+    launched = "WORLD_SIZE" in os.environ
+    plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries_of())
+    there = memory.there()
+    change = advice(plan, there)
+    lines = [format_phases(plan.phases)]
+    lines += [f"peak, estimated: {plan.peak / MIB:.1f} MiB a process, in the {plan.largest.name}"]
+    fits = "it fits" if change is None else f"does not fit: change {change}"
+    lines += [
+        f"{'the GPU has' if plan.gpu else 'this machine has'} {there / GIB:.1f} GiB, {USABLE:.0%} of which may be "
+        f"planned with: {fits}"
     ]
-    if not torch.cuda.is_available():
-        parts.append(Part("process", peak_mib(torch.device("cpu")) * MIB, "always", "Python and libraries, as of now"))
-    return parts
+    counts = (1, 2, 4, 8) if config.shard and not launched else (plan.processes,)
+    for count in counts:
+        peak = Plan(config, plan.architecture, processes=count).peak
+        card = next((f"fits a GPU of {card} GB" for card in CARDS if peak <= USABLE * card * GIB), "fits no GPU")
+        lines += [f"on {count} GPU{'s' * (count > 1)}: {peak / GIB:.1f} GiB each, {card}"]
+    return "\n".join(lines)
 
 
-def peak(parts: list[Part]) -> float:
-    """Bytes: what is always held, and the larger of the two phases."""
-    of = {phase: sum(p.size for p in parts if p.phase == phase) for phase in ("always", "sampling", "update")}
-    return of["always"] + max(of["sampling"], of["update"])
+def libraries_of(*models: nn.Module) -> float | None:
+    """Bytes of this process without the models that it holds; None on a GPU, where it is not in the card's memory."""
+    give_back()
+    return None if torch.cuda.is_available() else max(0, memory.resident() - sum(map(bytes_of, models)))
 
 
-def format_plan(parts: list[Part]) -> str:
-    lines = [f"{'part':<18}{'MiB':>10}  {'held':<10}note"]
-    lines += [f"{p.name:<18}{p.size / MIB:>10.1f}  {p.phase:<10}{p.note}".rstrip() for p in parts if p.size]
-    return "\n".join([*lines, f"{'peak, estimated':<18}{peak(parts) / MIB:>10.1f}  a process"])
-
-
-def _teacher(config: Config) -> int:
-    if config.teacher is None:
-        return 0
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(config.teacher), dtype=getattr(torch, config.dtype))
-    return _bytes(model.parameters())
-
-
-def _bytes(parameters) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def _width(dtype: str) -> int:
-    """Bytes of a number."""
-    return {"float32": 4, "bfloat16": 2}[dtype]
-
-
-def _compute_width(config: Config) -> int:
-    return 2 if config.mixed_precision == "bf16" else _width(config.dtype)
-
-
-def _saved(architecture, config: Config) -> tuple[float, float]:
-    """Bytes that a forward pass saves for the backward pass: (for each token, whatever their number).
-
-    Of the model without adapters: where LoRA freezes a weight, its adapter saves the same input in its stead.
-    """
-    with FakeTensorMode():  # tensors without data that still have a device, which autocast asks for
-        model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype)).train()
-        one, two = (_saved_by(model, config, rows) for rows in (1, 2))
-    return (two - one) / LENGTH, 2 * one - two
-
-
-def _saved_by(model, config: Config, rows: int) -> int:
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    held: dict[int, torch.UntypedStorage] = {}  # each storage once, and kept, so that no address is used twice
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            held[storage._cdata] = storage
-        return tensor
-
-    ids = torch.zeros(rows, LENGTH, dtype=torch.long)
-    # of four dimensions, as a mask of two would be looked into, and there is nothing in it
-    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
-    autocast = torch.autocast("cpu", torch.bfloat16) if config.mixed_precision == "bf16" else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-    return sum(storage.nbytes() for storage in held.values())
-
-
-def _tokens_sampled(config: Config) -> int:
-    """Most tokens whose keys and values are held at a time, which may also all be read in one forward pass."""
-    episodes = config.tasks * config.rollouts  # with many processes: each its share
-    acting = episodes * config.context_limit
-    if not config.writes_skills or config.skill_writer not in LOCAL_WRITERS:
-        return acting
-    writing = min(config.rollout_budget, episodes * (config.skill_context_limit or config.context_limit))
-    return max(acting, writing)
-
-
-def _kv_bytes(model, config: Config) -> int:
-    """Keys and values of one token, all layers."""
-    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    return 2 * model.num_hidden_layers * heads * head * _compute_width(config)
-
-
-def _reading(model, config: Config) -> int:
-    """What one layer holds of a token without gradient: its input and output, queries and attention, and the MLP's
-    gate, up and their product. The next layer uses the same memory again."""
-    return (4 * model.hidden_size + 3 * model.intermediate_size) * _compute_width(config)
-
-
-def _logits(model, config: Config) -> int:
-    """Logits, their log-softmax and its gradient, in float32, of one chunk (benchmarks/memory.py measures three)."""
-    return 3 * 4 * min(config.token_budget * model.vocab_size, CHUNK)
+def format_phases(phases: list[Phase]) -> str:
+    """A line a part, a column a phase, in MiB."""
+    names = list(dict.fromkeys(name for phase in phases for name, size in phase.parts.items() if size >= MIB / 20))
+    lines = [f"{'MiB':<16}" + "".join(f"{phase.name:>12}" for phase in phases)]
+    for name in names:
+        sizes = [phase.parts.get(name, 0) / MIB for phase in phases]
+        lines.append(f"{name:<16}" + "".join(f"{size:>12.1f}" if size >= 0.05 else f"{'-':>12}" for size in sizes))
+    return "\n".join([*lines, f"{'all':<16}" + "".join(f"{phase.size / MIB:>12.1f}" for phase in phases)])

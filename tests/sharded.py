@@ -24,7 +24,7 @@ import lm.parallel
 from data import Guidance
 from envs.alfworld import AlfworldEnv, generate_games
 from lm.encoder import Encoder
-from lm.loading import AdapterOff, add_lora, save_policy
+from lm.loading import AdapterOff, add_lora, frozen_copy, save_policy
 from lm.obstacles import unwrapped
 from lm.packing import Sequence, micro_batches
 from lm.parallel import clip_gradients, even, gathered, is_sharded, shard, sum_gradients, whole
@@ -230,6 +230,19 @@ def scores_and_samples(folder: Path) -> None:
         close(a, b)
 
 
+def frozen_in_less(folder: Path) -> None:
+    """Weights of two types in one model: its linear layers in bfloat16, the rest in float32."""
+    whole_one = qwen().eval()
+    less = frozen_copy(whole_one, "auto", mixed_precision="bf16")
+    assert {p.dtype for p in less.parameters()} == {torch.float32, torch.bfloat16}
+    sequences = sequences_of(distributed.get_rank())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        shard([less], CPU)
+        with gathered(less):
+            scores = [lm.logprobs.sequence_logprobs(model, sequences, 1.0)[0] for model in (less, whole_one)]
+    assert torch.equal(*scores)
+
+
 def final_policies(folder: Path) -> None:
     for name, make in (("full", qwen), ("lora", lora)):
         model, one = make(), make()
@@ -309,6 +322,7 @@ CHECKS: dict[str, tuple[int, Callable[[Path], None]]] = {
     "a gradient that is no number is seen by all": (2, spoilt_gradient),
     "buckets sum as tensors do": (3, bucket_sums),
     "gathered models score and sample alike": (2, scores_and_samples),
+    "a frozen model in less is gathered as it was": (2, frozen_in_less),
     "the final policy is whole": (2, final_policies),
     "save by 2": (2, save_both),
     "save by 3": (3, save_both),

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from lm.loading import without_dropout
+from lm.loading import frozen_copy, without_dropout
 from lm.logprobs import sequence_logprobs
 from lm.obstacles import check_model
 from lm.packing import pack
@@ -99,7 +99,8 @@ def sampled_and_scored(model) -> dict[str, float]:
     """Largest |difference| of each way from each row alone; of gradients as a share of the largest one."""
     model.generation_config.eos_token_id = ENDS
     torch.manual_seed(0)
-    sampler = Sampler(model, TOKENIZER, max_new_tokens=4, temperature=1.0, record=True)
+    # read in pieces of three columns, the others' rows being longer and shorter than that
+    sampler = Sampler(model, TOKENIZER, max_new_tokens=4, temperature=1.0, record=True, token_budget=9)
     contexts, responses = episodes(sampler)
     expected = alone(model, contexts, responses)
     truth = expected.detach()
@@ -143,3 +144,14 @@ def test_the_tables_name_what_exists_and_most_is_tried():
     assert UNTRIED.keys() <= set(configs)
     assert REFUSED.keys() <= set(names)
     assert len(TRIED) >= 150
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("config", "name"), TRIED, ids=[f"{name}-{config}" for config, name in TRIED])
+def test_a_frozen_copy_in_less_gives_the_same_numbers_under_autocast(config, name):
+    model = without_dropout(small_model(getattr(transformers, config), getattr(transformers, name))).eval()
+    ids = torch.randint(5, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        copies = [frozen_copy(model, dtype, mixed_precision="bf16") for dtype in ("float32", "auto")]
+        whole, less = (copied(input_ids=ids, use_cache=False).logits for copied in copies)
+    assert torch.equal(whole, less)

@@ -39,6 +39,7 @@ def test_every_flag_is_explained(capsys):
         (["--algo", "ppo"], "invalid choice"),
         (["--iterations", "0"], "--iterations must be positive"),
         (["--rollout-budget", "0"], "--rollout-budget must be positive"),
+        (["--offload", "--shard"], "--offload is for one card"),
         (["--ema-decay", "1.5"], "--ema-decay must be between 0 and 1"),
         (["--tasks", "two"], "invalid int"),
         (["--context-limit", "64", "--max-new-tokens", "64"], "leaves no room for a prompt"),

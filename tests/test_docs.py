@@ -14,6 +14,7 @@ import data
 import train as train_module
 from config import Config, flag, parse_args
 from runlog.checkpoints import fingerprint
+from tiny.coldstart import ColdStart
 from tiny.warmstart import cache_folder, tiny_tokenizer, warm_started
 from tools import walkthrough
 
@@ -94,6 +95,7 @@ def commands(text: str) -> list[list[str]]:
 def flags_of(script: Path) -> set[str]:
     source = script.read_text()
     own = set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", source)) | {"--help", "--"}
+    own |= {flag(name) for name in ColdStart.__dataclass_fields__} if "fields(ColdStart)" in source else set()
     own |= {"--no-" + name[2:] for name in own}
     passes_on = re.search(r"from config import .*\b(parse_args|parser_of)\b", source) or "train.py" in source
     return own | CONFIG_FLAGS if passes_on else own

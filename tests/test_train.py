@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ import router
 import train as train_module
 from config import Config, parse_args
 from envs.alfworld import AlfworldEnv
+from lm.offload import Offload
 from train import Run, train
 
 SMALL = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
@@ -281,6 +284,35 @@ def test_resume_goes_on_exactly(random_tiny, tmp_path):
     assert same(weights(whole.out), weights(halves.out))
 
 
+def test_nothing_is_read_while_it_rests_in_host_memory(random_tiny, tmp_path, monkeypatch):
+    """What rests is made no number until it is needed again: the run is the same."""
+    train(config(tmp_path, "plain", kl=0.1, scorer="reference"))
+
+    class Poisoned(Offload):
+        aside: ClassVar = {}
+
+        def _tensors(self, thing):
+            moments = [m[name] for m in getattr(thing, "state", {}).values() for name in ("exp_avg", "exp_avg_sq")]
+            return moments if isinstance(thing, torch.optim.Optimizer) else list(thing.parameters())
+
+        def rest(self, *things):
+            for tensor in (tensor for thing in things for tensor in self._tensors(thing)):
+                self.aside[id(tensor)] = tensor.detach().clone()
+                tensor.detach().fill_(math.nan)
+
+        @contextmanager
+        def needed(self, *things):
+            for tensor in (tensor for thing in things for tensor in self._tensors(thing)):
+                tensor.detach().copy_(self.aside.pop(id(tensor)))
+            yield
+            self.rest(*things)
+
+    monkeypatch.setattr(train_module, "Offload", Poisoned)
+    train(config(tmp_path, "rested", kl=0.1, scorer="reference"))
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "rested"))
+    assert Poisoned.aside
+
+
 def test_every_logged_metric_is_explained(random_tiny, tmp_path):
     train(c := config(tmp_path, "run", iterations=1, algo="gigpo"))
     train(d := config(tmp_path, "other", iterations=1, algo="sdar"))
@@ -469,6 +501,7 @@ def test_a_task_that_does_not_fit_is_left_out_and_counted(random_tiny, tmp_path,
     [
         ({"dtype": "bfloat16"}, "--dtype bfloat16 rounds most updates"),
         ({"tracker": "wandb"}, "--tracker wandb needs its package"),
+        ({"offload": True}, "here there is no GPU"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(changes, message, tmp_path, monkeypatch):

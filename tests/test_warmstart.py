@@ -9,7 +9,7 @@ from envs.alfworld import AlfworldEnv
 from envs.alfworld.engine import load_game
 from skills import parse_skills
 from tiny.alfworld import hindsight, hint, novice, reciter, watch
-from tiny.warmstart import Demonstrator, skills_json, tiny_model, warm_start
+from tiny.warmstart import TinyDemonstrator, skills_json, tiny_model, warm_start
 
 
 def play(game, seed: int, flaws: set[str], **habits):
@@ -19,7 +19,7 @@ def play(game, seed: int, flaws: set[str], **habits):
 
 @pytest.fixture(scope="module")
 def demonstrator(tokenizer):
-    return Demonstrator(tokenizer, seed=0)
+    return TinyDemonstrator(tokenizer, seed=0)
 
 
 def test_flawless_play_wins_and_flaws_cost(games):

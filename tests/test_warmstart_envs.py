@@ -13,7 +13,7 @@ from envs.webshop.expert import read_goal
 from skills import parse_skills
 from tiny import search, webshop
 from tiny.plays import Play, script
-from tiny.warmstart import Demonstrator, cache_folder, skills_json, tiny_tokenizer
+from tiny.warmstart import TinyDemonstrator, cache_folder, skills_json, tiny_tokenizer
 
 SCRIPTS = {"search": search, "webshop": webshop}
 REAL = {"search": search.played, "webshop": webshop.play}  # with the names of the corpus
@@ -74,13 +74,13 @@ def test_search_names_are_exchanged_for_others_and_nothing_else_is():
 
 
 def test_vocabulary_is_closed_and_only_commands_that_were_meant_are_learnt(env, words_of):
-    demonstrator = Demonstrator(words_of, 0, env)
+    demonstrator = TinyDemonstrator(words_of, 0, env)
     slips = 0
     for game in demonstrator.script.games(N):
         for sequence in demonstrator.sequences(game):
             assert words_of.unk_token_id not in sequence.ids, words_of.decode(sequence.ids)
         play = demonstrator.play(game, set())
-        sequence = demonstrator.acting(play)
+        [sequence] = demonstrator.acting(play)
         meant = [command for t, (_, command, _) in enumerate(play.turns) if t not in play.slips]
         learnt = [sequence.ids[start : start + size] for _, start, size in sequence.responses]
         assert [words_of.decode(ids) for ids in learnt] == [f"{command} <end>" for command in meant]
@@ -152,7 +152,7 @@ def test_recipes_hold_the_longest_response_and_prompt(name):
     config = Config(**read_recipe(name))
     told = script(config.env)
     assert config.max_steps == told.MAX_STEPS
-    demonstrator = Demonstrator(tiny_tokenizer(config.env), 0, config.env)
+    demonstrator = TinyDemonstrator(tiny_tokenizer(config.env), 0, config.env)
     for game in told.games(N):
         *acting, writing = demonstrator.sequences(game)
         sizes = [size for sequence in acting for _, _, size in sequence.responses]

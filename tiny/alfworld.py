@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data import Skills, Trajectory
 from envs.alfworld import cached_games, room_of, words
@@ -31,6 +31,8 @@ class HouseholdPlay(Play):
     thing: str
     parent: str
     lamp: str
+    commands: list[str] = field(default_factory=list)  # as the engine takes them
+    held: list[str] = field(default_factory=list)  # what was held before each, "" for nothing
 
 
 class Adviser(Explorer):
@@ -106,6 +108,7 @@ def watch(
         thing=adviser.thing,
         parent=adviser.parent,
         lamp=adviser.lamp,
+        game=game.path,
     )
     observation = room_of(observation)
     for t in range(max_steps):
@@ -118,6 +121,8 @@ def watch(
         elif (command := decide(adviser, engine, advice)) is None:
             command, record.hints[t] = advice, record.advice_in_words[t]
         record.turns.append((words(observation), words(command), words(advice)))
+        record.commands.append(command)
+        record.held.append(adviser.held)
         adviser.command = command
         observation = engine.step(command)
         if engine.won:
@@ -165,6 +170,40 @@ def games(count: int) -> list[str]:
 
 def play(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> HouseholdPlay:
     return watch(load_game(game), rng, novice(rng, flaws, hinted), skill=skill, slip=SLIP)
+
+
+def played(game: str, rng: random.Random, flaws: set[str], *, prompt: str = "compact", **told) -> HouseholdPlay:
+    return play(game, rng, flaws, **told)  # the same in either prompt
+
+
+REASONS = {
+    "look": "I have not got the {thing} yet, so I look in the {what}.",
+    "light": "I have the {thing} and still need the {lamp}, so I look in the {what}.",
+    "go": "I have the {thing}, so I go to the {what}.",
+    "open": "The {what} is closed, so I open it.",
+    "take": "The {what} is here, so I take it.",
+    "clean": "The {what} has to be clean, so I clean it.",
+    "heat": "The {what} has to be hot, so I heat it.",
+    "cool": "The {what} has to be cool, so I cool it.",
+    "move": "I have the {what} and this is the place, so I put it here.",
+    "use": "I have the {thing} and the {what} is here, so I use it.",
+}
+
+
+def reason(play: HouseholdPlay, t: int) -> str:
+    """Why one would do what was done at turn t, in a sentence."""
+    verb, *names = [word for word in play.commands[t].split() if not word.isdigit()]
+    if verb in ("go", "examine"):
+        on_the_way = "light" if play.task_type == "look_at_obj_in_light" else "go"
+        return REASONS[on_the_way if play.held[t] else "look"].format(
+            thing=kind_of(play.held[t] or play.thing), lamp=play.lamp, what=names[-1]
+        )
+    what = names[0] if names else ""
+    return REASONS.get(verb, "I try something else.").format(thing=play.thing, lamp=play.lamp, what=what)
+
+
+def official(play: HouseholdPlay, t: int, env) -> str:
+    return f"<think>{reason(play, t)}</think><action>{play.commands[t]}</action>"
 
 
 def vocabulary() -> set[str]:
@@ -220,6 +259,11 @@ def avoidance(play: HouseholdPlay, flaw: str) -> str:
     if play.task_type == "pick_two_obj_and_place":
         return f"never stop after one {thing} find second {thing}"
     return "never look in same place again"
+
+
+def names() -> dict[str, set[str]]:
+    kinds = {"object": "object_types", "place": "receptacle_types"}
+    return {kind: {name.lower() for name in FACTS[types]} for kind, types in kinds.items()}
 
 
 def flaw_of(play: HouseholdPlay) -> str:

@@ -1,18 +1,22 @@
-"""Which model plays, by its name: the tiny one, or what lm/loading.py loads."""
+"""Which model plays, by its name: the tiny one, a cold-started one, or what lm/loading.py loads."""
 
 from __future__ import annotations
 
 import lm.loading
+from tiny.coldstart import PREFIX, cold_started
 from tiny.warmstart import tiny_model, tiny_tokenizer, warm_started
 
 
 def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32", seed: int = 0):
-    """-> (model, tokenizer). `tiny`: the laptop model, warm-started for `env` (trained on first use, then cached)."""
-    return warm_started(env, seed) if name == "tiny" else lm.loading.load_model(name, dtype=dtype)
+    """-> (model, tokenizer). `tiny`: the laptop model, warm-started for `env` (trained on first use, then cached).
+    `cold:NAME`: what lm/loading.py knows by NAME, after its cold start for `env` (trained on first use, then kept)."""
+    if name == "tiny":
+        return warm_started(env, seed)
+    return lm.loading.load_model(cold_started(name, env) if name.startswith(PREFIX) else name, dtype=dtype)
 
 
 def load_config(name: str, env: str = "alfworld"):
     """The architecture of what `load_model` would load, without its weights."""
     if name == "tiny":
         return tiny_model(len(tiny_tokenizer(env)), seed=0).config
-    return lm.loading.load_config(name)
+    return lm.loading.load_config(name.removeprefix(PREFIX))

@@ -31,6 +31,7 @@ class Play:
     slips: set[int] = field(default_factory=set)  # turns whose command is not to be learnt
     skill: str = ""  # the episode skill that it was played under
     success: bool = False
+    game: str = ""  # where the task came from
 
 
 class Adviser(Protocol):
@@ -75,8 +76,22 @@ class Script(Protocol):
         """One episode of a novice with `flaws`, slips included. `hinted`: share of steps where it gets a hint, and
         follows it. `skill` is only noted down: whoever asks for it takes the flaws away that it speaks about."""
 
+    def played(self, game, rng, flaws: set[str], *, prompt: str = "compact", skill: str = "", **chances) -> Play:
+        """An episode as `play` has it, that can be played again in the environment with this `prompt`: with its own
+        names, and pages as long as they are there."""
+
+    def official(self, play: Play, t: int, env) -> str:
+        """What was done at turn t, as a response to the official prompt: a short thought, the reason that the adviser
+        would have for it, and the action. `env` is where the play was before it."""
+
     def workflow(self, play: Play) -> str:
         """The episode skill of a success: the order of work for this kind of task."""
+
+    def avoidance(self, play: Play, flaw: str) -> str:
+        """The episode skill of a failure: what to avoid, and so what to do instead, for one flaw."""
+
+    def names(self) -> dict[str, set[str]]:
+        """The words of skills that name something of the task, by kind: "object", and "place" where there are any."""
 
     def flaw_of(self, play: Play) -> str:
         """What went wrong in a failed episode, read off what was done where something else was called for."""
@@ -109,7 +124,7 @@ def watch(
     """One episode of a novice with `flaws` in a text environment (compact prompts), with an adviser who looks on."""
     observation, info = env.reset(options={"game": game})
     adviser.reset(info["task"])
-    record, over = Play(info["task"], skill=skill), False
+    record, over = Play(info["task"], skill=skill, game=game), False
     while not over:
         t, advice = len(record.turns), adviser.advise(observation)
         record.critical.append(adviser.critical())

@@ -12,6 +12,7 @@ from functools import lru_cache
 from data import Skills
 from envs.search import SearchEnv
 from envs.search import vocabulary as environment_words
+from envs.search.env import read_action
 from envs.search.expert import SearchExpert, worded_like
 from envs.search.facts import HOPS, TITLES, facts
 from envs.search.text import shown_passages, words
@@ -100,10 +101,21 @@ def play(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", **c
     return renamed(played(game, rng, flaws, skill=skill, **chances), rng)
 
 
-def played(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", **chances: float) -> Play:
-    """An episode as it happened, with the names that are in the corpus."""
+def played(
+    game: str, rng: random.Random, flaws: set[str], *, prompt: str = "compact", skill: str = "", **chances: float
+) -> Play:
+    """An episode as it happened, with the names that are in the corpus: the same with either prompt."""
     env = SearchEnv(prompt="compact", max_steps=MAX_STEPS)
     return watch(env, game, Adviser(rng), rng, flaws, skill=skill, **chances)
+
+
+def official(play: Play, t: int, env) -> str:
+    kind, text = read_action(play.turns[t][1])
+    why = {
+        "search": "I do not know that yet, so I search for it." if t else "I have to look this up first.",
+        "answer": f"A passage says {text}, so I answer." if t else f"I think that it is {text}.",
+    }
+    return f"<think>{why[kind]}</think><{kind}>{text}</{kind}>"
 
 
 @lru_cache
@@ -142,6 +154,10 @@ def workflow(play: Play) -> str:
     """The order of work for this kind of question."""
     searches = " then ".join(f"search {text}" for text in plan_of(play))
     return f"first {searches} then answer from doc with same name"
+
+
+def names() -> dict[str, set[str]]:
+    return {"object": {word for hop in HOPS for word in query(hop).split()} - {"it"}}
 
 
 def flaw_of(play: Play) -> str:

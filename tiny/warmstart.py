@@ -2,38 +2,31 @@
 
 Instruct models come with two abilities that OPID leans on: following a skill in context, and writing one from a
 transcript. The tiny model gets both, and only a weak ability to act, from minutes of supervised training on scripted
-demonstrations from the train split, by the script of the environment (tiny/NAME.py, see plays.Script):
-
-    acting alone        a novice with typical flaws
-    under a skill       the same novice, less the flaws that the episode skill speaks about
-    under a hint        the same novice, doing at that one step what the step skill says
-    hindsight           the JSON of skills for the transcript of a novice's episode
+demonstrations from the train split (demonstrations.py), by the script of the environment (tiny/NAME.py).
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import random
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import Guidance, Skills, Step, Trajectory
-from envs import make_env
-from lm.encoder import Encoder
+from data import Skills
 from lm.loading import write_whole
-from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence, micro_batches
-from router import fill
-from skills import analysis_prompt
-from tiny.plays import STEP_SKILLS, Play, script
+from tiny.demonstrations import Demonstrator, Turn, demonstrations
+from tiny.plays import Play, script
+from tiny.supervised import demonstration_loss, latest, shuffled_batches, teach
 
 LEARNING_RATE, BATCH_TOKENS = 3e-3, 1024
 OTHER_TOKENS = 0.3  # weight of tokens that are not responses: they teach copying early, where responses alone do not
+KEY_GAMES = 12  # whose demonstrations name the folder of the weights
 
 
 # ---- tokenizer and model ---------------------------------------------------------------------------------------------
@@ -96,64 +89,19 @@ def skills_json(skills: Skills) -> str:
     return f"{JSON_OPEN} {skills.summary} {JSON_SKILL} {skills.episode} {JSON_STEPS} {end}"
 
 
-class Demonstrator:
-    """Has games played by an environment's script, and turns the plays into sequences whose response tokens are to be
-    learnt."""
-
-    def __init__(self, tokenizer, seed: int, env: str = "alfworld"):
-        self.tokenizer, self.rng, self.script = tokenizer, random.Random(seed), script(env)
-        self.encoder, self.env = Encoder(tokenizer, "chat"), make_env(env, prompt="compact")
-
-    def sequences(self, game) -> list[Sequence]:
-        """One game, played alone, under an episode skill and with hints, and the hindsight of the first of these."""
-        alone = self.play(game, self.flaws())
-        skills = self.script.hindsight(alone)
-        if alone.success or self.rng.random() < 0.5:
-            guided = self.play(game, set(), skill=self.script.workflow(alone))
-        else:
-            guided = self.play(game, self.flaws() - {self.script.flaw_of(alone)}, skill=skills.episode)
-        hinted = self.play(game, self.flaws(), hinted=self.script.HINTED)
-        played = [self.acting(alone, self.script.ALONE_TURNS), self.acting(guided), self.acting(hinted)]
-        return [*played, self.writing(alone, skills)]
-
-    def flaws(self) -> set[str]:
-        return {flaw for flaw, chance in self.script.FLAWS.items() if self.rng.random() < chance}
+class TinyDemonstrator(Demonstrator):
+    """Demonstrations in the tiny model's words."""
 
     def play(self, game, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> Play:
         return self.script.play(game, random.Random(self.rng.random()), flaws, skill=skill, hinted=hinted)
 
-    def acting(self, play: Play, turns: int | None = None) -> Sequence:
-        """The conversation of a play, or its first `turns`, skill and hints in place; every command but slips is to be
-        learnt."""
-        messages, responses, history = [], [], []
-        for t, (observation, command, _) in enumerate(play.turns[:turns]):
-            prompt = self.env.build_prompt("chat", play.task, history, observation, [])
-            skill = [Guidance("episode", play.skill)] if t == 0 and play.skill else []
-            hint = [Guidance("step", play.hints[t])] if t in play.hints else []
-            messages.append(fill(prompt, *skill, *hint))
-            responses.append(self._answer(command))
-            history.append((observation, command))
-        context = self.encoder.context(messages, responses[:-1])
-        return self._sequence(context, responses, play.slips)
+    def turns(self, play: Play) -> tuple[str, list[Turn]]:
+        """As they were played: where names are exchanged for others, they cannot be played again."""
+        told = enumerate(play.turns)
+        return play.task, [Turn(seen, [], command, command, t not in play.slips) for t, (seen, command, _) in told]
 
-    def writing(self, play: Play, skills: Skills) -> Sequence:
-        """The hindsight prompt of a play, as training will build it, and the JSON to be learnt."""
-        steps = [Step((), seen, [], [], command, command, True) for seen, command, _ in play.turns]
-        trajectory = Trajectory(play.task, 0, steps, play.success)
-        prompt = analysis_prompt(trajectory, STEP_SKILLS, self.env.analysis_prompt())
-        return self._sequence(self.encoder.context([prompt], []), [self._answer(skills_json(skills))])
-
-    def _answer(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
-
-    def _sequence(self, context: list[int], responses: list[list[int]], left_out: Collection[int] = ()) -> Sequence:
-        """`context` ends where the last response starts; the earlier responses are found in it, one a turn."""
-        ids, spans, turn = context + responses[-1], [], self.tokenizer.convert_tokens_to_ids("<assistant>")
-        starts = [i + 1 for i, token in enumerate(context) if token == turn]
-        for t, (start, response) in enumerate(zip(starts, responses, strict=True)):
-            if t not in left_out:
-                spans.append((0, start, len(response)))
-        return Sequence(ids, spans)
+    def spell(self, skills: Skills) -> str:
+        return skills_json(skills)
 
 
 # ---- supervised training --------------------------------------------------------------------------------------------
@@ -170,64 +118,32 @@ def optimizers(model) -> list[torch.optim.Optimizer]:
     ]
 
 
-def demonstration_loss(model, sequences: list[Sequence]) -> torch.Tensor:
-    """Weighted mean of -log p a token, in nats: weight 1 on responses, OTHER_TOKENS on everything else."""
-    whole = [Sequence(sequence.ids, [(row, 1, len(sequence.ids) - 1)]) for row, sequence in enumerate(sequences)]
-    weights = torch.full((len(sequences), max(len(s.ids) for s in sequences)), OTHER_TOKENS)  # (S, L)
-    for row, sequence in enumerate(sequences):
-        for _, start, size in sequence.responses:
-            weights[row, start - 1 : start - 1 + size] = 1.0
-    with torch.autocast(model.device.type, torch.bfloat16):
-        logprobs, rows, columns = sequence_logprobs(model, whole, 1.0)  # (N,)
-    weights = weights.to(model.device)[rows, columns]  # (N,)
-    return -(logprobs * weights).sum() / weights.sum()
-
-
 def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) -> float:
-    """Next-token training -> the mean loss of the last 50 steps, in nats a token."""
-    training, rng, losses, batches = optimizers(model), random.Random(seed), [], []
-    for _ in range(epochs):
-        # Neighbours in length share a batch, but which batch comes when is random.
-        epoch = micro_batches(sequences, BATCH_TOKENS)
-        rng.shuffle(epoch)
-        batches += epoch
-    warmup = min(50, 1 + len(batches) // 10)
-    bar = tqdm(batches, desc="warm start", mininterval=2)
-    for step, batch in enumerate(bar):
-        loss = demonstration_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in training:
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / warmup, 1.02 - step / len(batches))
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-        bar.set_postfix(refresh=False, loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
-    return sum(losses[-50:]) / len(losses[-50:])
-
-
-def demonstrations(
-    tokenizer, seed: int, *, env: str = "alfworld", games: int | None = None, plays: int | None = None
-) -> list[Sequence]:
-    """`games` of the train split, each played `plays` times in each way (None: as many as the script says)."""
-    demonstrator = Demonstrator(tokenizer, seed, env)
-    told = demonstrator.script
-    rounds = [game for _ in range(plays or told.PLAYS) for game in told.games(games or told.GAMES)]
-    bar = tqdm(rounds, desc="demonstrations", disable=None)
-    return [sequence for game in bar for sequence in demonstrator.sequences(game)]
+    """Next-token training -> the mean loss of the last steps, in nats a token."""
+    losses: list[float] = []
+    teach(
+        model,
+        shuffled_batches(sequences, BATCH_TOKENS, epochs, seed),
+        optimizers(model),
+        lambda batch: demonstration_loss(model, batch, OTHER_TOKENS),
+        learning_rate=LEARNING_RATE,
+        losses=losses,
+        label="warm start",
+    )
+    return latest(losses)
 
 
 def cache_folder(env: str, seed: int, tokenizer, cache: str | Path) -> Path:
-    """Named by all that the weights depend on: this code, the environment's code and data, its words, the seed."""
-    root = Path(__file__).parent
-    envs = root.with_name("envs")
-    sources = [root / name for name in ("warmstart.py", "plays.py", f"{env}.py")]
-    sources += [envs / "prompts.py", *(envs / env).glob("*.py"), *(envs / env).glob("data/*")]
-    key = hashlib.sha256(f"{env} {seed} {sorted(tokenizer.get_vocab())}".encode())
-    for path in sorted(sources):
-        key.update(path.read_bytes())
-    return Path(cache) / f"tiny-{env}-{key.hexdigest()[:12]}"
+    """Named by what the weights depend on: the seed, the words, the demonstrations (the ids of the first games': all of
+    them take minutes), and the code, less comments, that makes and trains the model."""
+    demonstrator = TinyDemonstrator(tokenizer, seed, env)
+    told = demonstrator.script
+    learnt = [(s.ids, s.responses) for game in told.games(KEY_GAMES) for s in demonstrator.sequences(game)]
+    code = [tiny_model, optimizers, warm_start, teach, demonstration_loss, shuffled_batches, micro_batches]
+    code = [ast.dump(ast.parse(inspect.getsource(function))) for function in code]
+    settings = (LEARNING_RATE, BATCH_TOKENS, OTHER_TOKENS, told.GAMES, told.PLAYS)
+    key = repr((env, seed, sorted(tokenizer.get_vocab().items()), learnt, code, settings))
+    return Path(cache) / f"tiny-{env}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def warm_started(env: str = "alfworld", seed: int = 0, cache: str | Path = "cache"):
@@ -236,6 +152,6 @@ def warm_started(env: str = "alfworld", seed: int = 0, cache: str | Path = "cach
     folder = cache_folder(env, seed, tokenizer, cache)
     if not folder.is_dir():
         model = tiny_model(len(tokenizer), seed)
-        warm_start(model, demonstrations(tokenizer, seed, env=env), seed)
+        warm_start(model, demonstrations(TinyDemonstrator(tokenizer, seed, env)), seed)
         write_whole(folder, model.save_pretrained)
     return LlamaForCausalLM.from_pretrained(folder), tokenizer

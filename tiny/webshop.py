@@ -7,7 +7,8 @@ from __future__ import annotations
 import random
 
 from data import Skills
-from envs.webshop import VOCABULARY, WebshopEnv
+from envs.webshop import VOCABULARY, WebshopEnv, compact
+from envs.webshop.catalogue import DEPARTMENTS
 from envs.webshop.compact import SEARCH, shown
 from envs.webshop.expert import ENTRY, TITLE, Shopper
 from tiny.plays import Play, advised_steps, watch
@@ -116,7 +117,33 @@ def games(count: int) -> list[str]:
 
 
 def play(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", **chances: float) -> Play:
-    return watch(WebshopEnv(prompt="compact", max_steps=MAX_STEPS), game, Adviser(), rng, flaws, skill=skill, **chances)
+    return played(game, rng, flaws, skill=skill, **chances)
+
+
+def played(
+    game: str, rng: random.Random, flaws: set[str], *, prompt: str = "compact", skill: str = "", **chances: float
+) -> Play:
+    """An episode in compact words, with as many products a page as `prompt` shows."""
+    page_size = WebshopEnv(prompt=prompt).page_size
+    env = WebshopEnv(prompt="compact", max_steps=MAX_STEPS, page_size=page_size)
+    return watch(env, game, Adviser(), rng, flaws, skill=skill, **chances)
+
+
+REASONS = {
+    "search": "I search for what the instruction asks for.",
+    "open": "This one fits best so far, so I open it.",
+    "next": "None of these fits, so I turn the page.",
+    "previous": "I look at the page before.",
+    "back": "This does not lead on, so I go back.",
+    "choose": "The instruction asks for {0}, so I choose it.",
+    "buy": "I have what I need, so I buy it.",
+}
+
+
+def official(play: Play, t: int, env) -> str:
+    command = play.turns[t][1]
+    verb, _, value = command.partition(" ")
+    return f"<think>{REASONS[verb].format(value)}</think><action>{compact.official(command, env.session)}</action>"
 
 
 # ---- skills, as a script would write them ---------------------------------------------------------------------------
@@ -135,6 +162,10 @@ def workflow(play: Play) -> str:
         "first search all words then open fitting title with fitting price then check every feature back one is "
         f"missing then choose {option_names(play)} then buy"
     )
+
+
+def names() -> dict[str, set[str]]:
+    return {"object": {name for department in DEPARTMENTS.values() for name in department.options}}
 
 
 def flaw_of(play: Play) -> str:

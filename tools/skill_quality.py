@@ -11,8 +11,11 @@ Lets the model play held-out games and write skills of its own episodes, then ch
 from __future__ import annotations
 
 import argparse
+import random
 import sys
+from collections import Counter
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,6 +32,7 @@ from lm.writers import model_writer
 from skills import write_skills
 from tiny.alfworld import avoidance, flaw_of, order_of_work, replay
 from tiny.loading import load_model
+from tiny.plays import Script
 
 
 def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:
@@ -40,6 +44,36 @@ def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:
         right = skills.episode in (avoidance(seen, "forget"), avoidance(seen, flaw_of(seen)))
     steps = sum(text == seen.advice_in_words[t] for t, text in skills.steps.items())
     return right, steps, len(skills.steps)
+
+
+def share_right(trajectories: list[Trajectory], skills: list[Skills | None], script: Script, prompt: str) -> str:
+    """How many of the episode skills have what a script would have written for the task: the words that name objects
+    and places, and the others in their order; where to look for a thing is a guess and does not count."""
+    counts: Counter[str] = Counter()
+    for trajectory, own in zip(trajectories, skills, strict=True):
+        if own is not None:
+            play = script.played(trajectory.game, random.Random(0), set(), prompt=prompt)  # it knows what the task is
+            told = [script.workflow(play)] if trajectory.success else [script.avoidance(play, f) for f in script.FLAWS]
+            counts.update(name for name, right in agreement(own.episode, told, script.names()).items() if right)
+    written = max(1, sum(own is not None for own in skills))
+    return ", ".join(f"{name} {100 * counts[name] / written:.0f}%" for name in (*script.names(), "order", "all"))
+
+
+def agreement(text: str, told: list[str], names: dict[str, set[str]]) -> dict[str, bool]:
+    """Which kinds of names, and which order of all other words, a skill shares with the most similar of `told`."""
+    closest = max(told, key=lambda other: SequenceMatcher(None, text.split(), other.split()).ratio())
+    right = {}
+    for kind, known in names.items():
+        own, wanted = ([w for w in after_find(words).split() if w in known] for words in (text, closest))
+        right[kind] = own == wanted
+    every = set().union(*names.values())
+    own, wanted = ([w for w in words.split() if w not in every and w != "or"] for words in (text, closest))
+    return right | {"order": own == wanted, "all": own == wanted and all(right.values())}
+
+
+def after_find(text: str) -> str:
+    """A skill from where the thing is taken on."""
+    return text.partition(" take ")[2] or text
 
 
 def main() -> None:

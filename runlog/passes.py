@@ -1,0 +1,129 @@
+"""What one pass of each kind holds beyond the weights: sampling, scoring, update. See counting.py.
+
+They are the run's own code (lm/logprobs.py, lm/sampler.py) on rows as long as they may be, with as many columns as
+--token-budget lets through at a time.
+
+Shapes: rows of `length` tokens, S x L a micro-batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import DynamicCache
+
+from config import Config
+from lm.logprobs import CHUNK, head_logprobs, hidden_states
+from lm.obstacles import takes
+from lm.sampler import Draws
+from runlog.counting import Count, Shells
+
+
+@dataclass
+class Pass:
+    """Bytes: `peak` beyond the weights, of which `copies` are the weights as autocast multiplies them, which it keeps
+    until a phase is over, and `cache` keys and values."""
+
+    peak: float
+    copies: float
+    cache: float
+
+
+class Passes:
+    """The passes of one run; each is counted once, when it is first asked for."""
+
+    def __init__(self, config: Config, architecture):
+        self.config, self._counted = config, {}
+        self._shells = Shells(architecture, config.dtype, config.lora_rank)
+
+    def sampling(self, rows: int, length: int) -> Pass:
+        """`rows` x `length` keys and values, with the largest piece of a context being read, or one more token."""
+        piece = min(length, max(1, self.config.token_budget // rows))
+        asked = [(f"sampling {rows} {length} {n}", self._sample(rows, length, n)) for n in sorted({1, piece})]
+        passes = [self._count(name, work) for name, work in asked]
+        return max(passes, key=lambda each: each.peak)
+
+    def scoring(self) -> Pass:
+        """Log-probs without gradient."""
+        return self._count("scoring", self._score)
+
+    def update(self) -> Pass:
+        """A micro-batch forwards and backwards, with gradients there to add to, which are in its peak."""
+        return replace(self._count("update", self._train), copies=self.scoring().copies)
+
+    def _autocast(self):
+        autocast = self.config.mixed_precision == "bf16"
+        return torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+
+    def _count(self, name: str, work) -> Pass:
+        if name not in self._counted:
+            self._counted[name] = Pass(*self._shells.peak_of(work))
+        return self._counted[name]
+
+    # ---- the work itself -----------------------------------------------------------------------------------------
+
+    def _sample(self, rows: int, length: int, columns: int):
+        """The last `columns` of each row are read, and a token is drawn."""
+
+        def work(model, count: Count) -> None:
+            few = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+            with torch.no_grad(), self._autocast():
+                cache, a_token = self._cache(model, rows, length - columns)
+                count.cache = rows * length * a_token
+                count.peaks = [count.held]  # what making it took is not asked for
+                model.get_output_embeddings().register_forward_pre_hook(count.mark)
+                ids = torch.zeros(rows, columns, dtype=torch.long)
+                mask = torch.ones(rows, 1, columns, length, dtype=torch.bool)
+                logits = model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **few).logits
+                count.mark()
+                logits = logits[:, -1].to(copy=True, dtype=torch.float32)  # (rows, V), and as `generate` goes on
+                logits = Draws(1.0, torch.zeros(rows, 1), columns, False)(ids, logits)
+                torch.multinomial(torch.softmax(logits, -1), 1)
+                del logits, cache, ids, mask
+                count.kept = count.held
+
+        return work
+
+    def _cache(self, model, rows: int, length: int) -> tuple[DynamicCache, int]:
+        """Keys and values of `rows` x `length` tokens, and the bytes of one. Their types are those in which the model
+        makes them: under autocast keys are often float32, from rotary embeddings and norms."""
+        one = DynamicCache()
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), cache=one, use_cache=True)
+        pairs = [(layer.keys, layer.values) for layer in one.layers]  # (1, heads, 1, size) each
+        cache = DynamicCache([[x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in pair] for pair in pairs])
+        return cache, sum(x.nbytes for pair in pairs for x in pair)
+
+    def _score(self, model, count: Count) -> None:
+        with torch.no_grad(), self._autocast():
+            self._logprobs(model.eval(), count)
+            count.kept = count.held
+
+    def _train(self, model, count: Count) -> None:
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model.train()
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        with self._autocast():
+            logprobs = self._logprobs(model, count)
+        logprobs.sum().backward()
+
+    def _logprobs(self, model, count: Count) -> torch.Tensor:
+        """As `sequence_logprobs` computes them, with the tokens to score at the end of each row."""
+        config, head = self.config, model.get_output_embeddings()
+        rows = max(1, config.token_budget // config.context_limit)
+        length = max(config.context_limit, config.token_budget // rows)
+        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+        if rows > 1 or not torch.is_grad_enabled():  # there is padding, or branches
+            inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        states = hidden_states(model, inputs)  # (S, L, H)
+        responses = 1 if config.context == "window" else config.max_steps
+        scored = rows * min(length, responses * config.max_new_tokens)
+        states = states.flatten(0, 1).index_select(0, torch.arange(scored))  # (N, H)
+        count.mark()
+        if states.requires_grad:
+            states.register_hook(count.mark)
+        return head_logprobs(head, states, torch.zeros(scored, dtype=torch.long), config.temperature, CHUNK)

@@ -1,0 +1,375 @@
+"""The cold start of any model: its demonstrations are what a rollout shows, its training is exact and resumable."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from templates import TEMPLATES, byte_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny.coldstart
+import tiny.warmstart
+from config import Config, read_recipe
+from envs import make_env
+from envs.webshop import compact
+from lm.encoder import Encoder
+from lm.loading import load_model as load_plainly
+from lm.loading import save_policy
+from rollout import rollout
+from skills import parse_skills
+from tiny.coldstart import ColdStart, cold_start, folder_of, write_record
+from tiny.demonstrations import Demonstrator
+from tiny.loading import load_model
+from tiny.plays import script
+from tiny.supervised import demonstration_loss, latest, shuffled_batches
+from tiny.warmstart import TinyDemonstrator, cache_folder, tiny_model, tiny_tokenizer, warm_start
+from tools.coldstart import main
+from tools.skill_quality import agreement
+
+ENVS = ("alfworld", "search", "webshop")
+# By the code before any other model could be started so: a hash of the demonstrations of four games, and the losses of
+# the first training steps of a small model on them. They change where the tiny model's weights do, and then only.
+BEFORE = {
+    "alfworld": ("0eac81c062feb101", [6.047135, 5.925775, 5.901799]),
+    "search": ("b27969a2ddc55023", [7.128147, 7.017624]),
+    "webshop": ("aa54b9f9956df7ac", [5.998811, 5.94998, 5.855848]),
+}
+
+
+class Reciter:
+    """A sampler for `rollout` that says what was said before."""
+
+    def __init__(self, responses: list[list[int]]):
+        self.responses, self.recorded = iter(responses), None
+        self.model, self.config = torch.nn.Identity(), SimpleNamespace(max_new_tokens=1)
+
+    def rows(self, length: int) -> int:
+        return 1
+
+    def __call__(self, live, contexts):
+        return [next(self.responses)]
+
+
+def everything(demonstrator: Demonstrator, play) -> dict[int, tuple[list[int], list[int]]]:
+    """Turn -> (context, response), of all turns."""
+    turns = demonstrator.turns
+    demonstrator.turns = lambda play: (turns(play)[0], [replace(turn, meant=True) for turn in turns(play)[1]])
+    sequences = demonstrator.acting(play)
+    demonstrator.turns = turns
+    return {
+        row: (sequence.ids[:start], sequence.ids[start : start + size])
+        for sequence in sequences
+        for row, start, size in sequence.responses
+    }
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_the_tiny_models_training_is_what_it_was(env, monkeypatch):
+    tokenizer, losses = tiny_tokenizer(env), []
+    demonstrator = TinyDemonstrator(tokenizer, 0, env)
+    sequences = [s for game in demonstrator.script.games(4) for s in demonstrator.sequences(game)]
+    shown = json.dumps([[s.ids, [[start, size] for _, start, size in s.responses]] for s in sequences])
+
+    def recorded(*args, **options):
+        losses.append(demonstration_loss(*args, **options))
+        return losses[-1]
+
+    monkeypatch.setattr(tiny.warmstart, "demonstration_loss", recorded)
+    warm_start(tiny_model(len(tokenizer), seed=0, width=48), sequences, 0)
+    digest, first = BEFORE[env]
+    assert hashlib.sha256(shown.encode()).hexdigest()[:16] == digest
+    assert [loss.item() for loss in losses[:3]] == pytest.approx(first, abs=2e-3)  # other processors round otherwise
+
+
+# ---- demonstrations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen3-thinking", "deepseek-r1"])
+@pytest.mark.parametrize("context", ["chat", "window"])
+@pytest.mark.parametrize("prompt", ["compact", "official"])
+@pytest.mark.parametrize("env", ENVS)
+def test_demonstrations_are_what_a_rollout_shows(env, prompt, context, template):
+    tokenizer = byte_tokenizer(TEMPLATES[template])
+    if prompt == "compact" and TEMPLATES[template].began:
+        with pytest.raises(ValueError, match="begins every answer with <think>"):
+            Demonstrator(tokenizer, 0, env, prompt=prompt)
+        return
+    demonstrator = Demonstrator(tokenizer, 0, env, prompt=prompt, context=context)
+    told, encoder, slips = demonstrator.script, Encoder(tokenizer, context), 0
+    for game in told.games(6):
+        for skill in ("", "do this [and] that"):
+            play = demonstrator.play(game, demonstrator.flaws(), skill=skill)
+            shown = everything(demonstrator, play)
+            task_type = make_env(env, prompt=prompt).reset(options={"game": game})[1]["task_type"]
+            [episode], _ = rollout(
+                Reciter([response for _, response in shown.values()]),
+                encoder,
+                lambda: make_env(env, prompt=prompt, max_steps=told.MAX_STEPS),
+                [game],
+                1,
+                context_limit=10**6,
+                episode_skills={task_type: skill} if skill else None,
+            )
+            assert [(step.context, step.response) for step in episode.steps] == list(shown.values())
+            assert episode.success == play.success
+            possible = [t for t, step in enumerate(episode.steps) if step.valid]
+            assert len(possible) > 0.7 * len(episode.steps)
+            learnt = [row for s in demonstrator.acting(play) for row, _, _ in s.responses]
+            assert learnt == [t for t in possible if t not in play.slips]
+            slips += len(play.slips)
+    assert slips
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_hints_stand_before_the_turn_that_they_guide(env):
+    demonstrator = Demonstrator(byte_tokenizer(TEMPLATES["chatml"]), 0, env)
+    hinted = 0
+    for game in demonstrator.script.games(6):
+        play = demonstrator.play(game, set(), hinted=0.5)
+        plain = everything(demonstrator, replace(play, hints={}))
+        for t, (context, response) in everything(demonstrator, play).items():
+            said = demonstrator.tokenizer.decode(context)
+            assert [f" hint {text}" in said for at, text in play.hints.items() if at <= t].count(False) == 0
+            assert (context == plain[t][0]) == (min(play.hints, default=99) > t)
+            assert response == plain[t][1]
+            hinted += t in play.hints
+    assert hinted > 3
+
+
+@pytest.mark.parametrize("prompt", ["compact", "official"])
+@pytest.mark.parametrize("env", ENVS)
+def test_hindsight_is_json_that_parses_and_a_response_ends_the_turn(env, prompt):
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"])
+    demonstrator = Demonstrator(tokenizer, 0, env, prompt=prompt)
+    for game in demonstrator.script.games(4):
+        play = demonstrator.play(game, set(demonstrator.script.FLAWS))
+        skills = demonstrator.script.hindsight(play)
+        [sequence] = demonstrator.writing(play, skills)
+        [(_, start, size)] = sequence.responses
+        assert start + size == len(sequence.ids)
+        assert sequence.ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert parse_skills(tokenizer.decode(sequence.ids[start:-1]), len(play.turns), 5) == skills
+
+
+def test_official_responses_give_a_reason_first():
+    for env in ENVS:
+        demonstrator = Demonstrator(byte_tokenizer(TEMPLATES["chatml"]), 0, env, prompt="official")
+        for game in demonstrator.script.games(4):
+            play = demonstrator.play(game, set())
+            for t, (_, response) in everything(demonstrator, play).items():
+                text = demonstrator.tokenizer.decode(response[:-1])
+                thought = re.fullmatch(r"<think>([A-Z][^<>]*\.)</think><(action|search|answer)>.+</\2>", text)
+                assert thought or t in play.slips, text
+                assert t in play.slips or "something else" not in thought[1]
+
+
+def test_what_the_template_begins_is_not_said_again():
+    template = TEMPLATES["deepseek-r1"]
+    demonstrator = Demonstrator(byte_tokenizer(template), 0, prompt="official")
+    play = demonstrator.play(demonstrator.script.games(1)[0], set())
+    for context, response in everything(demonstrator, play).values():
+        assert demonstrator.tokenizer.decode(context).endswith(template.began)
+        assert re.match(r"\w[^<]*</think><action>", demonstrator.tokenizer.decode(response))
+
+
+def test_an_official_shop_shows_what_the_adviser_saw():
+    """Places of products depend on how many a page shows."""
+    demonstrator = Demonstrator(byte_tokenizer(TEMPLATES["chatml"]), 0, "webshop", prompt="official")
+    env = demonstrator.env
+    for game in demonstrator.script.games(6):
+        play = demonstrator.play(game, {"first hit"})
+        env.reset(options={"game": game})
+        for seen, command, _ in play.turns:
+            assert seen in (compact.page_words(env.session), "nothing happens")
+            env.step(compact.official(command, env.session))
+
+
+def test_a_demonstration_ends_where_its_context_is_full():
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"])
+    whole = Demonstrator(tokenizer, 0)
+    play = whole.play(whole.script.games(1)[0], {"forget", "shut"})
+    sizes = [len(context) + len(response) for context, response in everything(whole, play).values()]
+    cut = everything(Demonstrator(tokenizer, 0, context_limit=sizes[2]), play)
+    assert len(cut) == 3
+    assert Demonstrator(tokenizer, 0, context_limit=sizes[0] - 1).acting(play) == []
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A small random model that knows the words, as a folder."""
+    folder, tokenizer = tmp_path_factory.mktemp("start"), tiny_tokenizer()
+    save_policy(tiny_model(len(tokenizer), seed=0, width=48), tokenizer, folder)
+    return str(folder)
+
+
+def weights(folder) -> torch.Tensor:
+    model, _ = load_plainly(str(folder))
+    return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_loss_falls_and_a_stopped_cold_start_goes_on_exactly(start, tmp_path, monkeypatch, lora_rank):
+    settings = ColdStart(model=start, games=12, learning_rate=0.02, lora_rank=lora_rank, batch_tokens=512)
+    record = cold_start(settings, tmp_path / "whole")
+    fall = 0.97 if lora_rank else 0.9  # adapters leave the random embedding as it is
+    assert latest(record["losses"][-3:]) < fall * latest(record["losses"][:3])
+    assert not torch.equal(weights(tmp_path / "whole"), weights(start))
+    steps = 0
+
+    def killed(*args, **options):
+        nonlocal steps
+        steps += 1
+        if steps > 5:
+            raise KeyboardInterrupt
+        return demonstration_loss(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tiny.coldstart, "demonstration_loss", killed)
+        cold_start(settings, tmp_path / "stopped", save_every=2)
+    assert torch.load(tmp_path / "stopped" / "checkpoint.pt")["losses"] == record["losses"][:4]
+    again = cold_start(settings, tmp_path / "stopped", save_every=2)
+    assert again["losses"] == record["losses"]
+    assert torch.equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert not (tmp_path / "stopped" / "checkpoint.pt").exists()
+
+
+def test_the_folder_is_a_plain_model(start, tmp_path):
+    out = tmp_path / "cold"
+    cold_start(ColdStart(model=start, games=2, lora_rank=4), out)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert torch.equal(torch.cat([parameter.flatten() for parameter in model.parameters()]), weights(out))
+
+
+def test_another_cold_start_is_not_mixed_up_with_this_one(start, tmp_path):
+    cold_start(ColdStart(model=start, games=1), tmp_path / "cold")
+    with pytest.raises(ValueError, match="holds a cold start with other settings"):
+        cold_start(ColdStart(model=start, games=2), tmp_path / "cold")
+    with pytest.raises(ValueError, match="no demonstration fits in 4 tokens"):
+        cold_start(ColdStart(model=start, games=1, context_limit=4), tmp_path / "short")
+    for wrong in ({"games": 0}, {"prompt": "long"}, {"lora_rank": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ColdStart(**wrong)
+
+
+def test_only_responses_are_learnt_unless_told_otherwise(start):
+    model, tokenizer = load_plainly(start)
+    demonstrator = Demonstrator(tokenizer, 0)
+    sequences = demonstrator.sequences(demonstrator.script.games(1)[0])
+    scored = [sequence.ids[a : a + n] for sequence in sequences for _, a, n in sequence.responses]
+    by_hand, everywhere = [], []
+    for sequence in sequences:
+        logits = model(input_ids=torch.tensor([sequence.ids])).logits[0, :-1].log_softmax(-1)
+        logprobs = logits.gather(-1, torch.tensor(sequence.ids[1:])[:, None])[:, 0]
+        everywhere.append(logprobs)
+        by_hand += [logprobs[a - 1 : a - 1 + n] for _, a, n in sequence.responses]
+    assert torch.cat(by_hand).shape[0] == sum(map(len, scored))
+    told = {"autocast": False}
+    assert demonstration_loss(model, sequences, 0.0, **told).item() == pytest.approx(-torch.cat(by_hand).mean().item())
+    assert demonstration_loss(model, sequences, 1.0, **told).item() == pytest.approx(
+        -torch.cat(everywhere).mean().item()
+    )
+
+
+def test_batches_hold_every_demonstration_and_their_order_is_seeded():
+    demonstrator = TinyDemonstrator(tiny_tokenizer(), 0)
+    sequences = [s for game in demonstrator.script.games(4) for s in demonstrator.sequences(game)]
+    one, same, other = (shuffled_batches(sequences, 400, 2, seed) for seed in (1, 1, 2))
+    assert one == same != other
+    assert sorted(s.ids for batch in one for s in batch) == sorted(2 * [s.ids for s in sequences])
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_cold_models_are_made_once_and_one_that_was_stopped_goes_on(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").symlink_to(Path(__file__).parent.parent / "cache")
+    folder = folder_of(start, "alfworld")
+    folder.mkdir(parents=True)
+    write_record(folder, {"settings": asdict(ColdStart(model=start, games=2)), "losses": []})  # stopped at the start
+    model, _ = load_model(f"cold:{start}")
+    assert torch.equal(weights(folder), torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert not torch.equal(weights(folder), weights(start))
+    monkeypatch.setattr(tiny.coldstart, "cold_start", lambda *args: pytest.fail("trained again"))
+    load_model(f"cold:{start}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="in one process, first"):
+        load_model(f"cold:{start}", env="search")
+
+
+def test_cold_models_speak_compact_prompts():
+    assert Config(model="cold:smollm2").prompt == "compact"
+    with pytest.raises(ValueError, match="for others run"):
+        Config(model="cold:smollm2", prompt="official")
+    settings = read_recipe("laptop-smollm2")
+    assert Config(**settings).model == "cold:smollm2"
+
+
+def test_the_laptop_recipe_holds_the_longest_demonstration(smollm2):
+    config = Config(**read_recipe("laptop-smollm2"))
+    demonstrator = Demonstrator(smollm2[1], 0, config.env)
+    for game in demonstrator.script.games(100):
+        *acting, writing = demonstrator.sequences(game)
+        assert max(size for s in acting for _, _, size in s.responses) <= config.max_new_tokens
+        assert writing.responses[0][2] <= config.skill_tokens
+        assert len(writing.ids) <= config.context_limit
+
+
+def test_weights_are_named_by_what_they_depend_on(monkeypatch, tmp_path):
+    words = tiny_tokenizer()
+    folder = cache_folder("alfworld", 0, words, tmp_path)
+    assert folder == cache_folder("alfworld", 0, words, tmp_path)
+    for module, name, value in (
+        (tiny.warmstart, "LEARNING_RATE", 1e-3),
+        (tiny.warmstart, "optimizers", latest),  # any other code
+        (script("alfworld"), "SLIP", 0.5),
+        (script("alfworld"), "PLAYS", 3),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert cache_folder("alfworld", 0, words, tmp_path) != folder, name
+
+
+# ---- what is said at the end -----------------------------------------------------------------------------------------
+
+
+def test_share_of_right_skills_by_object_place_and_order():
+    names = {"object": {"pen", "cup"}, "place": {"desk", "shelf", "drawer"}}
+    told = ["first find pen look in drawer or shelf then take pen then move pen to desk", "never stop find pen"]
+
+    def right(text: str) -> list[bool]:
+        return list(agreement(text, told, names).values())
+
+    assert right(told[0]) == right(told[1]) == [True, True, True, True]
+    assert right(told[0].replace("drawer or shelf", "desk")) == [True, True, True, True]  # a guess, and no matter
+    assert right(told[0].replace("pen", "cup")) == [False, True, True, False]
+    assert right(told[0].replace("to desk", "to shelf")) == [True, False, True, False]
+    assert right(told[0].replace("then take", "and take")) == [True, True, False, False]
+
+
+def test_the_command_prints_losses_success_and_skills(start, tmp_path, capsys):
+    command = ["--model", start, "--games", "2", "--out", str(tmp_path / "cold"), "--eval-games", "2"]
+    main(command)
+    said = capsys.readouterr().out
+    assert "loss " in said and "valid_unseen" in said and "of the episode skills right: object" in said
+    main([*command[:-1], "0"])
+    assert "valid_seen" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other settings"):
+        main([*command, "--seed", "1"])
+
+
+def test_the_novice_of_a_cold_start_is_seeded():
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"])
+    one, same, other = (Demonstrator(tokenizer, seed) for seed in (0, 0, 1))
+    game = one.script.games(1)[0]
+    assert one.sequences(game) == same.sequences(game) != other.sequences(game)

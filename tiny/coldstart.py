@@ -1,0 +1,174 @@
+"""A cold start for any model: supervised training on scripted episodes, before OPID.
+
+A small instruct model solves nothing of these environments, and from nothing GRPO learns nothing; nor does it write
+skills that parse. Minutes to an hour of next-token training give it a weak ability to act, to follow a skill in its
+context, and to write one from a transcript: what the tiny model gets from its warm start, by the same demonstrations.
+
+SEED (arXiv 2607.14777), by OPID's authors, also trains on demonstrations before RL, so that the policy itself can
+write hindsight skills. The same here: supervised, before RL, hindsight skills among what is learnt. Not the same: here
+every demonstration comes from a script that knows the generated games, acting is taught together with writing, skills
+are in a few set phrases, and no larger model is asked for anything.
+
+Only the responses are learnt unless told otherwise: the model has its language already, and should not come to expect
+what an environment says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+import lm.loading
+from envs import ENVIRONMENTS
+from lm.loading import add_lora, save_policy, write_whole
+from lm.memory import give_back
+from tiny.demonstrations import Demonstrator, demonstrations
+from tiny.supervised import demonstration_loss, shuffled_batches, teach
+
+PREFIX = "cold:"  # in front of a model's name: that model after the cold start of the defaults below
+RECORD, CHECKPOINT = "coldstart.json", "checkpoint.pt"
+
+
+def setting(default, help: str, choices: tuple[str, ...] | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class ColdStart:
+    """What a cold start is a function of (on a CPU bit for bit, with as many threads). Raises ValueError for a value
+    out of range."""
+
+    model: str = setting("smollm2", "'smollm2', a folder or a hub id: an instruct model")
+    env: str = setting("alfworld", "environment", ENVIRONMENTS)
+    games: int = setting(400, "train games, each of which gives three episodes and one answer with skills")
+    seed: int = setting(0, "seed of everything random")
+    prompt: str = setting("compact", "prompt style; official: with short thoughts", ("compact", "official"))
+    context: str = setting("chat", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
+    context_limit: int = setting(0, "most tokens of a demonstration; 0: 2048, with official prompts 8192")
+    learning_rate: float = setting(0.0, "AdamW's peak learning rate; 0: 2e-4, with --lora-rank 1e-3")
+    batch_tokens: int = setting(2048, "most padded tokens of a step; a longer demonstration goes alone")
+    others: float = setting(0.0, "weight of tokens that are not responses")
+    lora_rank: int = setting(0, "rank of LoRA adapters on all linear layers (needs peft); 0: all weights are trained")
+    mixed_precision: str = setting("bf16", "autocast", ("no", "bf16"))
+
+    def __post_init__(self):
+        self.context_limit = self.context_limit or (2048 if self.prompt == "compact" else 8192)
+        self.learning_rate = self.learning_rate or (1e-3 if self.lora_rank else 2e-4)
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+            if f.name in ("games", "context_limit", "learning_rate", "batch_tokens") and value <= 0:
+                raise ValueError(f"{f.name} must be positive, not {value}")
+            if f.name in ("others", "lora_rank") and value < 0:
+                raise ValueError(f"{f.name} must not be negative")
+
+
+def folder_of(model: str, env: str, prompt: str = "compact") -> Path:
+    """Where the cold-started weights of a model belong; those of compact prompts are what `cold:MODEL` loads."""
+    return Path("runs") / f"cold-{Path(model).name}-{env}{'' if prompt == 'compact' else '-' + prompt}"
+
+
+def cold_started(name: str, env: str) -> str:
+    """`cold:MODEL` -> its folder, made by the defaults of ColdStart where it is not there yet."""
+    model = name.removeprefix(PREFIX)
+    folder = folder_of(model, env)
+    if "seconds" not in (record := read_record(folder)):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"{folder} is not there yet: run tools/coldstart.py once, in one process, first")
+        print(f"{name}: {folder} is not there yet, so the cold start comes first (once)", flush=True)
+        settings = record.get("settings") or {"model": model, "env": env}
+        cold_start(ColdStart(**settings), folder)
+    return str(folder)
+
+
+def read_record(folder: Path) -> dict:
+    """Settings, losses and, once it is finished, seconds of the cold start in a folder; {} where there is none."""
+    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+
+
+def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
+    """Train, and leave in `folder` what plain `from_pretrained` loads -> the record. A cold start that was stopped goes
+    on from its checkpoint, made every `save_every` steps. Raises ValueError for a folder that holds another one."""
+    record = read_record(folder) or {"settings": asdict(settings), "losses": []}
+    if record["settings"] != asdict(settings):
+        raise ValueError(f"{folder} holds a cold start with other settings (see its {RECORD}): take another folder")
+    if "seconds" in record:
+        return record
+    model, tokenizer = lm.loading.load_model(settings.model)
+    model, optimizer = prepared(model, settings)
+    batches = batches_of(tokenizer, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder, record)
+    losses, seconds = resumed(folder / CHECKPOINT, model, optimizer)
+    started = time.perf_counter() - seconds
+
+    def after() -> None:
+        give_back()  # batches of other sizes go on top of what was freed: 8.4 GiB after 60 steps of SmolLM2, without
+        if len(losses) % save_every == 0:
+            save_checkpoint(folder / CHECKPOINT, model, optimizer, losses, time.perf_counter() - started)
+
+    teach(
+        model,
+        batches,
+        [optimizer],
+        lambda batch: demonstration_loss(model, batch, settings.others, autocast=settings.mixed_precision == "bf16"),
+        learning_rate=settings.learning_rate,
+        losses=losses,
+        after=after,
+    )
+    save_policy(model, tokenizer, folder)
+    record |= {"losses": losses, "seconds": round(time.perf_counter() - started)}
+    write_record(folder, record)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return record
+
+
+def prepared(model, settings: ColdStart) -> tuple:
+    """-> the model on its device, with adapters if asked for, and an optimizer of what is trained."""
+    torch.manual_seed(settings.seed)  # adapters start at random
+    model = add_lora(model, settings.lora_rank) if settings.lora_rank else model
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model, torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
+
+
+def batches_of(tokenizer, settings: ColdStart) -> list:
+    """The demonstrations in batches, in the order in which they are learnt."""
+    style = {"prompt": settings.prompt, "context": settings.context, "context_limit": settings.context_limit}
+    demonstrator = Demonstrator(tokenizer, settings.seed, settings.env, **style)
+    sequences = demonstrations(demonstrator, games=settings.games, plays=1)
+    if not sequences:
+        raise ValueError(f"no demonstration fits in {settings.context_limit} tokens")
+    scored = sum(size for sequence in sequences for _, _, size in sequence.responses)
+    print(f"{len(sequences)} sequences, {sum(len(s.ids) for s in sequences)} tokens, {scored} of them responses")
+    return shuffled_batches(sequences, settings.batch_tokens, 1, settings.seed)
+
+
+# ---- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def write_record(folder: Path, record: dict) -> None:
+    write_whole(folder / RECORD, lambda path: path.write_text(json.dumps(record, indent=1)))
+
+
+def save_checkpoint(path: Path, model, optimizer, losses: list[float], seconds: float) -> None:
+    """Everything that the next step depends on, complete or absent."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = {"model": trained, "optimizer": optimizer.state_dict(), "losses": losses, "seconds": seconds}
+    write_whole(path, lambda temporary: torch.save(state, temporary))
+
+
+def resumed(path: Path, model, optimizer) -> tuple[list[float], float]:
+    """-> the losses so far and the seconds that they took, with the state put into model and optimizer."""
+    if not path.is_file():
+        return [], 0.0
+    state = torch.load(path, map_location=model.device, weights_only=True)
+    model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["losses"], state["seconds"]

@@ -1,0 +1,155 @@
+"""Scripted episodes as what a model is to say: token sequences in its own tokens, chat template and prompt style.
+
+Of each game (see plays.Script for who plays), four kinds:
+
+    acting alone        a novice with typical flaws
+    under a skill       the same novice, less the flaws that the episode skill speaks about
+    under a hint        the same novice, doing at that one step what the step skill says
+    hindsight           the JSON of skills for the transcript of a novice's episode
+
+A context is what a rollout would show, id by id, and a response is what a rollout would have sampled, its end-of-turn
+token included. With the `official` prompt a response begins with the reason for it, as a short thought.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from data import Guidance, Skills, Step, Trajectory
+from envs import make_env
+from lm.encoder import Encoder, closing_token
+from lm.packing import Sequence, pack
+from router import fill
+from skills import analysis_prompt
+from tiny.plays import STEP_SKILLS, Play, script
+
+
+@dataclass
+class Turn:
+    """One turn of a play as an environment's prompt style has it."""
+
+    observation: str
+    admissible: list[str]
+    action: str  # as the parser reads it from `response`
+    response: str
+    meant: bool  # neither a slip nor impossible: to be learnt
+
+
+class Demonstrator:
+    """Has games played by an environment's script, and turns the plays into sequences whose responses are to be learnt.
+
+    `context_limit`: most tokens of a sequence; turns beyond it are left out, as a rollout ends there. Raises ValueError
+    where the model's template begins answers in a way that compact commands cannot go on from.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        seed: int,
+        env: str = "alfworld",
+        *,
+        prompt: str = "compact",
+        context: str = "chat",
+        context_limit: int | None = None,
+    ):
+        self.tokenizer, self.rng, self.script = tokenizer, random.Random(seed), script(env)
+        self.encoder, self.env = (
+            Encoder(tokenizer, context),
+            make_env(env, prompt=prompt, max_steps=self.script.MAX_STEPS),
+        )
+        self.prompt, self.context_limit = prompt, context_limit
+        closing = closing_token(tokenizer)
+        self.end = tokenizer.eos_token_id if closing is None else closing
+        if self.encoder.began and prompt == "compact":
+            raise ValueError(
+                f"the chat template begins every answer with {self.encoder.began.strip()}: use --prompt official"
+            )
+
+    def sequences(self, game) -> list[Sequence]:
+        """One game, played alone, under an episode skill and with hints, and the hindsight of the first of these."""
+        alone = self.play(game, self.flaws())
+        skills = self.script.hindsight(alone)
+        if alone.success or self.rng.random() < 0.5:
+            guided = self.play(game, set(), skill=self.script.workflow(alone))
+        else:
+            guided = self.play(game, self.flaws() - {self.script.flaw_of(alone)}, skill=skills.episode)
+        hinted = self.play(game, self.flaws(), hinted=self.script.HINTED)
+        played = [*self.acting(alone, self.script.ALONE_TURNS), *self.acting(guided), *self.acting(hinted)]
+        return [*played, *self.writing(alone, skills)]
+
+    def flaws(self) -> set[str]:
+        return {flaw for flaw, chance in self.script.FLAWS.items() if self.rng.random() < chance}
+
+    def play(self, game, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> Play:
+        """An episode that a rollout could have: with the names and pages of the environment itself."""
+        rng = random.Random(self.rng.random())
+        return self.script.played(game, rng, flaws, prompt=self.prompt, skill=skill, hinted=hinted)
+
+    def acting(self, play: Play, most: int | None = None) -> list[Sequence]:
+        """A play, or its first `most` turns, with skill and hints in place. One sequence, or one a turn where contexts
+        do not extend one another."""
+        task, turns = self.turns(play)
+        prompts, contexts, responses = [], [], []
+        for t, turn in enumerate(turns[:most]):
+            history = [(before.observation, before.action) for before in turns[:t]]
+            prompt = self.env.build_prompt(self.encoder.style, task, history, turn.observation, turn.admissible)
+            skilled = play.skill and (t == 0 or self.encoder.style == "window")
+            skill = [Guidance("episode", play.skill)] if skilled else []
+            hint = [Guidance("step", play.hints[t])] if t in play.hints else []
+            prompts.append(fill(prompt, *skill, *hint))
+            context, response = self.encoder.context(prompts, responses), self.answer(turn.response)
+            if not self._fits(context, response):
+                break
+            contexts.append(context)
+            responses.append(response)
+        sequences = pack(contexts, responses)
+        for sequence in sequences:
+            sequence.responses = [place for place in sequence.responses if turns[place[0]].meant]
+        return [sequence for sequence in sequences if sequence.responses]
+
+    def turns(self, play: Play) -> tuple[str, list[Turn]]:
+        """-> (the task, the turns of a play), played again in the environment's own prompt style."""
+        observation, info = self.env.reset(options={"game": play.game})
+        task, turns = info["task"], []
+        for t, (_, command, _) in enumerate(play.turns):
+            response = command if self.prompt == "compact" else self.script.official(play, t, self.env)
+            admissible = info["admissible_actions"]
+            action, valid = self.env.parse_action(response, admissible)
+            turns.append(Turn(observation, admissible, action, response, valid and t not in play.slips))
+            observation, _, _, _, info = self.env.step(action)
+        return task, turns
+
+    def writing(self, play: Play, skills: Skills) -> list[Sequence]:
+        """The hindsight prompt of a play, as training will build it, and the JSON to be learnt."""
+        task, turns = self.turns(play)
+        steps = [Step((), turn.observation, [], [], turn.response, turn.action, True) for turn in turns]
+        prompt = analysis_prompt(Trajectory(task, 0, steps, play.success), STEP_SKILLS, self.env.analysis_prompt())
+        context, response = self.encoder.context([prompt], []), self.answer(self.spell(skills))
+        return pack([context], [response]) if self._fits(context, response) else []
+
+    def spell(self, skills: Skills) -> str:
+        """The JSON that the analysis prompt asks for."""
+        steps = {str(t): text for t, text in skills.steps.items()}
+        return json.dumps({"episode_summary": skills.summary, "episode_skill": skills.episode, "step_skills": steps})
+
+    def answer(self, text: str) -> list[int]:
+        """The ids of a response as it would be sampled: less what the template itself begins, and the turn's end."""
+        opened = self.encoder.began.strip()
+        if opened and text.startswith(opened):
+            text = text.removeprefix(opened).lstrip()
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
+
+    def _fits(self, context: list[int], response: list[int]) -> bool:
+        return self.context_limit is None or len(context) + len(response) <= self.context_limit
+
+
+def demonstrations(demonstrator: Demonstrator, games: int | None = None, plays: int | None = None) -> list[Sequence]:
+    """`games` of the train split, each played `plays` times in each way (None: as many as the script says)."""
+    told = demonstrator.script
+    rounds = [game for _ in range(plays or told.PLAYS) for game in told.games(games or told.GAMES)]
+    bar = tqdm(rounds, desc="demonstrations", disable=None)
+    return [sequence for game in bar for sequence in demonstrator.sequences(game)]

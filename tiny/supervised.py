@@ -1,0 +1,75 @@
+"""Next-token training on demonstrations: the loss, the batches and the loop, for a model of any size."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from lm.logprobs import sequence_logprobs
+from lm.packing import Sequence, micro_batches
+
+SHOWN = 50  # latest steps whose mean loss is shown
+
+
+def demonstration_loss(model, sequences: list[Sequence], others: float, *, autocast: bool = True) -> torch.Tensor:
+    """Weighted mean of -log p a token, in nats: weight 1 on responses, `others` on everything else."""
+    scored = [Sequence(sequence.ids, [(row, 1, len(sequence.ids) - 1)]) for row, sequence in enumerate(sequences)]
+    weights = torch.full((len(sequences), max(len(s.ids) for s in sequences)), others)  # (S, L)
+    for row, sequence in enumerate(sequences):
+        for _, start, size in sequence.responses:
+            weights[row, start - 1 : start - 1 + size] = 1.0
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        if not others:  # the output layer is a fifth of a small model's work: only where something is learnt
+            return -sequence_logprobs(model, sequences, 1.0)[0].mean()
+        logprobs, rows, columns = sequence_logprobs(model, scored, 1.0)  # (N,)
+    weights = weights.to(model.device)[rows, columns]  # (N,)
+    return -(logprobs * weights).sum() / weights.sum()
+
+
+def shuffled_batches(sequences: list[Sequence], tokens: int, epochs: int, seed: int) -> list[list[Sequence]]:
+    """The batches of all epochs, each of at most `tokens` (a longer sequence goes alone). Neighbours in length share a
+    batch, but which batch comes when is random."""
+    rng, batches = random.Random(seed), []
+    for _ in range(epochs):
+        epoch = micro_batches(sequences, tokens)
+        rng.shuffle(epoch)
+        batches += epoch
+    return batches
+
+
+def teach(
+    model,
+    batches: list[list[Sequence]],
+    optimizers: list[torch.optim.Optimizer],
+    loss_of: Callable[[list[Sequence]], torch.Tensor],
+    *,
+    learning_rate: float,
+    losses: list[float],
+    after: Callable[[], None] = lambda: None,
+    label: str = "cold start",
+) -> None:
+    """One step a batch, from the one after `losses`, which grows by each. `after` is called after every step. The rate
+    rises in the first steps and then falls in a line."""
+    warmup = min(50, 1 + len(batches) // 10)
+    with tqdm(total=len(batches), initial=len(losses), desc=label, mininterval=2) as bar:
+        for step in range(len(losses), len(batches)):
+            loss = loss_of(batches[step])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * min(1.0, (step + 1) / warmup, 1.02 - step / len(batches))
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.set_postfix(refresh=False, loss=f"{latest(losses):.3f}")
+            bar.update()
+            after()
+
+
+def latest(losses: list[float]) -> float:
+    """The mean of the last losses, in nats a token."""
+    return sum(losses[-SHOWN:]) / len(losses[-SHOWN:])

@@ -1,0 +1,93 @@
+"""Cold start of any model for one environment: supervised training on scripted episodes, then success and skills.
+
+python tools/coldstart.py --model smollm2 --env alfworld --games 400 --out runs/cold
+
+The same command goes on where a stopped one was; of a finished one it only measures again. --out is then a model:
+train.py --model runs/cold --prompt compact (docs/coldstart.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from config import Config, flag
+from data import Trajectory
+from evaluate import columns_of, environment, evaluate, format_table
+from lm.encoder import Encoder
+from lm.loading import load_model
+from lm.writers import model_writer
+from runlog.memory import peak_mib
+from skills import write_skills
+from tiny.coldstart import ColdStart, cold_start, folder_of
+from tiny.plays import script
+from tiny.supervised import SHOWN, latest
+from tools.skill_quality import share_right
+
+RESPONSE = {"compact": 24, "official": 96}  # most tokens of an action: the scripts' longest have 15 and 41
+SKILL_TOKENS = 160  # of an answer with skills: the scripts' longest has 92
+
+
+def measured(model, tokenizer, settings: ColdStart, games: int) -> str:
+    """Held-out success, and how often the skills that the model writes of these episodes are right."""
+    told = script(settings.env)
+    style = {"prompt": settings.prompt, "context": settings.context, "context_limit": settings.context_limit}
+    limits = {"max_steps": told.MAX_STEPS, "max_new_tokens": RESPONSE[settings.prompt]}
+    config = Config(model=settings.model, env=settings.env, **style, **limits, eval_games=games)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    autocast = {"dtype": torch.bfloat16, "enabled": settings.mixed_precision == "bf16"}
+    with torch.autocast(model.device.type, **autocast):
+        results = evaluate(model, Encoder(tokenizer, config.context), config)
+        played = [trajectory for split in results.values() for trajectory in split]
+        return f"{format_table(results, columns_of(config))}\n{skills_of(played, model, tokenizer, config)}"
+
+
+def skills_of(trajectories: list[Trajectory], model, tokenizer, config: Config) -> str:
+    write = model_writer(
+        model,
+        tokenizer,
+        max_new_tokens=SKILL_TOKENS,
+        temperature=1.0,
+        context_limit=config.context_limit,
+        prefill="",
+        rollout_budget=config.rollout_budget,
+    )
+    torch.manual_seed(0)
+    told = {"max_step_skills": config.max_step_skills, "template": environment(config)().analysis_prompt()}
+    skills, metrics = write_skills(trajectories, write, **told)
+    right = share_right(trajectories, skills, script(config.env), config.prompt)
+    return f"skills: {100 * metrics['skills/first_parse_rate']:.0f}% parse; of the episode skills right: {right}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(ColdStart):
+        told = {"help": f"{f.metadata['help']} (default: {f.default})", "choices": f.metadata["choices"]}
+        parser.add_argument(flag(f.name), type=type(f.default), default=f.default, **told)
+    parser.add_argument("--out", type=Path, help="folder of the model (default: runs/cold-MODEL-ENV)")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
+    parser.add_argument("--eval-games", type=int, default=40, help="games per held-out split; 0: none (default: 40)")
+    args = vars(parser.parse_args(argv))
+    out, save_every, games = (args.pop(name) for name in ("out", "save_every", "eval_games"))
+    try:
+        settings = ColdStart(**args)
+        out = out or folder_of(settings.model, settings.env, settings.prompt)
+        record = cold_start(settings, out, save_every)
+        model, tokenizer = load_model(str(out))
+    except (ValueError, OSError) as error:
+        sys.exit(f"coldstart.py: {error}")
+    first, last = record["losses"][:SHOWN], latest(record["losses"])
+    print(f"{len(record['losses'])} steps in {record['seconds']} s, peak memory {peak_mib(model.device):.0f} MiB")
+    print(f"loss {first[0]:.2f} at first, {last:.3f} in the end (mean of the last {SHOWN} steps), nats a token")
+    if games:
+        print(measured(model, tokenizer, settings, games))
+
+
+if __name__ == "__main__":
+    main()
