@@ -16,7 +16,6 @@ import random
 import sys
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ from lm.writers import Writer, import_writer, model_writer, openai_writer
 from rescore import guided_contexts, layout_noise, response_logprobs, score
 from rollout import rollout
 from router import asks_for, route
-from runlog import RunLog
+from runlog import RunLog, accelerator_of
 from runlog.memory import peak_mib
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of, timed
 from runlog.plan import line, told
@@ -140,8 +139,7 @@ class Run:
     def __init__(self, config: Config):
         self.config, self.method = config, METHODS[config.algo](config)
         config.check_trainable()
-        tracker = None if config.tracker == "none" else config.tracker
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.out)
+        self.accelerator = accelerator_of(config)
         self.offload = Offload(self.accelerator.device, config.offload)
         self.make_env, self.games = environment(config), games_of(config, "train")
         if min(config.tasks, len(self.games)) < self.accelerator.num_processes:

@@ -8,6 +8,9 @@ import json
 import math
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
 from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
 from lm.loading import save_policy, write_whole
@@ -32,6 +35,18 @@ FREE = {
 # number: it has to be possible in the run that needs it.
 FREE |= {"token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"}
 FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
+
+
+def accelerator_of(config: Config) -> Accelerator:
+    """The processes, device, precision and tracker of a run."""
+    # One process may play or evaluate for long after the others have done. One that died is noticed by lm/watch.py.
+    patient = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.out,
+        kwargs_handlers=[patient],
+    )
 
 
 class RunLog:
