@@ -1,6 +1,6 @@
 """Cold start of any model for one environment: supervised training on scripted episodes, then success and skills.
 
-python tools/coldstart.py --model smollm2 --env alfworld --games 400 --out runs/cold
+python tools/coldstart.py --model smollm2 --env alfworld --games 150 --out runs/cold
 
 The same command goes on where a stopped one was; of a finished one it only measures again. --out is then a model:
 train.py --model runs/cold --prompt compact (docs/coldstart.md).
