@@ -31,9 +31,10 @@ def case(budget: int, repeats: int, argv: list[str]) -> dict:
     from config import parse_args
     from evaluate import environment, games_of
     from lm.encoder import Encoder
+    from lm.memory import give_back
     from lm.sampler import Sampler
     from rollout import rollout
-    from runlog.memory import give_back, peak_mib, reset_peak
+    from runlog.memory import peak_mib, reset_peak
     from tiny.loading import load_model
 
     config = parse_args(argv)

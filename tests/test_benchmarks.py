@@ -13,7 +13,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import efficiency, generation, iteration, processes, scale, trl_update
+from benchmarks import budget, efficiency, generation, iteration, processes, scale, trl_update
 from benchmarks.memory import measure
 from benchmarks.noise import scores_of, summary
 from benchmarks.rollout import WAYS, exponent, played
@@ -303,3 +303,12 @@ def test_the_processes_command_measures_sums_and_sampling(tmp_path):
     processes.launch(2, "parts", str(tmp_path / "parts"), "--model", model, "--repeats", "1")
     found = json.loads((tmp_path / "parts.json").read_text())
     assert min(found["sums"]["buckets"], found["sums"]["tensors"], found["sampling"]["gathered"][0]) > 0
+
+
+def test_a_budget_samples_the_same_tokens_in_less(tmp_path):
+    model = iteration.random_model(tmp_path)
+    flags = "--prompt compact --tasks 8 --rollouts 8 --max-steps 3 --context-limit 512 --max-new-tokens 8"
+    argv = ["--model", model, *flags.split()]
+    whole, quarter = (budget.measured(rows * 512, 1, argv) for rows in (64, 8))
+    assert whole["said"] == quarter["said"]
+    assert quarter["mib"] < 0.7 * whole["mib"]
