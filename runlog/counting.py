@@ -70,11 +70,12 @@ class Shells:
 
     def __init__(self, architecture, dtype: str, lora_rank: int):
         self.options, depth = (dtype, lora_rank), architecture.get_text_config(decoder=True).num_hidden_layers
-        two, three, whole = (_shortened(architecture, layers) for layers in (2, 3, depth))
-        sizes = [bytes_of(shell(each, *self.options)) for each in (two, three, whole)]
-        self.more = depth - 2  # layers than two
-        alike = depth > 3 and sizes[2] == sizes[0] + self.more * (sizes[1] - sizes[0])
-        self.counted = [two, three] if alike else [whole]
+        self.more, self.counted = depth - 2, [architecture]  # layers more than two
+        if depth > 3:
+            short = [_shortened(architecture, layers) for layers in (2, 3)]
+            two, three, whole = (bytes_of(shell(each, *self.options)) for each in (*short, architecture))
+            if whole == two + self.more * (three - two):
+                self.counted = short
 
     def peak_of(self, work: Callable[[nn.Module, Count], None]) -> tuple[float, float, float]:
         """Bytes beyond the weights that `work` holds: (at its peak, what it `kept`, its `cache`).

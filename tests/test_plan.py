@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from config import Config
 from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence
 from lm.sampler import CachedConversations, Sampler
 from runlog import memory, metrics
-from runlog.counting import Count
+from runlog.counting import Count, Shells
 from runlog.passes import Passes
 from runlog.plan import GIB, Plan, advice, line, told
 from tiny.loading import load_config
@@ -243,3 +243,11 @@ def test_sharded_is_planned_for_several_numbers_of_processes(monkeypatch):
     assert [text.split(":")[0] for text in shown[-4:]] == ["on 1 GPU", "on 2 GPUs", "on 4 GPUs", "on 8 GPUs"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert told(Config(shard=True)).splitlines()[-1].startswith("on 2 GPUs")
+
+
+def test_a_model_of_two_layers_of_named_kinds_is_counted_whole():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    architecture = Qwen3Config(vocab_size=97, num_hidden_layers=2, head_dim=8, **sizes)
+    assert len(architecture.layer_types) == 2
+    (whole,) = Shells(architecture, "float32", 0).counted
+    assert whole is architecture
