@@ -87,9 +87,15 @@ def cache_obstacle(model) -> str | None:
     if not takes(model, "position_ids"):
         return "it takes no position ids, so that padding inside a row moves what comes after"
     left, inside = padding_changes(model)
-    if max(left, inside) > NOISE[model.dtype]:
+    if max(left, inside) > NOISE[dtypes(model)[0]]:
         return f"padding inside a row changes its log-probs (by {max(left, inside):.2g} nats on a few tokens)"
     return None
+
+
+def dtypes(model) -> list[torch.dtype]:
+    """Of the weights, the one that rounds most first."""
+    found = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    return sorted(found, key=lambda dtype: -torch.finfo(dtype).eps)
 
 
 def cached_columns(model) -> float:
@@ -104,7 +110,7 @@ def padding_obstacle(model) -> str | None:
     left, _ = padding_changes(model)
     return (
         f"padding on the left changes its log-probs (by {left:.2g} nats on a few tokens)"
-        if left > NOISE[model.dtype]
+        if left > NOISE[dtypes(model)[0]]
         else None
     )
 
@@ -135,7 +141,10 @@ def padding_changes(model) -> tuple[float, float]:
         first, rest, ones = ids[: PROBE // 2], ids[PROBE // 2 :], torch.ones(PROBE, dtype=torch.long)
         padded = torch.stack([torch.cat([gap, ids]), torch.cat([first, gap, rest])])  # (2, L)
         mask = torch.stack([torch.cat([gap, ones]), torch.cat([ones[: len(first)], gap, ones[len(first) :]])])
-        with torch.autocast(model.device.type, enabled=False):
+        mixed = (
+            len(dtypes(model)) > 1
+        )  # a frozen copy that was rounded as autocast would round it runs under autocast alone
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
             alone = _next_logprobs(model, ids[None], ones[None])  # (1, V)
             changes = (_next_logprobs(model, padded, mask) - alone).abs().amax(1)  # (2,)
         _tried[model] = tuple(changes.tolist())

@@ -291,6 +291,19 @@ def test_a_lora_reference_that_samples_first_does_not_leak_the_models_own_sampli
     assert answers[0] == answers[1]
 
 
+def test_a_frozen_copy_in_less_samples_as_it_is_under_autocast(llama, tokenizer):
+    contexts = [Encoder(tokenizer, "chat").context([said], []) for said in ("look now", "look now at it")]
+    answers = []
+    for dtype in ("float32", "auto"):
+        copied = frozen_copy(llama, dtype, mixed_precision="bf16")
+        assert len({weight.dtype for weight in copied.parameters()}) == (2 if dtype == "auto" else 1)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            sampler = Sampler(copied, tokenizer, max_new_tokens=8, temperature=1.0)
+            answers.append((sampler.columns, sampler([0, 1], contexts)))
+    assert answers[0] == answers[1]
+
+
 def test_where_padding_matters_only_rows_of_one_length_share_a_call(monkeypatch):
     model = small_model(LlamaConfig, LlamaForCausalLM)
     contexts = [[9, 8, 7], [5, 6, 7, 8, 9], [7, 7, 9], [4, 9]]

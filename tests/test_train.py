@@ -201,6 +201,17 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
     assert torch.equal(authors[0], start + {"policy": 1.0, "reference": 0.0, "ema": 0.5}[name])
 
 
+@pytest.mark.parametrize("name", ["policy", "reference", "ema"])
+def test_whoever_writes_and_scores_does_so_in_mixed_precision(llama, tokenizer, tmp_path, monkeypatch, name):
+    """With the real writer, whose frozen model is kept in less."""
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    scorer = "old" if name == "policy" else name
+    changes = {"mixed_precision": "bf16", "skill_writer": name, "scorer": scorer, "kl": 0.1, "iterations": 1}
+    train(config(tmp_path, name, **changes))
+    (record,) = lines(tmp_path / name)
+    assert record["skills/first_parse_rate"] == 0  # a random model's words are no JSON
+
+
 def test_the_kl_term_pulls_towards_the_reference_by_its_weight(random_tiny, tmp_path, monkeypatch):
     """No outcome and no penalty, hence A = 0, and a policy that has moved away: only the KL term is left. Six gradient
     steps on the same tokens."""
