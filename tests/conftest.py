@@ -3,6 +3,7 @@
 import hypothesis
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from envs.alfworld import AlfworldEnv, generate_games
@@ -28,6 +29,14 @@ SMALL = {
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def own_precision():
+    """accelerate keeps one precision for all runs of a process: this test's own, and none left for the next."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

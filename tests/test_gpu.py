@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import train as train_module
 from config import parse_args
@@ -106,19 +105,17 @@ FLAGS += "--mini-batch 8 --learning-rate 1e-3 --save-every 1 --invalid-penalty 1
 
 
 @pytest.mark.parametrize("more", ["", "--mixed-precision bf16 --gradient-checkpointing", "--scorer ema --offload"])
-def test_a_run_trains_and_goes_on(more, tmp_path, monkeypatch, llama, tokenizer):
+def test_a_run_trains_and_goes_on(more, tmp_path, monkeypatch, llama, tokenizer, own_precision):
     if DEVICE.type == "cpu":
         more = more.replace("--offload", "")
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
     monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
-    AcceleratorState._reset_state(reset_partial_state=True)  # one for all runs of a process, with its precision
     argv = [*FLAGS.split(), *more.split(), "--out", str(tmp_path / "run")]
     start = [p.detach().clone() for p in llama.parameters()]
     train(parse_args(argv))
     log = train(parse_args([*argv, "--resume", "--iterations", "3"]))
-    AcceleratorState._reset_state(reset_partial_state=True)
     records = [json.loads(line) for line in Path(log.folder, "metrics.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records] == [0, 1, 2]
     assert all(record["grad_norm"] > 0 and record["advantage/skill_abs"] > 0 for record in records)

@@ -1,11 +1,15 @@
 """Each recipe fits the card that it says it is for, planned from its model's published configuration."""
 
+import copy
 import re
 
 import pytest
+import torch
 
+import train as train_module
 from config import RECIPES, Config, read_recipe
 from runlog.counting import bytes_of, shell
+from runlog.metrics import read_lines
 from runlog.plan import GIB, USABLE, Plan, architecture_of
 
 CARDS = {
@@ -35,3 +39,25 @@ def test_the_configurations_have_the_published_sizes():
     billions = {"Qwen/Qwen3-1.7B": 1.72, "Qwen/Qwen2.5-3B-Instruct": 3.09, "Qwen/Qwen2.5-7B-Instruct": 7.62}
     for name, size in billions.items():
         assert bytes_of(shell(architecture_of(name), "bfloat16", 0)) / 2e9 == pytest.approx(size, abs=0.005)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_a_recipe_trains_an_iteration(name, llama, tokenizer, tmp_path, monkeypatch, own_precision):
+    """With a small model and generated games in place of what a hub and a card have."""
+    settings = read_recipe(name)
+    model = llama.to(getattr(torch, settings.get("dtype", "float32")))
+    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(model), tokenizer))
+    real, answer = train_module.model_writer, '{"episode_summary": "s", "episode_skill": "open every closed place"}'
+
+    def writer(*args, **options):
+        write = real(*args, **options)
+        return lambda prompts: [answer for _ in write(prompts)]  # a random model's own words are no JSON
+
+    monkeypatch.setattr(train_module, "model_writer", writer)
+    small = {"model": "small", "tasks": 2, "rollouts": 2, "max_steps": 2, "max_new_tokens": 3, "skill_tokens": 8}
+    once = {"iterations": 1, "eval_every": 0, "eval_games": 2, "save_every": 1, "shard": False, "env_options": {}}
+    train_module.train(Config(**settings | small | once | {"out": str(tmp_path)}))
+    (record,) = read_lines(tmp_path / "metrics.jsonl")
+    assert record["advantage/skill_abs"] > 0
+    assert record["grad_norm"] > 0
+    assert (tmp_path / "policy" / "model.safetensors").is_file()

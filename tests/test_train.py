@@ -202,7 +202,9 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["policy", "reference", "ema"])
-def test_whoever_writes_and_scores_does_so_in_mixed_precision(llama, tokenizer, tmp_path, monkeypatch, name):
+def test_whoever_writes_and_scores_does_so_in_mixed_precision(
+    llama, tokenizer, tmp_path, monkeypatch, own_precision, name
+):
     """With the real writer, whose frozen model is kept in less."""
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     scorer = "old" if name == "policy" else name
