@@ -133,16 +133,16 @@ def frozen(model, dtype: str = "float32", *, mixed_precision: str = "no"):
 
     `dtype` is --frozen-dtype. "float32": weights stay as they are. "bfloat16": all of them are rounded, which shows in
     log-probs. "auto": with `mixed_precision` "bf16" those that autocast rounds before each use, so that under autocast
-    no number changes: of linear layers, but for one that shares its weight with the embeddings, which are looked up as
-    they are.
+    no number changes: of linear layers. Where one shares its weight with the embeddings, which are looked up as they
+    are, it gets a rounded one of its own: autocast would make it anew for each token that is sampled.
     """
     if dtype == "bfloat16":
         model.to(torch.bfloat16)
     elif dtype == "auto" and mixed_precision == "bf16":
-        linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
-        others = {id(p) for module in model.modules() if module not in linear for p in module.parameters(recurse=False)}
-        for parameter in {p for module in linear for p in module.parameters() if id(p) not in others}:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, torch.nn.Parameter(parameter.detach().to(torch.bfloat16), False))
     return model.requires_grad_(False).eval()
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from lm.cache import CachedConversations, roomy_cache
 from lm.encoder import closing_token
 from lm.obstacles import MEAN_NOISE, NOISE, cache_obstacle, cached_columns, padding_obstacle
 
@@ -49,51 +49,6 @@ def temperature_sampling(model, tokenizer, *, max_new_tokens: int, temperature: 
     )
 
 
-@dataclass
-class CachedConversations:
-    """Conversations that a cache has seen, a row each. The newest column of `ids` is not in the cache yet: `generate`
-    reads it together with what comes next."""
-
-    keys: list[int]  # which episode each row belongs to
-    seen: list[list[int]]  # the ids behind each row, padding left out
-    ids: Tensor  # (rows, length)
-    mask: Tensor  # (rows, length) 0 on padding
-    cache: DynamicCache  # keys and values of a layer: (rows, heads, length - 1, size)
-
-    @property
-    def spare(self) -> float:
-        """The share of the columns that could be done without."""
-        return 1 - max(map(len, self.seen)) / self.ids.shape[1]
-
-    def compacted(self) -> CachedConversations:
-        """The same without the padding inside rows: left-padded to the longest. Takes the cache over, a layer at a
-        time, so that no second one is held.
-
-        Exact, since keys carry their positions with them and position ids follow the mask. A row whose newest token is
-        in the cache already has it read once more, as every row's newest column is.
-        """
-        longest = max(map(len, self.seen))
-        # masked columns first, the others in their order: the last `longest` are the row
-        columns = self.mask.argsort(dim=1, stable=True)[:, -longest:]  # (rows, longest)
-        cached = columns[:, :-1, None].clamp(max=self.ids.shape[1] - 2)  # (rows, longest - 1, 1)
-
-        def move(states: Tensor) -> Tensor:
-            """(rows, heads, length - 1, size) -> (rows, heads, longest - 1, size)"""
-            return states.gather(2, cached[:, None].expand(-1, states.shape[1], -1, states.shape[3]))
-
-        for layer in self.cache.layers:
-            layer.keys, layer.values = move(layer.keys), move(layer.values)
-        ids, mask = self.ids.gather(1, columns), self.mask.gather(1, columns)
-        return CachedConversations(self.keys, self.seen, ids, mask, self.cache)
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows."""
-        index = torch.tensor(rows, device=self.ids.device)
-        self.keys, self.seen = [self.keys[row] for row in rows], [self.seen[row] for row in rows]
-        self.ids, self.mask = self.ids[index], self.mask[index]
-        self.cache.batch_select_indices(index)
-
-
 class Draws(LogitsProcessor):
     """Chooses the token that each row's own random numbers say: the first at which the distribution function passes u.
 
@@ -107,6 +62,7 @@ class Draws(LogitsProcessor):
         columns before the first one."""
         self.temperature, self.numbers, self.start = temperature or 1.0, numbers, start
         self.logprobs: list[Tensor] | None = [] if record else None  # one (rows,) a token
+        self.finite: Tensor | bool = True
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """ids (rows, length so far), logits (rows, V) of the token to come -> (rows, V) with one left to choose."""
@@ -122,8 +78,8 @@ class Draws(LogitsProcessor):
         logprob = logprobs.gather(1, chosen)  # (rows, 1)
         if self.logprobs is not None:
             self.logprobs.append(logprob[:, 0])
-        # 0 for the chosen one, or no number, which `generate` refuses
-        return torch.full_like(logits, -torch.inf).scatter(1, chosen, (0 * logprob).to(logits.dtype))
+        self.finite = logprob.isfinite().all() & self.finite
+        return torch.full_like(logits, -torch.inf).scatter(1, chosen, 0.0)
 
     def recorded(self, columns: int) -> list[list[float]]:
         """Log-probs of the first `columns` tokens of each row."""
@@ -164,7 +120,8 @@ class Sampler:
         self.columns = cached_columns(model) if cache_obstacle(model) is None else 0
         self.kept = self.columns if reuse_cache else 0
         self.pads = padding_obstacle(model) is None
-        self.config = temperature_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
+        # `Draws` chooses, and leaves `generate` one token to take: a draw of its own would cost as much as half a layer
+        self.config = temperature_sampling(model, tokenizer, max_new_tokens=max_new_tokens, temperature=0.0)
         self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
         self.held: CachedConversations | None = None
         self.temperature, self.recorded = temperature, defaultdict(list) if record else None
@@ -230,20 +187,22 @@ class Sampler:
         if self.held and length > self.kept:
             self.held = None
             ids, mask = self._append(contexts)
-        options = {"cache": self.held.cache} if self.held else {}
+        room = self.config.max_new_tokens
+        fresh = {"cache": roomy_cache(self.model, room)} if length <= self.columns else {}
+        options = {"cache": self.held.cache} if self.held else fresh
         piece = max(1, self.token_budget // len(keys)) if self.token_budget and length <= self.columns else None
         self.config.prefill_chunk_size = piece
         draws = Draws(self.temperature, self._numbers(keys), ids.shape[1], self.recorded is not None)
-        # `generate` draws, too, of the one token that is left: a number that nobody shall miss
-        with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
-            out = self.model.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=self.config,
-                logits_processor=LogitsProcessorList([draws]),
-                synced_gpus=False,  # a sharded model is gathered, and nobody waits for other processes' tokens
-                **options,
-            )
+        out = self.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=self.config,
+            logits_processor=LogitsProcessorList([draws]),
+            synced_gpus=False,  # a sharded model is gathered, and nobody waits for other processes' tokens
+            **options,
+        )
+        if not draws.finite:
+            raise FloatingPointError("a sampled token's log-prob is infinite or no number: the weights are spoilt")
         new = out.sequences[:, ids.shape[1] :].tolist()  # (rows, new tokens)
         responses = [self._cut(row) for row in new]
         self._note(keys, responses, draws)

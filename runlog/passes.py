@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from config import Config
+from lm.cache import RoomyLayer, roomy_cache
 from lm.logprobs import CHUNK, head_logprobs, hidden_states
 from lm.obstacles import takes
 from lm.sampler import Draws
@@ -80,19 +81,21 @@ class Passes:
                 count.mark()
                 logits = logits[:, -1].to(copy=True, dtype=torch.float32)  # (rows, V), and as `generate` goes on
                 logits = Draws(1.0, torch.zeros(rows, 1), columns, False)(ids, logits)
-                torch.multinomial(torch.softmax(logits, -1), 1)
+                logits.argmax(-1)
                 del logits, cache, ids, mask
                 count.kept = count.held
 
         return work
 
     def _cache(self, model, rows: int, length: int) -> tuple[DynamicCache, int]:
-        """Keys and values of `rows` x `length` tokens, and the bytes of one. Their types are those in which the model
-        makes them: under autocast keys are often float32, from rotary embeddings and norms."""
-        one = DynamicCache()
+        """Keys and values of `rows` x `length` tokens, and the bytes of one, in the types in which the sampler keeps
+        them."""
+        one, cache = roomy_cache(model, 0), DynamicCache()
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), cache=one, use_cache=True)
         pairs = [(layer.keys, layer.values) for layer in one.layers]  # (1, heads, 1, size) each
-        cache = DynamicCache([[x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in pair] for pair in pairs])
+        for pair in pairs:
+            cache.layers.append(RoomyLayer(0, pair[0].dtype))
+            cache.layers[-1].update(*(x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in pair))
         return cache, sum(x.nbytes for pair in pairs for x in pair)
 
     def _score(self, model, count: Count) -> None:

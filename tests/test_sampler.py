@@ -129,8 +129,17 @@ def test_each_rows_own_number_chooses_its_token():
     assert sharper.argmax(1).tolist() == [1, 2, 2, 2, 2, 3, 3]
     assert (sharper.softmax(1).max(1).values == 1).all()  # and no other one can be drawn
     assert Draws(0.0, None, 3, record=False)(ids, logits).argmax(1).tolist() == [2] * 7
-    spoilt = Draws(1.0, numbers, 3, record=False)(ids, logits * math.nan)
-    assert spoilt.isnan().any(1).all()
+    assert draws.finite
+    draws(ids, logits * math.nan)
+    draws(ids, logits)
+    assert not draws.finite
+
+
+def test_weights_that_are_no_number_sample_nothing(llama, tokenizer):
+    with torch.no_grad():
+        llama.get_output_embeddings().weight[9] = math.nan
+    with pytest.raises(FloatingPointError, match="weights are spoilt"):
+        Sampler(llama, tokenizer, max_new_tokens=3, temperature=1.0)([0], [[5, 6, 7]])
 
 
 def test_what_a_row_samples_depends_on_its_seed_episode_and_turn_alone():
