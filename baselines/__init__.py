@@ -5,7 +5,7 @@ sampled token. Sources are the authors' releases, jinyangwu/OPID (37a15a5) and Z
 """
 
 from baselines.acting import SkillGrpo
-from baselines.controls import Oracle, Shuffled
+from baselines.controls import Oracle, Placebo, Shuffled
 from baselines.distillation import GrpoOpsd, Opsd, Sdar, SkillSd
 from baselines.gigpo import Gigpo
 from baselines.method import Grpo, Method
@@ -15,6 +15,7 @@ from baselines.rlsd import Rlsd
 METHODS: dict[str, type[Method]] = {
     "opid": Method,
     "opid-shuffled": Shuffled,
+    "opid-placebo": Placebo,
     "opid-oracle": Oracle,
     "grpo": Grpo,
     "gigpo": Gigpo,

@@ -1,4 +1,4 @@
-"""Controls of OPID: skills of other tasks, skills of a script that knows the game."""
+"""Controls of OPID: skills of other tasks, words that say nothing, skills of a script that knows the game."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ class Shuffled(Method):
         self, trajectories: list[Trajectory], written: list[Skills | None], rng: random.Random
     ) -> list[Skills | None]:
         return shuffle_skills(written, [trajectory.group for trajectory in trajectories], rng)
+
+
+class Placebo(Method):
+    """Fixed words that say nothing stand where the own skills would: a skill is there, and has no content."""
+
+    EPISODE, STEP = "first one and then one", "now one"
+
+    def skills(
+        self, trajectories: list[Trajectory], written: list[Skills | None], rng: random.Random
+    ) -> list[Skills | None]:
+        return [own and Skills("", self.EPISODE, dict.fromkeys(own.steps, self.STEP)) for own in written]
 
 
 class Oracle(Method):

@@ -1,13 +1,15 @@
 """Methods against one another on the laptop default: python experiments/compare.py --methods grpo opid sdar --seeds 10
 
+With a pretrained model: --model cold:smollm2 --recipe laptop-smollm2 (what is not named here goes to every run).
+
 An arm is a method by its defaults (--methods), or a variant named in experiments/arms.toml (--arms opid-k0 ...).
 
-Every run starts from the same warm-started weights; runs of one seed meet the same tasks in the same iteration, and all
-play the same number of episodes. --at-once runs at a time, one thread each. A finished run is one file,
-experiments/results/NAME.json (config, commit, curve, seconds), and is never made again; its folder, with the final
-policy, stays under --runs. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs, too, and goes on from their
-checkpoints. Seeds are 0 to N - 1, all of them reported: table.md and comparison.png beside the result files. --report
-makes these again from the files of the named arms, whatever seeds there are.
+Every run starts from the same weights, warm-started or those of --model; runs of one seed meet the same tasks in the
+same iteration, and all play the same number of episodes. --at-once runs at a time, one thread each. A finished run is
+one file, experiments/results/NAME.json (config, commit, curve, seconds), and is never made again; its folder, with the
+final policy, stays under --runs. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs, too, and goes on from
+their checkpoints. Seeds are 0 to N - 1, all of them reported: table.md and comparison.png beside the result files.
+--report makes these again from the files of the named arms, whatever seeds there are.
 """
 
 from __future__ import annotations
@@ -158,22 +160,26 @@ def _seed(path: Path) -> int:
     return int(path.stem.rpartition("-seed")[2])
 
 
-def prepare(runs: Path, quick: bool, flags: list[str]) -> Path:
-    """The folder of the weights that every run starts from; and games, so that no two runs generate them at once."""
+def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny") -> Path:
+    """The folder of the weights that every run starts from; and games, so that no two runs generate them at once.
+    Raises ValueError where the folder was made from another model."""
     config = parse_args(flags)
     for split in ("train", "valid_seen", "valid_unseen"):
         games_of(config, split)
-    start = runs / "start"
+    start, made = runs / "start", runs / "start.txt"
+    if start.is_dir() and made.is_file() and made.read_text() != model:
+        raise ValueError(f"{runs} holds runs from {made.read_text()}, not from {model}: use another --runs")
     if not start.is_dir():
         if quick:
             from tiny.warmstart import tiny_model, tiny_tokenizer
 
             tokenizer = tiny_tokenizer()
-            model = tiny_model(len(tokenizer), seed=0, width=48)
+            weights = tiny_model(len(tokenizer), seed=0, width=48)
         else:
-            model, tokenizer = load_model("tiny", env=config.env, seed=0)
+            weights, tokenizer = load_model(model, env=config.env, seed=0)
         start.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(start, lambda temporary: save_policy(model, tokenizer, temporary))
+        made.write_text(model)
+        write_whole(start, lambda temporary: save_policy(weights, tokenizer, temporary))
     return start
 
 
@@ -188,6 +194,7 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 10, with --quick 2)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--baseline", default="grpo", help="the method or arm that others are compared with")
+    parser.add_argument("--model", default="tiny", help="what every run starts from, as for train.py (default: tiny)")
     parser.add_argument("--results", type=Path, help="folder of the result files, the table and the figure")
     parser.add_argument("--runs", type=Path, help="folder of the run folders and the starting weights")
     parser.add_argument("--report", action="store_true", help="make no runs: table and figure of those that are there")
@@ -195,8 +202,10 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     args, flags = parser.parse_known_args(argv)  # what is left goes to every run, such as --iterations 100
     if args.at_once < 1:
         parser.error(f"--at-once is {args.at_once}, must be 1 or more")
+    if args.quick and args.model != "tiny":
+        parser.error("--quick takes an untrained model, no other --model")
     given = {flag.partition("=")[0] for flag in flags}
-    if taken := {"--algo", "--seed", "--model", "--prompt", "--out"} & given:
+    if taken := {"--algo", "--seed", "--prompt", "--out"} & given:
         parser.error(f"{taken.pop()} differs from run to run: see --methods, --seeds and --runs")
     methods = args.methods if args.methods is not None else [] if args.arms else METHODS_COMPARED
     arms = {name: f"--algo {name}" for name in methods} | {name: known[name] for name in args.arms}
@@ -214,7 +223,7 @@ def main(argv: list[str] | None = None) -> str:
         return report(stored(results, arms), args.baseline, results)
     flags = [*(QUICK.split() if args.quick else []), *flags]
     results.mkdir(parents=True, exist_ok=True)
-    start = prepare(runs, args.quick, flags)
+    start = prepare(runs, args.quick, flags, args.model)
     jobs = jobs_of(arms, args.seeds or (2 if args.quick else 10), flags, start, results, runs)
     children = Children()
     try:

@@ -163,6 +163,7 @@ def test_arms_are_runs_of_their_own(jobs, tmp_path):
         (["--arms", "opid-k9"], "invalid choice: 'opid-k9' (choose from 'opid-lambda-0.001'"),
         (["--methods", "opod"], "invalid choice: 'opod'"),
         (["--seeds", "2", "--seed", "1"], "--seed differs from run to run"),
+        (["--model", "smollm2"], "--quick takes an untrained model"),
         (["--algo=opid"], "--algo differs from run to run"),
         (["--methods", "grpo", "--baseline", "opid"], "--baseline opid is none of the methods and arms: grpo"),
     ],
@@ -184,6 +185,17 @@ with children.stopped_by_signals(), ThreadPoolExecutor(2) as pool:
     for _ in range(6):
         pool.submit(children.run, ["sh", "-c", f"echo $$ >> {sys.argv[1]}; exec sleep 60"])
 """
+
+
+def test_runs_start_from_the_named_model_and_no_other(tmp_path, monkeypatch, llama, tokenizer):
+    asked = []
+    monkeypatch.setattr(compare, "load_model", lambda name, **k: asked.append(name) or (llama, tokenizer))
+    for _ in range(2):
+        start = compare.prepare(tmp_path, False, QUICK.split(), "some/model")
+    assert asked == ["some/model"]  # once
+    assert (start / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="holds runs from some/model, not from tiny"):
+        compare.prepare(tmp_path, False, QUICK.split())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

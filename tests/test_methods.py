@@ -88,16 +88,22 @@ def test_terms_of_weight_zero_leave_grpo_bit_for_bit(run):
 
 def test_whose_skills_guide(run, monkeypatch):
     def samples(algo):
-        numbered = lambda prompts: [json.dumps({"episode_skill": f"skill {i}"}) for i in range(len(prompts))]
+        answer = {"episode_skill": "skill {}", "step_skills": {"1": "hint"}}
+        numbered = lambda prompts: [json.dumps(answer).replace("{}", str(i)) for i in range(len(prompts))]
         monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: numbered)
         config, _ = run(algo, sample_every=1)
         records = [json.loads(line) for line in Path(config.out, "samples.jsonl").read_text().splitlines()]
+        hints.append([record["skills"]["steps"] for record in records])
         return [(record["group"], record["skills"]["episode"]) for record in records]
 
+    hints: list[list[dict]] = []
     assert samples("opid") == [(0, "skill 0"), (0, "skill 1"), (1, "skill 2"), (1, "skill 3")]
     shuffled = samples("opid-shuffled")
     assert {text for group, text in shuffled if group == 0} == {"skill 2", "skill 3"}
     assert {text for group, text in shuffled if group == 1} == {"skill 0", "skill 1"}
+    assert samples("opid-placebo") == [(group, "first one and then one") for group in (0, 0, 1, 1)]
+    assert hints[0][0] == {"1": "hint"}
+    assert hints[-1] == [dict.fromkeys(own, "now one") for own in hints[0]]  # at the same steps
     assert all(text.startswith(("first find ", "never ")) for _, text in samples("opid-oracle"))
 
 

@@ -32,6 +32,7 @@ def advantages_of(config, iteration, outcome, old, guided, base=None, teacher=No
         ("gigpo", [[2, 2], [-1, 0]]),  # what it adds is in `outcome` already
         ("opid", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
         ("opid-shuffled", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
+        ("opid-placebo", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
         ("opid-oracle", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
         ("opsd", [[0, 0], [0, 0]]),
         ("grpo+opsd", [[2, 2], [-1, 0]]),
