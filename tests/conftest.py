@@ -1,12 +1,16 @@
 """What tests share: a tiny random model for speed, the real small model for truth, generated games."""
 
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from envs.alfworld import AlfworldEnv, generate_games
+from lm.loading import save_policy
 from tiny.loading import load_model
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
@@ -75,9 +79,26 @@ def sharpen(model):
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """(model, tokenizer) of SmolLM2-135M-Instruct, float32."""
-    model, tokenizer = load_model("smollm2")
+def made_once(tmp_path_factory, worker_id):
+    """(name, make) -> the folder that make(folder) filled for all workers; those that come later wait for the first."""
+
+    def folder_of(name: str, make) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        folder = (base if worker_id == "master" else base.parent) / name
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "made").exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                (folder / "made").touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def smollm2(made_once):
+    """(model, tokenizer) of SmolLM2-135M-Instruct, float32. Unpacking it takes half a minute."""
+    model, tokenizer = load_model(str(made_once("smollm2", lambda folder: save_policy(*load_model("smollm2"), folder))))
     return model.eval(), tokenizer
 
 

@@ -129,10 +129,14 @@ def run_python(options: list[str], *argv: str) -> subprocess.CompletedProcess:
 
 def trained(folder: Path, count: int, *more: str) -> Path:
     """The run folder of a run in `count` processes. Beside it lies what each of them told and its weights."""
-    script, out = folder / "run.py", folder / f"processes{count}{'-sharded' * ('--shard' in more)}"
+    script, out = folder / "run.py", out_of(folder, count, *more)
     script.write_text(SCRIPT)
     launch(count, str(script), *FLAGS.split(), "--out", str(out), *more)
     return out
+
+
+def out_of(folder: Path, count: int, *more: str) -> Path:
+    return folder / f"processes{count}{'-sharded' * ('--shard' in more)}"
 
 
 def told(out: Path, process: int) -> dict:
@@ -152,12 +156,13 @@ def lines(out: Path, name: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(made_once):
     """The same run in one process, in two, which play two of its three tasks and one, and in two that share the weights
     as well. One update an iteration."""
-    folder = tmp_path_factory.mktemp("processes")
     flags = ("--mini-batch", "0", "--learning-rate", "1")
-    return [trained(folder, 1, *flags), trained(folder, 2, *flags), trained(folder, 2, *flags, "--shard")]
+    ways = [(1,), (2,), (2, "--shard")]
+    folder = made_once("processes", lambda folder: [trained(folder, *way, *flags) for way in ways])
+    return [out_of(folder, *way) for way in ways]
 
 
 def test_two_processes_share_the_tasks_without_overlap(runs):
@@ -228,10 +233,9 @@ def test_a_process_without_a_share_of_a_mini_batch_keeps_in_step(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory):
+def checked(made_once):
     """(the folder that the checks wrote to, what went wrong in each process by check)"""
-    folder = tmp_path_factory.mktemp("sharded")
-    alone("sharded.py", str(folder))
+    folder = made_once("sharded", lambda folder: alone("sharded.py", str(folder)))
     return folder, json.loads((folder / "results.json").read_text())
 
 

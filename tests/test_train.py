@@ -3,12 +3,7 @@
 import copy
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -380,46 +375,6 @@ def test_unparsable_skills_are_counted_and_shift_nothing(random_tiny, tmp_path, 
     assert lines(c.out)[0]["skills/failed"] == 4
     assert lines(c.out)[0]["advantage/skill_abs"] == 0
     assert same(weights(c.out), weights(grpo.out))
-
-
-SCRIPT = """
-import sys, torch, train
-from tiny.warmstart import tiny_model, tiny_tokenizer
-from config import parse_args
-from envs.alfworld import AlfworldEnv
-torch.set_num_threads(1)
-AlfworldEnv.parse_action = lambda self, text, admissible: (text, len(text) % 2 == 0)
-tokenizer = tiny_tokenizer()
-train.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=48), tokenizer)
-train.train(parse_args(sys.argv[1:]))
-"""
-
-
-def command(out, *more):
-    flags = f"{SMALL} --algo grpo --eval-every 0 --save-every 3 --invalid-penalty 1"
-    return [*flags.split(), "--out", str(out), *more]
-
-
-def test_resume_after_kill_9(tmp_path):
-    """Six iterations in one go, and 3 + 3 with a kill -9 in between."""
-    run = [sys.executable, "-c", SCRIPT]
-    subprocess.run([*run, *command(tmp_path / "whole", "--iterations", "6")], cwd=ROOT, check=True, capture_output=True)
-    killed = subprocess.Popen(
-        [*run, *command(tmp_path / "killed", "--iterations", "600")], cwd=ROOT, stdout=subprocess.PIPE
-    )
-    while not (tmp_path / "killed/checkpoints/000002.pt").exists():
-        assert killed.poll() is None
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    for later in (tmp_path / "killed/checkpoints").glob("0000[!0]*"):  # it may have been quicker than we
-        later.unlink()
-    rest = command(tmp_path / "killed", "--iterations", "6", "--resume")
-    for path in sorted((tmp_path / "killed/checkpoints").glob("*.pt"))[1:]:
-        path.unlink()
-    subprocess.run([*run, *rest], cwd=ROOT, check=True, capture_output=True)
-    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
 # ---- nothing is lost -------------------------------------------------------------------------------------------------
