@@ -187,9 +187,11 @@ class Sampler:
         if self.held and length > self.kept:
             self.held = None
             ids, mask = self._append(contexts)
-        room = self.config.max_new_tokens
-        fresh = {"cache": roomy_cache(self.model, room)} if length <= self.columns else {}
-        options = {"cache": self.held.cache} if self.held else fresh
+        options = {}
+        if self.held:
+            options["cache"] = self.held.cache
+        elif length <= self.columns:
+            options["cache"] = roomy_cache(self.model, self.config.max_new_tokens)
         piece = max(1, self.token_budget // len(keys)) if self.token_budget and length <= self.columns else None
         self.config.prefill_chunk_size = piece
         draws = Draws(self.temperature, self._numbers(keys), ids.shape[1], self.recorded is not None)
