@@ -25,9 +25,9 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history", "lr_halving"),
     *("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay", "skill_iterations"),
-    *("state_weight", "gate_beta", "rlsd_clip", "rlsd_iterations", "distill_weight"),
+    *("state_weight", "gate_beta", "rlsd_clip", "rlsd_iterations", "distill_weight", "top_k"),
 )
-SHARES = ("gamma", "rlsd_mix", "ema_decay")  # between 0 and 1
+SHARES = ("gamma", "rlsd_mix", "ema_decay", "jsd_beta")  # between 0 and 1
 
 LOCAL_WRITERS = ("policy", "reference", "ema")
 RECIPES = Path(__file__).parent / "recipes"
@@ -115,9 +115,11 @@ class Config:
     shift_base: str = SCORES(
         "old",
         "what the skill-augmented log-prob is compared with: the sampling policy's (paper), or the scorer's own, both "
-        "of the plain context; the same with --scorer old",
-        ("old", "scorer"),
+        "of the plain context (the same with --scorer old); other: the scorer's under a skill of another task, so that "
+        "what any skill does cancels",
+        ("old", "scorer", "other"),
     )
+    centred: bool = SCORES(False, "A_skill less what it is on average over the words that might have been sampled")
     ema_decay: float = SCORES(0.99, "decay per iteration of the EMA model, for --scorer ema, --skill-writer ema")
     token_budget: int = SCORES(4096, "most padded tokens of a forward pass (micro-batch), in the update too")
 
@@ -181,6 +183,20 @@ class Config:
     rlsd_mix: float = OTHERS(0.5, "rlsd: mu, how far Delta rescales A_ep at first, 0 to 1")
     rlsd_iterations: int = OTHERS(50, "rlsd: iterations in which mu falls to 0 (the release: 100); 0: it stays")
     rlsd_clip: float = OTHERS(0.2, "rlsd: bound of the rescaling, 1 - eps to 1 + eps")
+    divergence: str = OTHERS(
+        "sampled",
+        "opid, opd: how the policy is drawn to scorer or teacher: by the shift of sampled tokens (paper), or by the exact "
+        "reverse or forward KL or generalised JSD of whole distributions, as a loss",
+        ("sampled", "reverse", "forward", "jsd"),
+    )
+    jsd_beta: float = OTHERS(0.5, "jsd: beta, from near 0 (forward KL's direction) to near 1 (reverse KL's)")
+    top_k: int = OTHERS(0, "--divergence: over the k likeliest words alone; 0: over all")
+    top_k_of: str = OTHERS("teacher", "--top-k: whose likeliest words", ("teacher", "student"))
+    top_k_rest: str = OTHERS(
+        "bin",
+        "--top-k: what becomes of the other words: one bin, left out, or left out with the weights held (reverse)",
+        ("bin", "drop", "hold"),
+    )
     teacher: str | None = OTHERS(None, "opd: the larger model, named as --model is; it must have the same tokenizer")
 
     def __post_init__(self):
@@ -202,10 +218,13 @@ class Config:
             raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
         if self.levels and self.routing == "none":
             raise ValueError("--routing none guides no step: use --algo grpo")
+        if self.levels and self.shift_base == "other" and self.tasks < 2:
+            raise ValueError("--shift-base other takes skills from other tasks: --tasks must be at least 2")
         if self.offload and self.shard:
             raise ValueError("--offload is for one card: with --shard every card holds its part of all of it")
         if self.teacher is not None and self.algo != "opd":
             raise ValueError("--teacher is for opd")
+        self._check_divergence()
         self._check_writer()
         method = METHODS[self.algo]
         method.check(self)
@@ -229,6 +248,20 @@ class Config:
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
+
+    def _check_divergence(self) -> None:
+        if self.divergence == "sampled":
+            return
+        if not METHODS[self.algo].whole:
+            raise ValueError(f"--divergence is for opid and opd: --algo {self.algo} has no shift that it could replace")
+        if self.shift_base != "old" or self.centred or self.skill_clip is not None:
+            raise ValueError(
+                f"--divergence {self.divergence} is exact: no --shift-base, --centred or --skill-clip, which are for samples"
+            )
+        if self.shard:
+            raise ValueError(f"--divergence {self.divergence} needs the teacher's output layer whole: no --shard")
+        if self.top_k_rest == "hold" and (self.divergence, bool(self.top_k)) != ("reverse", True):
+            raise ValueError("--top-k-rest hold is for --divergence reverse with --top-k")
 
     def _check_writer(self) -> None:
         if not self.writes_skills:

@@ -9,9 +9,12 @@ prompt, never a response, so original and skill-augmented scores line up positio
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from lm.states import States
 
 Level = Literal["episode", "step"]
 
@@ -94,3 +97,6 @@ class Batch:
     skill_advantages: torch.Tensor  # (B, R) A_skill before its weight, NaN where no skill was scored
     advantages: torch.Tensor  # (B, R) A, what the update uses, 0 off the mask
     teacher_logprobs: torch.Tensor | None = None  # (B, R) log pi(y | h with skill) for a loss term; OPID has none
+    teachers: list[tuple[float, States]] = field(
+        default_factory=list
+    )  # with weights, where --divergence is not sampled

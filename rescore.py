@@ -17,9 +17,10 @@ from torch import Tensor
 from data import Guidance, Trajectory
 from lm.branches import notice, tree_obstacle
 from lm.encoder import Encoder
-from lm.logprobs import sequence_logprobs
+from lm.logprobs import CHUNK, head_logprobs, sequence_logprobs
 from lm.packing import Sequence, graft, micro_batches, pack
 from lm.parallel import gathered
+from lm.states import States, sequence_states
 from router import guided_messages
 
 Progress = Callable[[list], Iterator]  # micro-batches -> the same, with a progress bar
@@ -69,29 +70,36 @@ def score(
     temperature: float,
     token_budget: int,
     progress: Callable[[str], Progress],  # name of a pass -> its progress bar
+    keep: dict[str, States] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Log-probs (B, R): log pi(y | h) by reader, and log pi(y | h^) by level, in as few passes as they need.
 
     A step skill changes the end of a context, so it is scored as a branch of the plain contexts, in the same pass
     where the scorer makes one anyway. An episode skill changes all that follows the task: a pass of its own.
+    `keep` gets the hidden states behind each, by the same names.
     """
     limits = {"temperature": temperature, "token_budget": token_budget}
+    count, longest = len(responses), max(map(len, responses), default=0)
     plain, scored = {}, {}
     passes = dict(readers)
     if "step" in guided and not any(model is scorer for model in readers.values()):
         passes["step"] = scorer
     for name, model in passes.items():
         rides = "step" in guided and model is scorer and "step" not in scored
-        branches = guided["step"] if rides else [None] * len(contexts)
-        plain[name], branch = tree_logprobs(
-            model, contexts, responses, branches, branches_only=name not in readers, **limits, progress=progress(name)
-        )
+        branches = guided["step"] if rides else [None] * count
+        states = None if keep is None else States(model, 2 * count, longest)
+        some = {"branches_only": name not in readers, "progress": progress(name), "states": states}
+        plain[name], branch = tree_logprobs(model, contexts, responses, branches, **limits, **some)
         if rides:
             scored["step"] = branch
+        if keep is not None:
+            keep[name] = states.of_rows(0, count)
+            if rides:
+                keep["step"] = states.of_rows(count, 2 * count)
     if "episode" in guided:
-        scored["episode"] = response_logprobs(
-            scorer, guided["episode"], responses, **limits, progress=progress("episode")
-        )
+        states = None if keep is None else keep.setdefault("episode", States(scorer, count, longest))
+        some = {"progress": progress("episode"), "states": states}
+        scored["episode"] = response_logprobs(scorer, guided["episode"], responses, **limits, **some)
     return {name: plain[name] for name in readers}, scored
 
 
@@ -104,13 +112,16 @@ def response_logprobs(
     token_budget: int,
     packed: bool = True,
     progress: Progress = iter,
+    states: States | None = None,
 ) -> Tensor:
     """log pi(y | h) of every response token. -> (B, R) on the CPU, NaN beyond a row's end and where a context is None.
 
     `packed=False` scores each row as a sequence of its own: the straightforward version, with the same numbers.
+    `states` gets the hidden states behind them.
     """
     shape = len(responses), max(map(len, responses), default=0)
-    return _score_all(model, pack(contexts, responses, packed=packed), shape, temperature, token_budget, progress)
+    sequences = pack(contexts, responses, packed=packed)
+    return _score_all(model, sequences, shape, temperature, token_budget, progress, states)
 
 
 def tree_logprobs(
@@ -123,12 +134,14 @@ def tree_logprobs(
     temperature: float = 1.0,
     token_budget: int,
     progress: Progress = iter,
+    states: States | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log pi(y | h) and, where a row has a second context h^ in `branches`, log pi(y | h^), in one pass over both.
 
     -> ((B, R), (B, R)), NaN where a row has no branch. K step skills cost K short branches rather than K long contexts;
     the numbers are those of `response_logprobs`. A model that cannot do this (see `tree_obstacle`) scores every second
     context by itself, and a notice is logged. `branches_only` leaves the first tensor NaN, and out what it needs.
+    `states` (2B rows, the second contexts' after the others) gets the hidden states behind them.
     """
     obstacle = tree_obstacle(model)
     if obstacle and any(branches):
@@ -139,13 +152,19 @@ def tree_logprobs(
         trees = [Sequence(t.ids, [r for r in t.responses if r[0] >= count], t.branches) for t in trees]
         trees = [tree for tree in trees if tree.responses]
     shape = 2 * count, max(map(len, responses), default=0)
-    scores = _score_all(model, trees, shape, temperature, token_budget, progress)  # (2B, R)
+    scores = _score_all(model, trees, shape, temperature, token_budget, progress, states)  # (2B, R)
     return scores[:count], scores[count:]
 
 
 @torch.no_grad()
 def _score_all(
-    model, sequences: list[Sequence], shape: tuple[int, int], temperature: float, token_budget: int, progress: Progress
+    model,
+    sequences: list[Sequence],
+    shape: tuple[int, int],
+    temperature: float,
+    token_budget: int,
+    progress: Progress,
+    states: States | None,
 ) -> Tensor:
     """Log-probs of everything in `sequences`, NaN elsewhere, as a tensor of `shape` on the CPU."""
     scores = torch.full(shape, float("nan"))
@@ -153,10 +172,37 @@ def _score_all(
     model.eval()
     with gathered(model):
         for batch in progress(micro_batches(sequences, token_budget)):
-            logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
+            if states is None:
+                logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
+            else:
+                read, targets, rows, columns = sequence_states(model, batch)  # (N, H) and (N,) each
+                logprobs = head_logprobs(model.get_output_embeddings(), read, targets, temperature, CHUNK)
+                states.add(read, rows, columns)
             scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
     model.train(training)
     return scores
+
+
+@torch.no_grad()
+def expected_shift(policy: States, skill: States, base: States, temperature: float) -> Tensor:
+    """What A_skill is on average over the words that the policy might have sampled: its control variate.
+
+        E = sum_v pi_old(v | h) (log pi(v | h^) - log pi_base(v)),  base: what A_skill is the difference to
+
+    With pi_old itself as the base that is -KL(pi_old(. | h) || pi(. | h^)), never above 0: on average every sampled
+    token is blamed. A token's A_skill less E is 0 on average (vOPD, arXiv 2605.07865). -> (B, R) on the CPU, NaN where
+    any of the three has no state.
+    """
+    known = policy.known & skill.known & base.known  # (B, R)
+    expected = torch.full(known.shape, float("nan"))
+    rows, columns = known.nonzero(as_tuple=True)  # (N,) each
+    size = max(1, CHUNK // (3 * policy.model.get_output_embeddings().weight.shape[0]))
+    with gathered(policy.model), gathered(skill.model), gathered(base.model):
+        for r, c in zip(rows.split(size), columns.split(size), strict=True):
+            old, guided = policy.logprobs(r, c, temperature), skill.logprobs(r, c, temperature)  # (size, V) each
+            plain = old if base is policy else base.logprobs(r, c, temperature)  # (size, V)
+            expected[r, c] = (old.exp() * (guided - plain)).sum(-1).cpu()
+    return expected
 
 
 def layout_noise(

@@ -14,28 +14,32 @@ import copy
 import math
 import random
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from advantage import combine, linear_decay, outcome_advantage, skill_advantage, sum_of_scored, where_scored
+from advantage import combine, outcome_advantage, skill_advantage, sum_of_scored, where_scored
 from baselines import METHODS, Method
+from baselines.divergences import divergence
+from baselines.method import lambdas
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate_everywhere, games_of
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
-from lm.logprobs import sequence_logprobs
+from lm.logprobs import CHUNK, head_logprobs, sequence_logprobs
 from lm.obstacles import check_model, sampling_note
 from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
 from lm.parallel import clip_gradients, even, gathered, shard, sum_gradients
 from lm.sampler import Sampler, check_gap, logprob_gap
+from lm.states import States, divergences, sequence_states, states_obstacle
 from lm.writers import Writer, import_writer, model_writer, openai_writer
-from rescore import guided_contexts, layout_noise, response_logprobs, score
+from rescore import expected_shift, guided_contexts, layout_noise, response_logprobs, score
 from rollout import rollout
-from router import asks_for, route
+from router import asks_for, counterparts, route
 from runlog import RunLog, accelerator_of
 from runlog.memory import peak_mib
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of, timed
@@ -57,7 +61,8 @@ def train(config: Config, run: Run | None = None) -> RunLog:
         trajectories, played = run.rollout(iteration, rng)
         skills, written = run.write_skills(trajectories, rng)
         routes = run.route(trajectories, skills)
-        batch, scored = run.rescore(trajectories, routes, iteration)
+        others = run.others(trajectories, skills, routes, rng)  # None, but with --shift-base other
+        batch, scored = run.rescore(trajectories, routes, iteration, others)
         updated = run.update(batch, iteration, rng)
         run.finish(iteration, trajectories, skills, routes, batch, played | written | scored | updated)
     run.log.finish(run.policy, run.tokenizer)
@@ -114,23 +119,29 @@ def make_batch(
     plain: dict[str, Tensor],  # (B, R) log pi(y | h) by reader
     guided: dict[str, Tensor],  # (B, R) log pi(y | h^) by level, NaN where a step has no skill of it
     iteration: int,
+    bases: dict[str, Tensor] | None = None,  # (B, R) by level; None: of `plain`, by --shift-base
 ) -> Batch:
     """The advantage of every token, from its outcome and its log-probs."""
     config, old, mask = method.config, plain["old"], ~plain["old"].isnan()  # (B, R)
 
     # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m
-    base = plain[config.scorer] if guided and config.shift_base == "scorer" else old  # (B, R)
-    shifts = {level: skill_advantage(logprobs, base, mask) for level, logprobs in guided.items()}  # (B, R) each
-    scored = [where_scored(shift, guided[level]) for level, shift in shifts.items()]
+    bases = bases or dict.fromkeys(guided, plain[base_of(config)])  # (B, R) each
+    shifts = {level: skill_advantage(guided[level], base, mask) for level, base in bases.items()}  # (B, R) each
+    scored = [where_scored(shift, guided[level] - bases[level]) for level, shift in shifts.items()]
 
     # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
-    fade = linear_decay(iteration, config.skill_iterations)
-    lambdas = {"episode_weight": fade * config.episode_weight, "step_weight": fade * config.step_weight}
-    episode, step = shifts.get("episode"), shifts.get("step")  # (B, R) each, or None
-    advantages = combine(outcome, episode, step, mask, **lambdas, skill_clip=config.skill_clip)  # (B, R)
+    weights = {f"{level}_weight": weight for level, weight in lambdas(config, iteration).items()}
+    sampled = shifts if config.divergence == "sampled" else {}  # else the loss holds it
+    episode, step = sampled.get("episode"), sampled.get("step")  # (B, R) each, or None
+    advantages = combine(outcome, episode, step, mask, **weights, skill_clip=config.skill_clip)  # (B, R)
     reference = plain["reference"] if config.kl else None  # (B, R)
     batch = Batch(contexts, responses, mask, old, reference, sum_of_scored(mask, *scored), advantages)
     return method.adjust(batch, outcome, plain, guided, iteration)
+
+
+def base_of(config: Config) -> str:
+    """The reader whose log pi(y | h) a skill's is compared with."""
+    return config.scorer if config.levels and config.shift_base == "scorer" else "old"
 
 
 class Run:
@@ -154,6 +165,9 @@ class Run:
         # hold different numbers of micro-batches, and `generate` is the model's own.
         self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
         check_model(self.policy, config.context_limit)
+        whole = "--centred" if config.levels and config.centred else f"--divergence {config.divergence}"
+        if not whole.endswith("sampled") and (obstacle := states_obstacle(self.policy)):
+            raise ValueError(f"{whole} needs whole distributions, which {config.model} does not give: {obstacle}")
         self.accelerator.print(line(config, self.policy, self.accelerator.num_processes))
         self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
@@ -258,6 +272,13 @@ class Run:
         self.method.check_routes(routes)
         return routes
 
+    def others(
+        self, trajectories: list[Trajectory], skills: list[Skills | None], routes: Routes, rng: random.Random
+    ) -> Routes | None:
+        """The same routes with other tasks' skills, where the shift is the difference to these."""
+        asked = self.config.levels and self.config.shift_base == "other"
+        return counterparts(routes, skills, trajectories, rng) if asked else None
+
     def _old_logprobs(self, trajectories: list[Trajectory]) -> list[list[list[float]]]:
         """log pi_old of each token of each step of each trajectory."""
         steps = [step for trajectory in trajectories for step in trajectory.steps]
@@ -270,13 +291,15 @@ class Run:
     # ---- 4. re-scoring and 5. advantage --------------------------------------------------------------------------
 
     @timed("rescore")
-    def rescore(self, trajectories: list[Trajectory], routes: Routes, iteration: int) -> tuple[Batch, Metrics]:
+    def rescore(
+        self, trajectories: list[Trajectory], routes: Routes, iteration: int, others: Routes | None = None
+    ) -> tuple[Batch, Metrics]:
         """Old, reference and skill-augmented log-probs of the sampled tokens, and the advantage that they make."""
         config = self.config
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
         with self.accelerator.autocast(), self.offload.needed(*self.frozen):
-            plain, guided, metrics = self._logprobs(contexts, responses, trajectories, routes)
+            plain, guided, bases, states, metrics = self._logprobs(contexts, responses, trajectories, routes, others)
             if iteration == 0:
                 largest, mean = logprob_gap([step.logprobs for step in steps], plain["old"])
                 check_gap(largest, mean, torch.bfloat16 if config.mixed_precision == "bf16" else self.policy.dtype)
@@ -286,32 +309,44 @@ class Run:
                 noise = layout_noise(self.policy, contexts[:few], responses[:few], **config.limits)
                 metrics["advantage/noise_floor"] = noise
         outcome, outcome_metrics = outcome_of(self.method, trajectories)  # (B,) A_ep
-        batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration)
+        batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration, bases)
+        if config.divergence != "sampled":
+            batch.teachers = self.method.teachers(states, iteration)
         metrics |= {f"guided/{level}": (~x.isnan()).any(1).float().mean().item() for level, x in guided.items()}
         return batch, metrics | outcome_metrics | advantage_metrics(outcome, batch.skill_advantages, batch.mask)
 
     def _logprobs(
-        self, contexts, responses, trajectories, routes
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Metrics]:
-        """Log-probs (B, R) of the plain contexts by reader, and of the skill-augmented ones by level."""
-        config, guided, metrics = self.config, {}, {}
-        for level in config.levels:
+        self, contexts, responses, trajectories: list[Trajectory], routes: Routes, others: Routes | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, States], Metrics]:
+        """Log-probs (B, R): of the plain contexts by reader, of the skill-augmented ones by level, and by level what
+        these are compared with. And the hidden states behind the first two, where whole distributions are needed."""
+        config, base = self.config, base_of(self.config)
+        guided, metrics = self._guided(trajectories, routes)
+        names = dict.fromkeys(["old", base] + (["reference"] if config.kl else []))
+        readers = {name: self.models[name] for name in names} | self.further
+        scorer = self.models[config.scorer] if guided else None
+        how = config.limits | {"progress": lambda name: lambda batches: self._bar(f"score {name}", batches)}
+        centred = bool(guided) and config.centred
+        states = {} if centred or config.divergence != "sampled" else None
+        plain, scored = score(readers, scorer, contexts, responses, guided, **how, keep=states)
+        bases = dict.fromkeys(scored, plain[base])
+        if others is not None:
+            swapped, _ = self._guided(trajectories, others)
+            foreign = {} if centred else None
+            _, bases = score({}, scorer, contexts, responses, swapped, **how, keep=foreign)
+        for level in scored if centred else ():
+            to = states[base] if others is None else foreign[level]
+            bases[level] = bases[level] + expected_shift(states["old"], states[level], to, config.temperature)
+        return plain, scored, bases, states or {}, metrics
+
+    def _guided(self, trajectories: list[Trajectory], routes: Routes) -> tuple[dict[str, list], Metrics]:
+        """The skill-augmented contexts by level."""
+        guided, metrics = {}, {}
+        for level in self.config.levels:
             guided[level], metrics[f"guided/{level}_too_long"] = guided_contexts(
-                self.encoder, trajectories, routes, level, context_limit=config.context_limit
+                self.encoder, trajectories, routes, level, context_limit=self.config.context_limit
             )
-        names = ["old"]
-        names += [config.scorer] if guided and config.shift_base == "scorer" else []
-        names += ["reference"] if config.kl else []
-        plain, scored = score(
-            {name: self.models[name] for name in names} | self.further,
-            self.models[config.scorer] if guided else None,
-            contexts,
-            responses,
-            guided,
-            **config.limits,
-            progress=lambda name: lambda batches: self._bar(f"score {name}", batches),
-        )
-        return plain, scored, metrics
+        return guided, metrics
 
     # ---- 6. update -----------------------------------------------------------------------------------------------
 
@@ -325,7 +360,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
         taken: list[Metrics] = []
-        with self._bar("update", total=config.epochs * parts) as bar, self.offload.needed(self.optimizer):
+        asked = [self.optimizer, *(states.model for _, states in batch.teachers if states.model in self.frozen)]
+        with self._bar("update", total=config.epochs * parts) as bar, self.offload.needed(*asked):
             for _ in range(config.epochs):
                 rng.shuffle(sequences)
                 for part in range(parts):
@@ -352,7 +388,8 @@ class Run:
         if not tokens:  # more mini-batches than sequences, on every process alike
             return {}
         self.policy.train()
-        names = ["loss/policy", "loss/kl", "clip_fraction"] + (["loss/distill"] if self.method.loss_weight else [])
+        names = ["loss/policy", "loss/kl", "clip_fraction"]
+        names += ["loss/distill"] if self.method.loss_weight or batch.teachers else []
         zero = torch.zeros((), device=self.accelerator.device)
         sums = dict.fromkeys(names, zero)  # of each term, over this process's tokens, of which it may have none
         for micro in even(micro_batches(sequences, self.config.token_budget), self.policy):
@@ -371,7 +408,12 @@ class Run:
         """The loss of each token of a micro-batch (N,), and its terms by the name of their metric (N,)."""
         config, device = self.config, self.accelerator.device
         with self.accelerator.autocast():
-            new, rows, columns = sequence_logprobs(self.policy, micro, config.temperature)  # (N,) log pi_theta(y | h)
+            if batch.teachers:
+                states, targets, rows, columns = sequence_states(self.policy, micro)  # (N, H) and (N,) each
+                head = self.policy.get_output_embeddings()
+                new = head_logprobs(head, states, targets, config.temperature, CHUNK)  # (N,) log pi_theta(y | h)
+            else:
+                new, rows, columns = sequence_logprobs(self.policy, micro, config.temperature)  # (N,) the same
         at = rows.cpu(), columns.cpu()
         old, advantages = batch.old_logprobs[at].to(device), batch.advantages[at].to(device)  # (N,)
 
@@ -387,7 +429,24 @@ class Run:
             teacher = None if batch.teacher_logprobs is None else batch.teacher_logprobs[at].to(device)  # (N,)
             terms["loss/distill"] = self.method.loss(new, old, teacher)  # (N,)
             losses = losses + self.method.loss_weight * terms["loss/distill"]
+        if batch.teachers:
+            terms["loss/distill"] = self._divergence(states, batch.teachers, at)  # (N,) lambda D(pi_theta, teacher)
+            losses = losses + terms["loss/distill"]
         return losses, terms
+
+    def _divergence(self, states: Tensor, teachers: list[tuple[float, States]], at: tuple[Tensor, Tensor]) -> Tensor:
+        """The weighted divergences of the policy, hidden states (N, H) at rows and columns `at`, to each teacher at the
+        tokens that it knows. -> (N,)"""
+        config, total = self.config, torch.zeros(len(states), device=states.device)  # (N,)
+        top = {"top_k": config.top_k, "top_k_of": config.top_k_of, "rest": config.top_k_rest}
+        measure = partial(divergence, config.divergence, beta=config.jsd_beta, **top)
+        for weight, teacher in teachers:
+            here = teacher.known[at].nonzero()[:, 0]  # (n,)
+            places = states[here.to(states.device)], teacher, *(index[here] for index in at)
+            with self.accelerator.autocast():
+                term = divergences(self.policy, *places, measure, config.temperature)  # (n,)
+            total = total.index_add(0, here.to(total.device), weight * term.float())
+        return total
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,12 @@ import random
 
 from baselines.method import Config, Method
 from data import Skills, Trajectory
+from router import foreign
 
 
 class Shuffled(Method):
-    """Each trajectory is guided by the skills of another task's: content against the mere change of context."""
+    """Each trajectory is guided by the skills of one of another task, of another type where there is one: content
+    against the mere change of context."""
 
     @staticmethod
     def check(config: Config) -> None:
@@ -19,7 +21,7 @@ class Shuffled(Method):
     def skills(
         self, trajectories: list[Trajectory], written: list[Skills | None], rng: random.Random
     ) -> list[Skills | None]:
-        return shuffle_skills(written, [trajectory.group for trajectory in trajectories], rng)
+        return shuffle_skills(written, trajectories, rng)
 
 
 class Placebo(Method):
@@ -53,23 +55,14 @@ class Oracle(Method):
         return [scripted_skills(trajectory, self.config.max_step_skills) for trajectory in trajectories]
 
 
-def shuffle_skills(skills: list[Skills | None], groups: list[int], rng: random.Random) -> list[Skills | None]:
-    """Each trajectory gets the skills of one of another task. Every trajectory's skills are used once; those without
-    skills count as skills, too.
-
-    `groups`: the task of each trajectory. Raises ValueError where one task has more than half of all trajectories.
-    """
-    sizes = {group: groups.count(group) for group in groups}
-    largest = max(sizes.values())
-    if 2 * largest > len(groups):
-        raise ValueError("a task has more than half of a process's trajectories: skills cannot all go to other tasks")
-    tasks, order = rng.sample(sorted(sizes), len(sizes)), rng.sample(range(len(groups)), len(groups))
-    order.sort(key=lambda i: tasks.index(groups[i]))
-    # Tasks lie in blocks, so that whatever stands one largest block further on, around the end too, is of another one.
-    taken = [None] * len(groups)
-    for position, i in enumerate(order):
-        taken[i] = skills[order[(position + largest) % len(order)]]
-    return taken
+def shuffle_skills(
+    skills: list[Skills | None], trajectories: list[Trajectory], rng: random.Random
+) -> list[Skills | None]:
+    """Each trajectory gets the skills that were written about a `foreign` one, drawn anew for each; None where no other
+    task has skills. Raises ValueError where all are of one task."""
+    having = [own is not None for own in skills]
+    sources = [foreign(trajectories, at, having) for at in range(len(trajectories))]
+    return [skills[rng.choice(source)] if source else None for source in sources]
 
 
 def scripted_skills(trajectory: Trajectory, max_step_skills: int) -> Skills:

@@ -18,6 +18,7 @@ from router import LEVELS
 class Distilled(Method):
     """A_ep alone in the advantage, and a term of `kind` in the loss."""
 
+    whole = False
     one_teacher = True
     kind: str
     release_weight = 0.01  # of the SDAR release's ALFWorld scripts

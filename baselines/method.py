@@ -7,10 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from advantage import linear_decay
 from data import Batch, Guidance, Level, Skills, Trajectory
 from router import LEVELS
 
 Config = Any  # a config.Config, which is made from the table of methods and cannot be imported here
+
+
+def lambdas(config: Config, iteration: int) -> dict[Level, float]:
+    """The weight of A_skill by level: as given, or falling in a line to 0 with `--skill-iterations`."""
+    fade = linear_decay(iteration, config.skill_iterations)
+    return {"episode": fade * config.episode_weight, "step": fade * config.step_weight}
 
 
 class Method:
@@ -19,6 +26,7 @@ class Method:
     `check`, `levels` and `writes_skills` are asked before anything is loaded; the others follow the order of a run.
     """
 
+    whole = True  # whether `--divergence` may take the sampled token's place
     one_teacher = False  # whether a token can have but one, so that no step may be guided by two skills
     loss_weight = 0.0  # of `loss`; 0: there is no such term
 
@@ -73,6 +81,11 @@ class Method:
         `guided` by level, NaN where not scored."""
         return batch
 
+    def teachers(self, states: dict[str, Any], iteration: int) -> list[tuple[float, Any]]:
+        """(weight, hidden states) of whoever `--divergence` is measured to; `states`: by reader and by level."""
+        weights = lambdas(self.config, iteration)
+        return [(weights[level], states[level]) for level in self.config.levels]
+
     def loss(self, new: Tensor, old: Tensor, teacher: Tensor | None) -> Tensor:
         """A further term of the loss, before `loss_weight`. Log-probs (N,) -> (N,). `teacher`: of the batch that
         `adjust` returned; None where that has none."""
@@ -88,6 +101,8 @@ class Method:
 
 class Grpo(Method):
     """The zero of OPID: no skills."""
+
+    whole = False
 
     @staticmethod
     def levels(config: Config) -> tuple[Level, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from advantage import skill_advantage, where_scored
@@ -15,6 +16,8 @@ from tiny.loading import load_model
 
 
 class Opd(Grpo):
+    whole = True
+
     @staticmethod
     def check(config: Config) -> None:
         if config.teacher is None:
@@ -31,7 +34,12 @@ class Opd(Grpo):
         shift = skill_advantage(plain["teacher"], batch.old_logprobs, batch.mask)  # (B, R)
         bound = self.config.skill_clip
         advantages = shift if bound is None else shift.clamp(-bound, bound)  # (B, R)
+        if self.config.divergence != "sampled":
+            advantages = torch.zeros_like(shift)
         return replace(batch, skill_advantages=where_scored(shift, plain["teacher"]), advantages=advantages)
+
+    def teachers(self, states: dict[str, Any], iteration: int) -> list[tuple[float, Any]]:
+        return [(1.0, states["teacher"])]
 
 
 def load_teacher(name: str, tokenizer, *, dtype: str):

@@ -13,6 +13,7 @@ from router import LEVELS
 
 
 class Rlsd(Method):
+    whole = False
     one_teacher = True
 
     @staticmethod

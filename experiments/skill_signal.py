@@ -79,7 +79,8 @@ def batch_of(config: Config, run: Path | None) -> tuple[Config, list[Trajectory]
         trajectories, _ = training.rollout(iteration, rng)
         skills, _ = training.write_skills(trajectories, rng)
         routes = training.route(trajectories, skills)
-        batch, _ = training.rescore(trajectories, routes, iteration)
+        others = training.others(trajectories, skills, routes, rng)
+        batch, _ = training.rescore(trajectories, routes, iteration, others)
         return config, trajectories, routes, batch
 
 

@@ -32,6 +32,15 @@ def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> t
     The causal shift lives here and nowhere else: the logits at position p - 1 predict the token at position p, so
     logits are asked for at p - 1 only.
     """
+    inputs, keep, targets, rows, columns = asked(model, sequences)
+    with attention_for(model, sequences):
+        logprobs = token_logprobs(model, inputs, keep, targets, temperature)
+    return logprobs, rows, columns
+
+
+def asked(model, sequences: list[Sequence]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """-> what the model reads; where it predicts a response token, `keep` (S, L); those tokens (N,), their batch rows
+    (N,) and response columns (N,). All on the model's device."""
     device = model.device
     length = max(len(sequence.ids) for sequence in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.long)  # (S, L), right-padded
@@ -47,11 +56,14 @@ def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> t
             columns += range(size)
             targets += sequence.ids[start : start + size]
     inputs = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
-    branched = any(sequence.branches for sequence in sequences)
-    inputs |= tree_inputs(sequences, length, device) if branched else {}
-    with tree_attention(model) if branched else nullcontext():
-        logprobs = token_logprobs(model, inputs, keep.to(device), _ids(targets, device), temperature)
-    return logprobs, _ids(rows, device), _ids(columns, device)
+    if any(sequence.branches for sequence in sequences):
+        inputs |= tree_inputs(sequences, length, device)
+    return inputs, keep.to(device), *(_ids(values, device) for values in (targets, rows, columns))
+
+
+def attention_for(model, sequences: list[Sequence]):
+    """A context in which the model may read these sequences."""
+    return tree_attention(model) if any(sequence.branches for sequence in sequences) else nullcontext()
 
 
 def _ids(values: list[int], device) -> Tensor:

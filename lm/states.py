@@ -1,0 +1,102 @@
+"""What a model's output layer read at response tokens, kept: for whole distributions instead of one log-prob.
+
+A distribution over V words is V numbers, the hidden state that it comes from only H. So states are what is stored, on
+the CPU, and distributions are made of them again, CHUNK logits at a time, where they are needed.
+
+Shapes: B rows (steps), R longest response, N tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lm.logprobs import CHUNK, asked, attention_for, has_linear_head, hidden_states
+from lm.packing import Sequence
+
+Divergence = Callable[[Tensor, Tensor], Tensor]  # of log-probs of two models (n, V) each -> (n,)
+
+
+def states_obstacle(model) -> str | None:
+    """Why the distributions of this model cannot be had from its hidden states; None where they can."""
+    return None if has_linear_head(model) else "its logits are not simply its output layer's"
+
+
+def sequence_states(model, sequences: list[Sequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One forward pass -> states (N, H) that predict the response tokens, these tokens (N,), their batch rows (N,) and
+    response columns (N,). Gradient flows if enabled."""
+    inputs, keep, targets, rows, columns = asked(model, sequences)
+    with attention_for(model, sequences):
+        states = hidden_states(model, inputs)[keep]  # (N, H)
+    return states, targets, rows, columns
+
+
+class States:
+    """The hidden states of one model at the response tokens that it scored."""
+
+    def __init__(self, model, rows: int, columns: int):
+        self.model = model
+        self.at = torch.full((rows, columns), -1)  # (B, R) where a token's state lies, -1 where it has none
+        self.parts: list[Tensor] = []  # joined they are (N, H), on the CPU
+        self.count = 0
+
+    def add(self, states: Tensor, rows: Tensor, columns: Tensor) -> None:
+        self.at[rows.cpu(), columns.cpu()] = self.count + torch.arange(len(states))
+        self.parts.append(states.detach().cpu())
+        self.count += len(states)
+
+    @property
+    def known(self) -> Tensor:
+        """(B, R) bool: whether there is a state."""
+        return self.at >= 0
+
+    def of_rows(self, first: int, last: int) -> States:
+        """The rows from `first` to before `last`, the states themselves shared."""
+        part = States(self.model, 0, 0)
+        part.at, part.parts, part.count = self.at[first:last], self.parts, self.count
+        return part
+
+    def at_tokens(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(n, H) on the model's device. Every one of these tokens must be known."""
+        if len(self.parts) > 1:
+            self.parts = [torch.cat(self.parts)]
+        return self.parts[0][self.at[rows, columns]].to(self.model.device)
+
+    def logprobs(self, rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
+        """Log-probs of the whole vocabulary at these tokens, (n, V)."""
+        return distribution(self.model.get_output_embeddings(), self.at_tokens(rows, columns), temperature)
+
+
+def distribution(head, states: Tensor, temperature: float) -> Tensor:
+    """Hidden states (n, H) -> log-probs in float32, (n, V)."""
+    return torch.log_softmax(head(states).float() / temperature, -1)
+
+
+def divergences(
+    model,
+    states: Tensor,  # (n, H) the policy's
+    teacher: States,
+    rows: Tensor,  # (n,) of the teacher's states
+    columns: Tensor,  # (n,)
+    divergence: Divergence,
+    temperature: float,
+) -> Tensor:
+    """`divergence` between policy and teacher at each token, (n,). Of both distributions no more than CHUNK log-probs
+    are alive at any time: the backward pass makes each chunk again. Gradient flows into `states` and the output layer.
+    """
+    head, other = model.get_output_embeddings(), teacher.model.get_output_embeddings()
+    size = max(1, CHUNK // (2 * head.weight.shape[0]))
+
+    def part(states: Tensor, others: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = distribution(other, others, temperature)  # (size, V)
+        return divergence(distribution(head, states, temperature), theirs)
+
+    parts = []
+    for own, r, c in zip(states.split(size), rows.split(size), columns.split(size), strict=True):
+        others = teacher.at_tokens(r, c)
+        parts.append(checkpoint(part, own, others, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts) if parts else states.new_zeros(0)
