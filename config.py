@@ -185,8 +185,8 @@ class Config:
     rlsd_clip: float = OTHERS(0.2, "rlsd: bound of the rescaling, 1 - eps to 1 + eps")
     divergence: str = OTHERS(
         "sampled",
-        "opid, opd: how the policy is drawn to scorer or teacher: by the shift of sampled tokens (paper), or by the exact "
-        "reverse or forward KL or generalised JSD of whole distributions, as a loss",
+        "opid, opd: what draws the policy to scorer or teacher: the shift of sampled tokens (paper), or exactly, as a "
+        "loss, the reverse or forward KL or generalised JSD of whole distributions",
         ("sampled", "reverse", "forward", "jsd"),
     )
     jsd_beta: float = OTHERS(0.5, "jsd: beta, from near 0 (forward KL's direction) to near 1 (reverse KL's)")
@@ -251,12 +251,14 @@ class Config:
 
     def _check_divergence(self) -> None:
         if self.divergence == "sampled":
+            if self.top_k:
+                raise ValueError("--top-k is for --divergence reverse, forward or jsd: a sampled shift has one word")
             return
         if not METHODS[self.algo].whole:
             raise ValueError(f"--divergence is for opid and opd: --algo {self.algo} has no shift that it could replace")
         if self.shift_base != "old" or self.centred or self.skill_clip is not None:
             raise ValueError(
-                f"--divergence {self.divergence} is exact: no --shift-base, --centred or --skill-clip, which are for samples"
+                f"--divergence {self.divergence} is exact: --shift-base, --centred, --skill-clip are for samples"
             )
         if self.shard:
             raise ValueError(f"--divergence {self.divergence} needs the teacher's output layer whole: no --shard")

@@ -1,6 +1,6 @@
 """How far two next-token distributions are apart: the exact counterpart of a sampled token's log-prob shift.
 
-    E over y ~ pi_theta of grad log pi_theta(y) (log pi_teacher(y) - log pi_theta(y))  =  -grad KL(pi_theta || pi_teacher)
+    E over y ~ pi of grad log pi(y) (log pi_teacher(y) - log pi(y))  =  -grad KL(pi || pi_teacher)
 
 so an advantage of weight lambda on sampled tokens and lambda times `reverse` in the loss have the same gradient on
 average, and the loss has it without the noise of sampling.

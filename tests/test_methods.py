@@ -86,6 +86,47 @@ def test_terms_of_weight_zero_leave_grpo_bit_for_bit(run):
     assert differ(trained(run("gigpo")[0]), grpo)
 
 
+def test_exact_divergences_train_and_weight_zero_is_grpo(run):
+    grpo = trained(run("grpo")[0])
+    for algo, changes in (
+        ("opid", {"divergence": "reverse"}),
+        ("opid", {"divergence": "jsd", "top_k": 3, "routing": "additive"}),
+        ("opid-placebo", {"divergence": "forward", "top_k": 2, "top_k_of": "student", "top_k_rest": "drop"}),
+        ("opd", {"divergence": "reverse", "top_k": 4, "top_k_rest": "hold"}),
+    ):
+        config, (record,) = run(algo, **changes)
+        assert differ(trained(config), grpo)
+        assert record["advantage/skill_abs"] > 0 and record["loss/distill"] != 0
+        assert (record["loss/policy"] == 0) == (algo == "opd")  # no outcome
+    config, (record,) = run("opid", divergence="reverse", routing="episode", episode_weight=1e-30, step_weight=0.0)
+    ours = trained(config)
+    assert all(torch.allclose(ours[name], grpo[name], atol=1e-6) for name in grpo)  # summed in another order
+
+
+def test_the_exact_loss_is_minus_the_mean_of_the_shift(run):
+    """Over many sampled tokens A_skill is on average -KL(pi_old || scorer), which the exact loss is at the first step;
+    and what is left of A_skill without its expectation has mean 0."""
+    many = {"tasks": 4, "rollouts": 8, "max_steps": 8, "mini_batch": 0, "train_games": 8, "routing": "episode"}
+    _, (exact,) = run("opid", divergence="reverse", episode_weight=1.0, **many)
+    _, (centred,) = run("opid", centred=True, **many)
+    mean, size = exact["advantage/skill_mean"], exact["advantage/skill_abs"]
+    assert exact["loss/distill"] == pytest.approx(-mean, abs=0.1 * size)
+    assert exact["loss/distill"] > 0.1 * size
+    assert abs(centred["advantage/skill_mean"]) < 0.1 * size
+
+
+def test_the_shift_to_another_tasks_skill(run, monkeypatch):
+    """Where all skills read alike nothing is left of the contrast; where they differ, something is, and what the plain
+    context has to do with it cancels."""
+    _, (alike,) = run("opid", shift_base="other")
+    assert alike["advantage/skill_abs"] == pytest.approx(0, abs=1e-5) and alike["guided/step"] > 0
+    texts = iter(["open bed", "look in safe", "never go", "first take"] * 2)
+    answers = lambda prompts: [json.dumps({"episode_skill": next(texts)}) for _ in prompts]
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: answers)
+    _, (differing,) = run("opid", shift_base="other", tasks=4, rollouts=1)
+    assert differing["advantage/skill_abs"] > 0.01
+
+
 def test_whose_skills_guide(run, monkeypatch):
     def samples(algo):
         answer = {"episode_skill": "skill {}", "step_skills": {"1": "hint"}}
@@ -99,8 +140,8 @@ def test_whose_skills_guide(run, monkeypatch):
     hints: list[list[dict]] = []
     assert samples("opid") == [(0, "skill 0"), (0, "skill 1"), (1, "skill 2"), (1, "skill 3")]
     shuffled = samples("opid-shuffled")
-    assert {text for group, text in shuffled if group == 0} == {"skill 2", "skill 3"}
-    assert {text for group, text in shuffled if group == 1} == {"skill 0", "skill 1"}
+    assert {text for group, text in shuffled if group == 0} <= {"skill 2", "skill 3"}
+    assert {text for group, text in shuffled if group == 1} <= {"skill 0", "skill 1"}
     assert samples("opid-placebo") == [(group, "first one and then one") for group in (0, 0, 1, 1)]
     assert hints[0][0] == {"1": "hint"}
     assert hints[-1] == [dict.fromkeys(own, "now one") for own in hints[0]]  # at the same steps

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.controls import shuffle_skills
-from data import Guidance, Skills, Slot
-from router import RULES, fill, guided_messages, route, rule
+from data import Guidance, Skills, Slot, Trajectory
+from router import RULES, counterparts, fill, guided_messages, route, rule
 
 SKILLS = Skills("summary", "work in order", {1: "open it"})
 EPISODE, STEP = Guidance("episode", "work in order"), Guidance("step", "open it")
@@ -161,19 +161,53 @@ def test_chat_puts_the_episode_skill_first_and_the_step_skill_last():
     assert guided_messages(prompts, STEP, "chat") == [*plain[:2], "seen\nS:open it\n"]
 
 
-@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 99))
-def test_shuffled_skills_are_all_used_once_and_come_from_another_task(tasks, rollouts, seed):
-    groups = [task for task in range(tasks) for _ in range(rollouts)]
-    skills = [Skills("", str(i), {}) for i in range(len(groups))]
-    got = shuffle_skills(skills, groups, random.Random(seed))
-    assert sorted(int(s.episode) for s in got) == list(range(len(groups)))
-    assert all(groups[int(s.episode)] != group for s, group in zip(got, groups, strict=True))
-    assert got == shuffle_skills(skills, groups, random.Random(seed))
+def played(*tasks: tuple[int, str]) -> list[Trajectory]:
+    """One trajectory for each (task, type)."""
+    return [Trajectory("", group, [], True, task_type=kind) for group, kind in tasks]
 
 
-def test_shuffling_depends_on_the_seed_and_needs_other_tasks():
-    groups, skills = [0, 0, 1, 1, 2, 2], [Skills("", str(i), {}) for i in range(6)]
-    assert len({str(shuffle_skills(skills, groups, random.Random(seed))) for seed in range(9)}) > 3
-    assert shuffle_skills([None, SKILLS], [0, 1], random.Random(0)) == [SKILLS, None]
-    with pytest.raises(ValueError, match="more than half"):
-        shuffle_skills(skills[:3], [0, 0, 1], random.Random(0))
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abc")), min_size=2, max_size=9), st.integers(0, 99))
+def test_shuffled_skills_come_from_another_type_where_there_is_one(tasks, seed):
+    trajectories = played(*((group, kind + str(group % 2)) for group, kind in tasks))
+    skills = [Skills("", str(i), {}) for i in range(len(tasks))]
+    if len({t.group for t in trajectories}) == 1:
+        with pytest.raises(ValueError, match="raise --tasks"):
+            shuffle_skills(skills, trajectories, random.Random(seed))
+        return
+    got = shuffle_skills(skills, trajectories, random.Random(seed))
+    assert got == shuffle_skills(skills, trajectories, random.Random(seed))
+    for own, taken in zip(trajectories, got, strict=True):
+        source = trajectories[int(taken.episode)]
+        assert source.group != own.group
+        others = {t.task_type for t in trajectories if t.group != own.group}
+        assert source.task_type != own.task_type or others == {own.task_type}
+
+
+def test_shuffling_depends_on_the_seed_and_passes_over_those_without_skills():
+    trajectories = played((0, "a"), (0, "a"), (1, "b"), (1, "b"), (2, "c"), (2, "c"))
+    skills = [Skills("", str(i), {}) for i in range(6)]
+    assert len({str(shuffle_skills(skills, trajectories, random.Random(seed))) for seed in range(9)}) > 3
+    assert shuffle_skills([None, SKILLS], played((0, "a"), (1, "b")), random.Random(0)) == [SKILLS, None]
+
+
+def test_counterparts_keep_the_routes_and_take_the_words_of_another_task():
+    trajectories = played((0, "a"), (1, "b"), (2, "a"))
+    skills = [Skills("", "E0", {1: "S0"}), Skills("", "E1", {0: "S1", 4: "T1"}), None]
+    routes = [[(EPISODE,), (STEP,), (EPISODE, STEP)], [(EPISODE,)], [()]]
+    swapped = counterparts(routes, skills, trajectories, random.Random(0))
+    assert [[[g.level for g in gs] for gs in route] for route in swapped] == [
+        [["episode"], ["step"], ["episode", "step"]],
+        [["episode"]],
+        [[]],
+    ]
+    assert {g.text for gs in swapped[0] for g in gs if g.level == "episode"} == {"E1"}
+    assert {g.text for gs in swapped[0] for g in gs if g.level == "step"} <= {"S1", "T1"}
+    assert swapped[1] == [(Guidance("episode", "E0"),)]
+
+
+def test_a_level_that_no_other_task_has_a_skill_of_has_no_counterpart():
+    trajectories, routes = played((0, "a"), (1, "b")), [[(EPISODE,), (STEP,)], [()]]
+    for other in (Skills("", "E1", {}), Skills("", "E1", {0: " "})):
+        swapped = counterparts(routes, [SKILLS, other], trajectories, random.Random(0))
+        assert swapped[0] == [(Guidance("episode", "E1"),), ()]
+    assert counterparts(routes, [SKILLS, None], trajectories, random.Random(0))[0] == [(), ()]

@@ -201,6 +201,48 @@ def test_added_shift_rests_at_the_teacher():
     assert gradient_of_a(clipped(added(torch.zeros(2), 1.0)), TEACHER.tolist()) == pytest.approx(0, abs=1e-6)
 
 
+def test_estimators_of_the_same_gradient():
+    """Whichever constant is taken off A_skill, or none: the mean gradient over samples is the exact one. (0.3, -0.2):
+    log-probs whose shift to the teacher has a mean far from 0."""
+    logits = (0.3, -0.2)
+    exact = gradient_of_a(lambda new, old: (new.exp() * (new - TEACHER)).sum() * torch.ones(2), logits)
+    plain = gradient_of_a(clipped(lambda old: TEACHER - old), logits)
+    expected = lambda old: (old.exp() * (TEACHER - old)).sum()
+    centred = gradient_of_a(clipped(lambda old: TEACHER - old - expected(old)), logits)
+    assert plain == pytest.approx(exact, abs=1e-6) and centred == pytest.approx(exact, abs=1e-6)
+
+
+def test_the_centred_shift_has_less_variance_in_its_gradient():
+    """Of the gradient at a's logit, A (1[a] - pi_a) for a sampled action, over the two actions."""
+    p = torch.tensor([0.6, 0.4])
+    shift = TEACHER - p.log()
+    score = torch.tensor([1.0, 0.0]) - p[0]
+    variance = lambda a: ((p * (a * score) ** 2).sum() - (p * a * score).sum() ** 2).item()
+    expected = (p * shift).sum()  # -KL
+    assert expected < 0
+    assert variance(shift - expected) < 0.5 * variance(shift)
+
+
+def test_a_skill_that_does_what_any_skill_does_has_no_contrast():
+    """Both skills make a likelier by the same factor: the plain shift pushes to a, the contrast rests."""
+    other = TEACHER.clone()
+    assert gradient_of_a(clipped(lambda old: TEACHER - old)) < -0.1
+    assert gradient_of_a(clipped(lambda old: TEACHER - other)) == pytest.approx(0, abs=1e-6)
+    opposite = TEACHER.flip(0)  # the other skill makes b likelier: what is this one's own counts twice
+    assert gradient_of_a(clipped(lambda old: TEACHER - opposite)) == pytest.approx(-0.5 * math.log(4))
+
+
+def test_bases_by_level_and_what_has_none():
+    """Own skill -0.7 against another's -1.2 on the episode-guided step; the step skill has no counterpart."""
+    old = torch.tensor([[-1.0], [-2.0]])
+    guided = {"episode": torch.tensor([[-0.7], [NAN]]), "step": torch.tensor([[NAN], [-1.8]])}
+    bases = {"episode": torch.tensor([[-1.2], [NAN]]), "step": torch.tensor([[NAN], [NAN]])}
+    config = Config(episode_weight=2.0, step_weight=3.0, shift_base="other")
+    batch = make_batch(METHODS["opid"](config), [], [], torch.zeros(2), {"old": old, "reference": old}, guided, 0, bases)
+    assert torch.allclose(batch.advantages, torch.tensor([[1.0], [0.0]]))
+    assert batch.skill_advantages.isnan().tolist() == [[False], [True]]
+
+
 def test_rlsd_rescales_but_never_turns_the_outcome():
     # weights: a lost and the teacher likes it: exp(-log 1.6) = 0.625 -> 0.8; b won and the teacher doesn't: 0.4 -> 0.8;
     # half of each is taken: 0.9
