@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tomllib
 import types
 import typing
@@ -197,7 +198,19 @@ class Config:
         "--top-k: what becomes of the other words: one bin, left out, or left out with the weights held (reverse)",
         ("bin", "drop", "hold"),
     )
-    teacher: str | None = OTHERS(None, "opd: the larger model, named as --model is; it must have the same tokenizer")
+    oprd_layers: str = OTHERS(
+        "all", "oprd: layers whose states are matched; even: the first, third, ...", ("last", "all", "even", "odd")
+    )
+    oprd_positions: str = OTHERS("all", "oprd: tokens of a response that count: all, first-K or last-K, as in last-32")
+    oprd_normalize: bool = OTHERS(
+        False, "oprd: states of length 1 (the release), not as they are (the paper's numbers)"
+    )
+    oprd_weight: float = OTHERS(1.0, "oprd: weight of the loss (the release: 1)")
+    teacher: str | None = OTHERS(
+        None,
+        "opd, oprd: the larger model, named as --model is; it must have the same tokenizer. oprd without one: the "
+        "scorer under the skill",
+    )
 
     def __post_init__(self):
         """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""
@@ -222,8 +235,10 @@ class Config:
             raise ValueError("--shift-base other takes skills from other tasks: --tasks must be at least 2")
         if self.offload and self.shard:
             raise ValueError("--offload is for one card: with --shard every card holds its part of all of it")
-        if self.teacher is not None and self.algo != "opd":
-            raise ValueError("--teacher is for opd")
+        if self.teacher is not None and self.algo not in ("opd", "oprd"):
+            raise ValueError("--teacher is for opd and oprd")
+        if not re.fullmatch(r"all|(first|last)-[1-9]\d*", self.oprd_positions):
+            raise ValueError(f"--oprd-positions must be all, first-K or last-K, not {self.oprd_positions!r}")
         self._check_divergence()
         self._check_writer()
         method = METHODS[self.algo]

@@ -97,6 +97,7 @@ class Batch:
     skill_advantages: torch.Tensor  # (B, R) A_skill before its weight, NaN where no skill was scored
     advantages: torch.Tensor  # (B, R) A, what the update uses, 0 off the mask
     teacher_logprobs: torch.Tensor | None = None  # (B, R) log pi(y | h with skill) for a loss term; OPID has none
+    guided: list[list[int] | None] | None = None  # h^ of each row, for a teacher that reads it during the update
     teachers: list[tuple[float, States]] = field(
         default_factory=list
     )  # with weights, where --divergence is not sampled

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from advantage import combine, outcome_advantage, skill_advantage, sum_of_scored, where_scored
 from baselines import METHODS, Method
+from baselines.distillation import only_contexts
 from baselines.divergences import divergence
 from baselines.method import lambdas
 from config import Config, parse_args
@@ -48,6 +49,7 @@ from skills import write_skills
 from tiny.loading import load_model
 
 Routes = list[list[tuple[Guidance, ...]]]  # of each trajectory, of each of its steps
+Contexts = dict[str, list[list[int] | None]]  # h^ by level: B of them
 
 MAX_LOG_RATIO = 20.0  # of a token's two probabilities, so that no exp overflows: infinity times A = 0 is not a number
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
@@ -299,7 +301,9 @@ class Run:
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         contexts, responses = [step.context for step in steps], [step.response for step in steps]
         with self.accelerator.autocast(), self.offload.needed(*self.frozen):
-            plain, guided, bases, states, metrics = self._logprobs(contexts, responses, trajectories, routes, others)
+            asked, metrics = self._guided(trajectories, routes)
+            swapped = None if others is None else self._guided(trajectories, others)[0]
+            plain, guided, bases, states = self._logprobs(contexts, responses, asked, swapped)
             if iteration == 0:
                 largest, mean = logprob_gap([step.logprobs for step in steps], plain["old"])
                 check_gap(largest, mean, torch.bfloat16 if config.mixed_precision == "bf16" else self.policy.dtype)
@@ -312,16 +316,18 @@ class Run:
         batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration, bases)
         if config.divergence != "sampled":
             batch.teachers = self.method.teachers(states, iteration)
+        if self.method.matches_states:
+            batch.guided = only_contexts(len(contexts), *asked.values())
         metrics |= {f"guided/{level}": (~x.isnan()).any(1).float().mean().item() for level, x in guided.items()}
         return batch, metrics | outcome_metrics | advantage_metrics(outcome, batch.skill_advantages, batch.mask)
 
     def _logprobs(
-        self, contexts, responses, trajectories: list[Trajectory], routes: Routes, others: Routes | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, States], Metrics]:
+        self, contexts: list[list[int]], responses: list[list[int]], guided: Contexts, swapped: Contexts | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, States]]:
         """Log-probs (B, R): of the plain contexts by reader, of the skill-augmented ones by level, and by level what
-        these are compared with. And the hidden states behind the first two, where whole distributions are needed."""
+        these are compared with. And the hidden states behind the first two, where whole distributions are needed.
+        `swapped`: `guided` with other tasks' skills."""
         config, base = self.config, base_of(self.config)
-        guided, metrics = self._guided(trajectories, routes)
         names = dict.fromkeys(["old", base] + (["reference"] if config.kl else []))
         readers = {name: self.models[name] for name in names} | self.further
         scorer = self.models[config.scorer] if guided else None
@@ -330,16 +336,15 @@ class Run:
         states = {} if centred or config.divergence != "sampled" else None
         plain, scored = score(readers, scorer, contexts, responses, guided, **how, keep=states)
         bases = dict.fromkeys(scored, plain[base])
-        if others is not None:
-            swapped, _ = self._guided(trajectories, others)
+        if swapped is not None:
             foreign = {} if centred else None
             _, bases = score({}, scorer, contexts, responses, swapped, **how, keep=foreign)
         for level in scored if centred else ():
-            to = states[base] if others is None else foreign[level]
+            to = states[base] if swapped is None else foreign[level]
             bases[level] = bases[level] + expected_shift(states["old"], states[level], to, config.temperature)
-        return plain, scored, bases, states or {}, metrics
+        return plain, scored, bases, states or {}
 
-    def _guided(self, trajectories: list[Trajectory], routes: Routes) -> tuple[dict[str, list], Metrics]:
+    def _guided(self, trajectories: list[Trajectory], routes: Routes) -> tuple[Contexts, Metrics]:
         """The skill-augmented contexts by level."""
         guided, metrics = {}, {}
         for level in self.config.levels:
@@ -360,8 +365,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
         taken: list[Metrics] = []
-        asked = [self.optimizer, *(states.model for _, states in batch.teachers if states.model in self.frozen)]
-        with self._bar("update", total=config.epochs * parts) as bar, self.offload.needed(*asked):
+        teaching = self.frozen if batch.teachers or self.method.matches_states else []
+        with self._bar("update", total=config.epochs * parts) as bar, self.offload.needed(self.optimizer, *teaching):
             for _ in range(config.epochs):
                 rng.shuffle(sequences)
                 for part in range(parts):
@@ -407,6 +412,13 @@ class Run:
     def losses(self, micro: list[Sequence], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each token of a micro-batch (N,), and its terms by the name of their metric (N,)."""
         config, device = self.config, self.accelerator.device
+        if self.method.matches_states:  # never with OPID
+            with self.accelerator.autocast():
+                distance = self.method.distance(self.policy, self.models[config.scorer], micro, batch)  # (N,)
+            zero = torch.zeros_like(distance)
+            return distance, dict.fromkeys(["loss/policy", "loss/kl", "clip_fraction"], zero) | {
+                "loss/distill": distance
+            }
         with self.accelerator.autocast():
             if batch.teachers:
                 states, targets, rows, columns = sequence_states(self.policy, micro)  # (N, H) and (N,) each

@@ -10,6 +10,7 @@ from baselines.distillation import GrpoOpsd, Opsd, Sdar, SkillSd
 from baselines.gigpo import Gigpo
 from baselines.method import Grpo, Method
 from baselines.opd import Opd
+from baselines.oprd import Oprd
 from baselines.rlsd import Rlsd
 
 METHODS: dict[str, type[Method]] = {
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "grpo": Grpo,
     "gigpo": Gigpo,
     "opd": Opd,
+    "oprd": Oprd,
     "opsd": Opsd,
     "grpo+opsd": GrpoOpsd,
     "sdar": Sdar,

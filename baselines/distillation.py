@@ -84,6 +84,12 @@ def only_scores(mask: Tensor, *scores: Tensor) -> Tensor:
     return taken
 
 
+def only_contexts(count: int, *levels: list[list[int] | None]) -> list[list[int] | None]:
+    """The one h^ of each of `count` rows, None where it has none; the rows of `levels` exclude one another."""
+    found = [[context for context in row if context] for row in zip(*levels, strict=True)] or [[]] * count
+    return [contexts[0] if contexts else None for contexts in found]
+
+
 def distillation_loss(kind: str, new: Tensor, old: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
     """The term of a method before its weight. All (N,) -> (N,), 0 where `teacher` is NaN.
 

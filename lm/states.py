@@ -34,6 +34,22 @@ def sequence_states(model, sequences: list[Sequence]) -> tuple[Tensor, Tensor, T
     return states, targets, rows, columns
 
 
+def layer_states(model, sequences: list[Sequence], layers: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What layers put out at the response tokens themselves: (N, K, H), batch rows (N,) and response columns (N,).
+
+    `layers`: "last" (what the output layer reads), "all" or every second one, "even" (the first, the third, ...) or
+    "odd". Gradient flows if enabled. Raises ValueError for another word.
+    """
+    chosen = {"last": slice(-1, None), "all": slice(1, None), "even": slice(1, None, 2), "odd": slice(2, None, 2)}
+    if layers not in chosen:
+        raise ValueError(f"layers must be one of {', '.join(chosen)}, not {layers!r}")
+    inputs, keep, _, rows, columns = asked(model, sequences)
+    tokens = keep.roll(1, 1)  # (S, L) a response token stands one behind where it is predicted
+    with attention_for(model, sequences):
+        states = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
+    return torch.stack([layer[tokens] for layer in states[chosen[layers]]], 1), rows, columns
+
+
 class States:
     """The hidden states of one model at the response tokens that it scored."""
 

@@ -14,6 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import budget, efficiency, generation, iteration, processes, scale, trl_update
+from benchmarks.distillation import WAYS as DISTILLED
+from benchmarks.distillation import loss_of, rows_of
 from benchmarks.memory import measure
 from benchmarks.noise import scores_of, summary
 from benchmarks.rollout import WAYS, exponent, played
@@ -312,3 +314,15 @@ def test_a_budget_samples_the_same_tokens_in_less(tmp_path):
     whole, quarter = (budget.measured(rows * 512, 1, argv) for rows in (64, 8))
     assert budget.same_share(whole["said"], quarter["said"]) > 0.9
     assert quarter["mib"] < 0.7 * whole["mib"]
+
+
+@pytest.mark.parametrize("way", DISTILLED)
+def test_each_way_to_a_teacher_has_a_gradient_and_none_at_itself(way, llama, tokenizer):
+    torch.manual_seed(0)
+    rows = rows_of(32, 2, len(tokenizer))
+    for seed, moved in ((5, True), (0, False)):
+        llama.zero_grad()
+        teacher = tiny_model(len(tokenizer), seed=seed, width=48) if moved else llama
+        loss_of(way, llama, teacher, *rows).backward()
+        size = sum(p.grad.abs().sum().item() for p in llama.parameters() if p.grad is not None)
+        assert (size > 1e-2) is moved

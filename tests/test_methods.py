@@ -13,6 +13,7 @@ from baselines import METHODS, opd
 from baselines.acting import lessons, remember
 from baselines.controls import scripted_skills
 from baselines.distillation import Distilled
+from baselines.oprd import Oprd
 from config import Config, parse_args
 from data import Skills, Step, Trajectory
 from envs.alfworld import AlfworldEnv, words
@@ -63,8 +64,8 @@ def test_every_method_trains_and_logs_what_it_adds(algo, run, llama):
     method = METHODS[algo]
     assert differ(trained(config), dict(llama.named_parameters()))
     assert all(value == value for value in record.values())  # no NaN
-    assert ("loss/distill" in record) == issubclass(method, Distilled)
-    assert (record["loss/policy"] == 0) == (algo == "opsd")  # no outcome
+    assert ("loss/distill" in record) == issubclass(method, Distilled | Oprd)
+    assert (record["loss/policy"] == 0) == (algo in ("opsd", "oprd"))  # no outcome
     assert (record["advantage/skill_abs"] > 0) == bool(config.levels or algo == "opd")
     assert ("advantage/state_group_size" in record) == (algo == "gigpo")
     if algo == "skill-sd":

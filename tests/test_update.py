@@ -238,7 +238,9 @@ def test_bases_by_level_and_what_has_none():
     guided = {"episode": torch.tensor([[-0.7], [NAN]]), "step": torch.tensor([[NAN], [-1.8]])}
     bases = {"episode": torch.tensor([[-1.2], [NAN]]), "step": torch.tensor([[NAN], [NAN]])}
     config = Config(episode_weight=2.0, step_weight=3.0, shift_base="other")
-    batch = make_batch(METHODS["opid"](config), [], [], torch.zeros(2), {"old": old, "reference": old}, guided, 0, bases)
+    batch = make_batch(
+        METHODS["opid"](config), [], [], torch.zeros(2), {"old": old, "reference": old}, guided, 0, bases
+    )
     assert torch.allclose(batch.advantages, torch.tensor([[1.0], [0.0]]))
     assert batch.skill_advantages.isnan().tolist() == [[False], [True]]
 

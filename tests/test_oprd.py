@@ -1,0 +1,135 @@
+"""Hidden states drawn to a teacher's: which layers and tokens, the loss by hand, and a run with either teacher."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from baselines.distillation import only_contexts
+from baselines.oprd import Oprd, positions, proportional, representation_loss
+from config import Config
+from data import Batch
+from lm.packing import pack
+from lm.states import layer_states
+from tests.conftest import SMALL
+from tests.test_methods import run  # noqa: F401 a fixture
+from tiny.warmstart import tiny_model
+
+CONTEXTS, RESPONSES = [[5, 6, 7], [5, 6, 7, 8, 9, 11], [12, 13]], [[8, 9], [10], [14, 15, 16]]
+
+
+def by_hand(model, context, response):
+    """(tokens, layers, H): what each layer puts out at the response's own positions, one plain pass."""
+    with torch.no_grad():
+        states = model(torch.tensor([context + response]), output_hidden_states=True).hidden_states
+    return torch.stack([layer[0, len(context) :] for layer in states[1:]], 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"), [("all", [0, 1, 2, 3]), ("last", [3]), ("even", [0, 2]), ("odd", [1, 3])]
+)
+def test_states_are_those_of_the_layers_at_the_response_tokens(layers, chosen):
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **SMALL | {"num_hidden_layers": 4}))
+    with torch.no_grad():
+        states, rows, columns = layer_states(model, pack(CONTEXTS, RESPONSES), layers)
+    assert states.shape[1] == len(chosen)
+    for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        expected = by_hand(model, CONTEXTS[row], RESPONSES[row])[column, chosen]
+        assert torch.allclose(states[i], expected, atol=1e-4)
+
+
+def test_unknown_layers_are_refused(llama):
+    with pytest.raises(ValueError, match="layers must be one of last, all, even, odd"):
+        layer_states(llama, pack(CONTEXTS, RESPONSES), "first")
+
+
+def test_layers_are_paired_in_proportion():
+    """The numbers of the release's tests (verl/tests/utils/test_rep_distillation.py): 28 layers of 36."""
+    pairs = proportional(28, 36)
+    assert (len(pairs), pairs[0], pairs[-1]) == (28, 0, 35) and pairs[14] in (17, 18)
+    assert proportional(4, 4).tolist() == [0, 1, 2, 3]
+    assert proportional(1, 36).tolist() == [35]
+    assert proportional(3, 1).tolist() == [0, 0, 0]
+
+
+def test_first_and_last_tokens_of_each_response():
+    columns, lengths = torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([3, 3, 3, 1, 2, 2])
+    assert positions(columns, lengths, "all").all()
+    assert positions(columns, lengths, "first-1").tolist() == [True, False, False, True, True, False]
+    assert positions(columns, lengths, "last-2").tolist() == [False, True, True, True, True, True]
+
+
+def test_the_loss_by_hand():
+    """Two layers of two dimensions. Layer 1 is off by (1, 2), layer 2 by nothing: (1 + 4 + 0 + 0) / 4. Of length 1:
+    (3, 4)/5 against (2, 2)/sqrt 8, and 0."""
+    student = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]], requires_grad=True)
+    teacher = torch.tensor([[[2.0, 2.0], [1.0, 0.0]]])
+    assert representation_loss(student, teacher, normalize=False).item() == pytest.approx(1.25)
+    unit = (torch.tensor([0.6, 0.8]) - torch.tensor([0.5, 0.5]).sqrt()).square().sum().item() / 4
+    assert representation_loss(student, teacher, normalize=True).item() == pytest.approx(unit)
+    representation_loss(student, teacher, normalize=False).sum().backward()
+    assert torch.allclose(student.grad, torch.tensor([[[0.5, 1.0], [0.0, 0.0]]]))  # 2 difference / 4
+
+
+def oprd_batch(guided=None):
+    empty = torch.zeros(3, 3)
+    return Batch(CONTEXTS, RESPONSES, empty.bool(), empty, None, empty, empty, guided=guided)
+
+
+def test_the_scorer_under_the_skill_is_the_teacher(llama):
+    """Rows 0 and 2 have a skill; each of their tokens is as far off as two plain passes say, in any micro-batch."""
+    guided = only_contexts(3, [[20, 5, 6, 7], None, None], [None, None, [21, 12, 13]])
+    assert guided == [[20, 5, 6, 7], None, [21, 12, 13]]
+    scorer = copy.deepcopy(llama)
+    for budget in (1, 10**6):
+        method = Oprd(Config(algo="oprd", token_budget=budget, oprd_weight=2.0))
+        micro = pack(CONTEXTS, RESPONSES)
+        got = method.distance(llama, scorer, micro, oprd_batch(guided))
+        _, rows, columns = layer_states(llama, micro, "all")
+        for value, row, column in zip(got.tolist(), rows.tolist(), columns.tolist(), strict=True):
+            if guided[row] is None:
+                assert value == 0
+                continue
+            own, theirs = (by_hand(llama, context[row], RESPONSES[row])[column] for context in (CONTEXTS, guided))
+            assert value == pytest.approx(2 * (own - theirs).square().mean().item(), rel=1e-3)
+            assert value > 0.01
+    assert method.distance(llama, scorer, micro, oprd_batch([None] * 3)).tolist() == [0] * 6
+
+
+def test_only_the_policy_is_moved(llama):
+    scorer = copy.deepcopy(llama)
+    method = Oprd(Config(algo="oprd"))
+    method.distance(llama, scorer, pack(CONTEXTS, RESPONSES), oprd_batch([[20, 5], None, None])).sum().backward()
+    assert all(p.grad is None for p in scorer.parameters())
+    assert sum(p.grad.abs().sum() for p in llama.parameters() if p.grad is not None) > 0
+
+
+def test_another_width_is_refused(llama, tokenizer):
+    method = Oprd(Config(algo="oprd", teacher="wider"))
+    method.teacher = tiny_model(len(tokenizer), seed=0, width=72)
+    with pytest.raises(ValueError, match="differ in hidden size"):
+        method.distance(llama, None, pack(CONTEXTS, RESPONSES), oprd_batch())
+
+
+@pytest.mark.parametrize("teacher", [None, "larger"])
+def test_descent_comes_to_the_teacher(teacher, llama, tokenizer):
+    method, scorer = Oprd(Config(algo="oprd", teacher=teacher)), copy.deepcopy(llama)
+    if teacher:
+        method.teacher = tiny_model(len(tokenizer), seed=5, width=48)
+    batch, micro = oprd_batch([[20, 5, 6, 7], None, [21, 12, 13]]), pack(CONTEXTS, RESPONSES)
+    optimizer, seen = torch.optim.Adam(llama.parameters(), 1e-2), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = method.distance(llama, scorer, micro, batch).sum()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    assert seen[-1] < 0.5 * seen[0]
+
+
+def test_a_run_with_a_larger_teacher(run):  # noqa: F811
+    config, (record,) = run("oprd", teacher="larger", oprd_layers="odd", oprd_positions="last-2", oprd_normalize=True)
+    assert 0 < record["loss/distill"] < 1 and record["advantage/skill_abs"] > 0
+    assert not config.levels  # no skills are written
