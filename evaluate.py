@@ -76,7 +76,7 @@ def play(
     config: Config,
     games: list[str],
     *,
-    episode_skills: dict[str, str] | None = None,  # task type -> the skill to act under; None: without
+    episode_skills: dict[str, str] | None = None,  # game, or task type, -> the skill to act under; None: without
     make_env: Callable[[], TextEnv] | None = None,  # None: the run's own environment
 ) -> list[Trajectory]:
     """Play each of `games` once, at --eval-temperature, as many at a time as --rollout-budget holds."""

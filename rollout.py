@@ -27,12 +27,13 @@ class Episode:
 
     @classmethod
     def start(cls, env: TextEnv, game, group: int, episode_skills: dict[str, str] | None = None) -> Episode:
-        """`episode_skills`: task type -> the skill to act under; a type that is not there is played without."""
+        """`episode_skills`: game, or task type, -> the skill to act under; what is not there is played without."""
         observation, info = env.reset(options={"game": game})
         trajectory = Trajectory(
             info["task"], group, [], False, task_type=info.get("task_type", ""), game=info.get("game", "")
         )
-        text = (episode_skills or {}).get(trajectory.task_type)
+        skills = episode_skills or {}
+        text = skills.get(trajectory.game) or skills.get(trajectory.task_type)
         skill = Guidance("episode", text) if text else None
         return cls(env, trajectory, observation, info.get("admissible_actions", []), skill=skill)
 
@@ -80,7 +81,7 @@ def rollout(
     sampler's budget holds whole; the others wait until all of these have ended. An episode whose coming context could
     not hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted
     (rollout/context_full). One whose first context does not fit stays without steps (rollout/too_long). With
-    `episode_skills` (task type -> text) the policy acts under the skill of a game's type; one that leaves no room is
+    `episode_skills` (game or task type -> text) the policy acts under a game's skill; one that leaves no room is
     left out (rollout/skilled counts the others).
     """
     room = context_limit - sampler.config.max_new_tokens  # for a context

@@ -1,4 +1,4 @@
-"""One update towards a teacher, five ways: python benchmarks/distillation.py [--tokens 1024] [--width 576] [--layers 12]
+"""One update towards a teacher, five ways: python benchmarks/distillation.py [--tokens 1024] [--layers 12]
 
     sampled      the teacher's log-probs of the sampled tokens (--algo opd)
     reverse      KL over the whole vocabulary (--divergence reverse): no more than CHUNK logits alive

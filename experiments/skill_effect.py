@@ -1,0 +1,137 @@
+"""What acting under a skill is worth, by what the skill says: python experiments/skill_effect.py [--model tiny]
+
+A model plays the held-out games under an episode skill in its prompt, all games under one kind of skill at a time. The
+environment's script, which knows the games, writes them:
+
+    none                  no skill
+    workflow              the right order of work for this very game's task
+    avoid: FLAW           what to avoid, for each flaw of the script's novice, about this very task
+    says nothing          the fixed words of opid-placebo
+    other type: ...       the same of a task of another type
+    other thing: ...      the workflow of another task of the same type, where it reads differently
+
+A bench on which the content of skills can be told from their presence has the right skills far above none, and those
+that say nothing, or speak of something else, at none. One line a kind: success in % at each temperature, and how far it
+is from none, with a 95% interval over games (the same games throughout, hence paired). RESULTS/NAME.json holds the
+numbers. Flags of train.py are taken, too, such as --env webshop, --model runs/cold or --eval-games 40.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+from baselines.controls import Placebo
+from config import Config, parse_args
+from evaluate import environment, eval_splits, games_of, play
+from experiments.estimates import bootstrap_interval
+from experiments.runs import ROOT, commit, settings, write_result
+from experiments.tables import row
+from lm.encoder import Encoder
+from tiny.loading import load_model
+from tiny.plays import Play, Script, script
+
+Kinds = dict[str, dict[str, str]]  # kind of skill -> game -> its text
+
+
+def kinds_of(games: list[str], types: dict[str, str], plays: dict[str, Play], told: Script) -> Kinds:
+    """The skills of every kind. A game without a skill of a kind (no other type is there) is left out of it."""
+    others = {game: [g for g in games if types[g] != types[game]] for game in games}
+    alike = {game: [g for g in games if types[g] == types[game] and g != game] for game in games}
+    writers: dict[str, Callable[[Play], str]] = {"workflow": told.workflow}
+    writers |= {f"avoid: {flaw}": lambda seen, flaw=flaw: told.avoidance(seen, flaw) for flaw in told.FLAWS}
+    kinds: Kinds = {"none": {}}
+    kinds |= {name: {game: write(plays[game]) for game in games} for name, write in writers.items()}
+    kinds["says nothing"] = dict.fromkeys(games, Placebo.EPISODE)
+    for name, write in writers.items():
+        kinds[f"other type: {name}"] = drawn(others, plays, write)
+    kinds["other thing: workflow"] = drawn(alike, plays, told.workflow)
+    return {name: texts for name, texts in kinds.items() if texts or name == "none"}
+
+
+def drawn(sources: dict[str, list[str]], plays: dict[str, Play], write: Callable[[Play], str]) -> dict[str, str]:
+    """Each game's skill is written about one of its `sources`, so that it reads unlike its own."""
+    rng, texts = random.Random(0), {}
+    for game, possible in sources.items():
+        different = [text for text in (write(plays[source]) for source in possible) if text != write(plays[game])]
+        if different:
+            texts[game] = rng.choice(different)
+    return texts
+
+
+def told_by(config: Config, games: list[str]) -> Kinds:
+    """The kinds of skills for held-out games of the run's environment."""
+    env, told, types, plays = environment(config)(), script(config.env), {}, {}
+    for game in games:
+        types[game] = env.reset(options={"game": game})[1].get("task_type", "")
+        plays[game] = told.played(game, random.Random(0), set(), prompt=config.prompt)
+    return kinds_of(games, types, plays, told)
+
+
+def measure(config: Config, temperatures: list[float]) -> dict[str, dict[str, list[list]]]:
+    """Kind -> temperature -> [game, whether it was won], of the games that have a skill of that kind."""
+    games = [game for split in eval_splits(config) for game in games_of(config, split)]
+    model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, won = Encoder(tokenizer, config.context), {}
+    autocast = {"dtype": torch.bfloat16, "enabled": config.mixed_precision == "bf16"}
+    for kind, texts in told_by(config, games).items():
+        mine = [game for game in games if game in texts or kind == "none"]
+        for temperature in temperatures:
+            torch.manual_seed(config.seed)
+            hot = replace(config, eval_temperature=temperature)
+            with torch.autocast(model.device.type, **autocast):
+                played = play(model, encoder, hot, mine, episode_skills=texts)
+            outcomes = [[game, int(t.success)] for game, t in zip(mine, played, strict=True)]
+            won.setdefault(kind, {})[f"{temperature:g}"] = outcomes
+        print(f"{kind} done", flush=True)
+    return won
+
+
+def table(won: dict[str, dict[str, list[list]]]) -> str:
+    temperatures = list(won["none"])
+    head = ["episode skill shown", "games"]
+    head += [cell for t in temperatures for cell in (f"T {t}, %", "less none, points", "95%")]
+    lines = [row(head), "|" + "---|" * len(head)]
+    for kind, by_temperature in won.items():
+        cells = [kind, str(len(by_temperature[temperatures[0]]))]
+        for t in temperatures:
+            own, none = dict(by_temperature[t]), dict(won["none"][t])
+            gains = np.array([100 * (own[game] - none[game]) for game in own])  # (games,)
+            low, high = bootstrap_interval(lambda g: float(g.mean()), gains, samples=1000)
+            away = ["-", "-"] if kind == "none" else [f"{gains.mean():+.1f}", f"[{low:+.1f}, {high:+.1f}]"]
+            cells += [f"{100 * np.mean(list(own.values())):.1f}", *away]
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.4, 1.0], help="default: 0.4 and 1")
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results" / "skill_effect")
+    parser.add_argument("--name", help="of the result file (default: MODEL-ENV)")
+    args, flags = parser.parse_known_args(argv)
+    config = parse_args(flags)
+    won = measure(config, args.temperatures)
+    name = args.name or f"{Path(config.model).name.replace(':', '-')}-{config.env}"
+    text = table(won)
+    result = {"name": name, "commit": commit(), "config": settings(config)}
+    write_result(args.results / f"{name}.json", result | {"won": won})
+    (args.results / f"{name}.md").write_text(text + "\n")
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
