@@ -17,10 +17,10 @@ from torch import Tensor
 from data import Guidance, Trajectory
 from lm.branches import notice, tree_obstacle
 from lm.encoder import Encoder
-from lm.logprobs import CHUNK, head_logprobs, sequence_logprobs
+from lm.logprobs import CHUNK, sequence_logprobs
 from lm.packing import Sequence, graft, micro_batches, pack
 from lm.parallel import gathered
-from lm.states import States, sequence_states
+from lm.states import States, states_and_logprobs
 from router import guided_messages
 
 Progress = Callable[[list], Iterator]  # micro-batches -> the same, with a progress bar
@@ -175,8 +175,7 @@ def _score_all(
             if states is None:
                 logprobs, rows, columns = sequence_logprobs(model, batch, temperature)
             else:
-                read, targets, rows, columns = sequence_states(model, batch)  # (N, H) and (N,) each
-                logprobs = head_logprobs(model.get_output_embeddings(), read, targets, temperature, CHUNK)
+                read, logprobs, rows, columns = states_and_logprobs(model, batch, temperature)
                 states.add(read, rows, columns)
             scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
     model.train(training)

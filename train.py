@@ -14,7 +14,6 @@ import copy
 import math
 import random
 import sys
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,20 +22,20 @@ from tqdm import tqdm
 from advantage import combine, outcome_advantage, skill_advantage, sum_of_scored, where_scored
 from baselines import METHODS, Method
 from baselines.distillation import only_contexts
-from baselines.divergences import divergence
+from baselines.divergences import distances
 from baselines.method import lambdas
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
 from evaluate import environment, evaluate_everywhere, games_of
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
-from lm.logprobs import CHUNK, head_logprobs, sequence_logprobs
+from lm.logprobs import sequence_logprobs
 from lm.obstacles import check_model, sampling_note
 from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
 from lm.parallel import clip_gradients, even, gathered, shard, sum_gradients
 from lm.sampler import Sampler, check_gap, logprob_gap
-from lm.states import States, divergences, sequence_states, states_obstacle
+from lm.states import States, states_and_logprobs, states_obstacle
 from lm.writers import Writer, import_writer, model_writer, openai_writer
 from rescore import expected_shift, guided_contexts, layout_noise, response_logprobs, score
 from rollout import rollout
@@ -412,20 +411,16 @@ class Run:
     def losses(self, micro: list[Sequence], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each token of a micro-batch (N,), and its terms by the name of their metric (N,)."""
         config, device = self.config, self.accelerator.device
-        if self.method.matches_states:  # never with OPID
-            with self.accelerator.autocast():
-                distance = self.method.distance(self.policy, self.models[config.scorer], micro, batch)  # (N,)
-            zero = torch.zeros_like(distance)
-            return distance, dict.fromkeys(["loss/policy", "loss/kl", "clip_fraction"], zero) | {
-                "loss/distill": distance
-            }
         with self.accelerator.autocast():
-            if batch.teachers:
-                states, targets, rows, columns = sequence_states(self.policy, micro)  # (N, H) and (N,) each
-                head = self.policy.get_output_embeddings()
-                new = head_logprobs(head, states, targets, config.temperature, CHUNK)  # (N,) log pi_theta(y | h)
+            if self.method.matches_states:  # never with OPID
+                return self.method.matched(self.policy, self.models[config.scorer], micro, batch)
+            if batch.teachers:  # never with --divergence sampled
+                states, new, rows, columns = states_and_logprobs(self.policy, micro, config.temperature)
+                exact = distances(self.policy, states, batch.teachers, (rows.cpu(), columns.cpu()), config)  # (N,)
             else:
-                new, rows, columns = sequence_logprobs(self.policy, micro, config.temperature)  # (N,) the same
+                new, rows, columns = sequence_logprobs(
+                    self.policy, micro, config.temperature
+                )  # (N,) log pi_theta(y | h)
         at = rows.cpu(), columns.cpu()
         old, advantages = batch.old_logprobs[at].to(device), batch.advantages[at].to(device)  # (N,)
 
@@ -442,23 +437,9 @@ class Run:
             terms["loss/distill"] = self.method.loss(new, old, teacher)  # (N,)
             losses = losses + self.method.loss_weight * terms["loss/distill"]
         if batch.teachers:
-            terms["loss/distill"] = self._divergence(states, batch.teachers, at)  # (N,) lambda D(pi_theta, teacher)
-            losses = losses + terms["loss/distill"]
+            terms["loss/distill"] = exact  # lambda D(pi_theta, pi under the skill)
+            losses = losses + exact
         return losses, terms
-
-    def _divergence(self, states: Tensor, teachers: list[tuple[float, States]], at: tuple[Tensor, Tensor]) -> Tensor:
-        """The weighted divergences of the policy, hidden states (N, H) at rows and columns `at`, to each teacher at the
-        tokens that it knows. -> (N,)"""
-        config, total = self.config, torch.zeros(len(states), device=states.device)  # (N,)
-        top = {"top_k": config.top_k, "top_k_of": config.top_k_of, "rest": config.top_k_rest}
-        measure = partial(divergence, config.divergence, beta=config.jsd_beta, **top)
-        for weight, teacher in teachers:
-            here = teacher.known[at].nonzero()[:, 0]  # (n,)
-            places = states[here.to(states.device)], teacher, *(index[here] for index in at)
-            with self.accelerator.autocast():
-                term = divergences(self.policy, *places, measure, config.temperature)  # (n,)
-            total = total.index_add(0, here.to(total.device), weight * term.float())
-        return total
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,15 @@ Shapes: n tokens, V vocabulary. Student and teacher are log-probs; gradient flow
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lm.states import States, divergences
+
+Config = Any  # a config.Config
 
 
 def divergence(
@@ -71,3 +78,20 @@ def with_rest(logprobs: Tensor, rest: str) -> Tensor:
 
 def _log(share: float) -> float:
     return torch.tensor(share).log().item()
+
+
+def distances(
+    policy, states: Tensor, teachers: list[tuple[float, States]], at: tuple[Tensor, Tensor], config: Config
+) -> Tensor:
+    """The weighted divergences of the policy, hidden states (N, H) at rows and columns `at`, from each teacher at the
+    tokens that it knows. -> (N,)"""
+    top = {"top_k": config.top_k, "top_k_of": config.top_k_of, "rest": config.top_k_rest}
+    measure = partial(divergence, config.divergence, beta=config.jsd_beta, **top)
+    total = torch.zeros(len(states), device=states.device)  # (N,)
+    for weight, teacher in teachers:
+        here = teacher.known[at].nonzero()[:, 0]  # (n,)
+        rows, columns = (index[here] for index in at)
+        own = states[here.to(states.device)]  # (n, H)
+        term = divergences(policy, own, teacher, rows, columns, measure, config.temperature)  # (n,)
+        total = total.index_add(0, here.to(total.device), weight * term.float())
+    return total

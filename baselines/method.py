@@ -29,7 +29,7 @@ class Method:
     whole = True  # whether `--divergence` may take the sampled token's place
     one_teacher = False  # whether a token can have but one, so that no step may be guided by two skills
     loss_weight = 0.0  # of `loss`; 0: there is no such term
-    matches_states = False  # whether `distance` is the whole loss
+    matches_states = False  # whether `matched` is the whole loss
 
     def __init__(self, config: Config):
         self.config = config
@@ -92,8 +92,8 @@ class Method:
         `adjust` returned; None where that has none."""
         raise NotImplementedError(f"--algo {self.config.algo} has a loss_weight and no loss")
 
-    def distance(self, policy, scorer, micro: list, batch: Batch) -> Tensor:
-        """The loss of each response token of a micro-batch of packed sequences, (N,), of `matches_states`."""
+    def matched(self, policy, scorer, micro: list, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """With `matches_states` the loss of each response token of a micro-batch (N,), and the terms to be logged."""
         raise NotImplementedError(f"--algo {self.config.algo} matches no hidden states")
 
     def state(self) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class Oprd(Method):
             shifts = where_scored(skill_advantage(plain["teacher"], batch.old_logprobs, batch.mask), plain["teacher"])
         return replace(batch, skill_advantages=shifts, advantages=torch.zeros_like(batch.advantages))
 
+    def matched(self, policy, scorer, micro: list[Sequence], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        distance = self.distance(policy, scorer, micro, batch)  # (N,)
+        zero = torch.zeros_like(distance)
+        return distance, {"loss/policy": zero, "loss/kl": zero, "clip_fraction": zero, "loss/distill": distance}
+
     def distance(self, policy, scorer, micro: list[Sequence], batch: Batch) -> Tensor:
         config = self.config
         own, rows, columns = layer_states(policy, micro, config.oprd_layers)  # (N, K, H), (N,), (N,)

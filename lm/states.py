@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lm.logprobs import CHUNK, asked, attention_for, has_linear_head, hidden_states
+from lm.logprobs import CHUNK, asked, attention_for, has_linear_head, head_logprobs, hidden_states
 from lm.packing import Sequence
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # of log-probs of two models (n, V) each -> (n,)
@@ -32,6 +32,12 @@ def sequence_states(model, sequences: list[Sequence]) -> tuple[Tensor, Tensor, T
     with attention_for(model, sequences):
         states = hidden_states(model, inputs)[keep]  # (N, H)
     return states, targets, rows, columns
+
+
+def states_and_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `sequence_logprobs`, with the states before the log-probs: (N, H), then (N,) each."""
+    states, targets, rows, columns = sequence_states(model, sequences)
+    return states, head_logprobs(model.get_output_embeddings(), states, targets, temperature, CHUNK), rows, columns
 
 
 def layer_states(model, sequences: list[Sequence], layers: str) -> tuple[Tensor, Tensor, Tensor]:
