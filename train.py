@@ -154,8 +154,12 @@ class Run:
         self.accelerator = accelerator_of(config)
         self.offload = Offload(self.accelerator.device, config.offload)
         self.make_env, self.games = environment(config), games_of(config, "train")
-        if min(config.tasks, len(self.games)) < self.accelerator.num_processes:
-            raise ValueError(f"{config.tasks} --tasks of {len(self.games)} games: fewer than one for each process")
+        needed = 2 if self.method.needs_others or (config.levels and config.shift_base == "other") else 1
+        if min(config.tasks, len(self.games)) < needed * self.accelerator.num_processes:
+            raise ValueError(
+                f"{config.tasks} --tasks of {len(self.games)} games: fewer than "
+                + ("one for each process" if needed == 1 else "two for each process, whose skills are exchanged")
+            )
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
         place = "cpu" if config.shard else device  # a sharded model never is on the device as a whole

@@ -13,6 +13,8 @@ class Shuffled(Method):
     """Each trajectory is guided by the skills of one of another task, of another type where there is one: content
     against the mere change of context."""
 
+    needs_others = True
+
     @staticmethod
     def check(config: Config) -> None:
         if config.tasks < 2:

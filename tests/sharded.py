@@ -29,7 +29,7 @@ from lm.obstacles import unwrapped
 from lm.packing import Sequence, micro_batches
 from lm.parallel import clip_gradients, even, gathered, is_sharded, shard, sum_gradients, whole
 from lm.sampler import Sampler
-from rescore import guided_contexts, score
+from rescore import expected_shift, guided_contexts, score
 from runlog import checkpoints
 from tests.playing import play
 from tiny.warmstart import tiny_model, tiny_tokenizer
@@ -211,6 +211,13 @@ def scores_and_samples(folder: Path) -> None:
             for name, values in scores[1][part].items():
                 assert values.isfinite().any()
                 close(scores[0][part][name].nan_to_num(), values.nan_to_num())
+    expected = []
+    for models in (own, plain):
+        score(models, models["ema"], *rows, guided, **options, keep=(keep := {}))
+        expected += [expected_shift(keep["old"], keep[level], keep["old"], 1.0) for level in ("episode", "step")]
+    for ours, theirs in zip(expected[:2], expected[2:], strict=True):
+        assert theirs.isfinite().any()
+        close(ours.nan_to_num(), theirs.nan_to_num())
     for name in plain:
         said = []
         for models in (own, plain):

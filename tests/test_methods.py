@@ -226,3 +226,9 @@ def test_skill_grpo_acts_from_the_second_iteration_on_evaluates_both_ways_and_re
     train(replace(config, resume=True))
     again = torch.load(Path(config.out, "checkpoints/000002.pt"), weights_only=True)
     assert not differ(state["model"], again["model"])
+
+
+@pytest.mark.parametrize(("algo", "changes"), [("opid-shuffled", {}), ("opid", {"shift_base": "other"})])
+def test_skills_of_other_tasks_need_another_task(algo, changes, run):
+    with pytest.raises(ValueError, match="2 --tasks of 1 games: fewer than two for each process"):
+        run(algo, train_games=1, **changes)
