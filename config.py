@@ -231,8 +231,8 @@ class Config:
             raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
         if self.levels and self.routing == "none":
             raise ValueError("--routing none guides no step: use --algo grpo")
-        if self.levels and self.shift_base == "other" and self.tasks < 2:
-            raise ValueError("--shift-base other takes skills from other tasks: --tasks must be at least 2")
+        if self.exchanges and self.tasks < 2:
+            raise ValueError(f"{self.exchanges} takes skills from other tasks: --tasks must be at least 2")
         if self.offload and self.shard:
             raise ValueError("--offload is for one card: with --shard every card holds its part of all of it")
         if self.teacher is not None and self.algo not in ("opd", "oprd"):
@@ -308,6 +308,13 @@ class Config:
     def levels(self) -> tuple[Level, ...]:
         """The levels of skills that the policy's tokens are re-scored under; none: plain GRPO."""
         return METHODS[self.algo].levels(self)
+
+    @property
+    def exchanges(self) -> str | None:
+        """The setting by which tasks exchange skills; None: they do not."""
+        if METHODS[self.algo].needs_others:
+            return f"--algo {self.algo}"
+        return "--shift-base other" if self.levels and self.shift_base == "other" else None
 
     @property
     def writes_skills(self) -> bool:

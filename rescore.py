@@ -17,7 +17,7 @@ from torch import Tensor
 from data import Guidance, Trajectory
 from lm.branches import notice, tree_obstacle
 from lm.encoder import Encoder
-from lm.logprobs import CHUNK, sequence_logprobs
+from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence, graft, micro_batches, pack
 from lm.parallel import gathered
 from lm.states import States, states_and_logprobs
@@ -180,28 +180,6 @@ def _score_all(
             scores[rows.cpu(), columns.cpu()] = logprobs.float().cpu()
     model.train(training)
     return scores
-
-
-@torch.no_grad()
-def expected_shift(policy: States, skill: States, base: States, temperature: float) -> Tensor:
-    """What A_skill is on average over the words that the policy might have sampled: its control variate.
-
-        E = sum_v pi_old(v | h) (log pi(v | h^) - log pi_base(v)),  base: what A_skill is the difference to
-
-    With pi_old itself as the base that is -KL(pi_old(. | h) || pi(. | h^)), never above 0: on average every sampled
-    token is blamed. A token's A_skill less E is 0 on average (vOPD, arXiv 2605.07865). -> (B, R) on the CPU, NaN where
-    any of the three has no state.
-    """
-    known = policy.known & skill.known & base.known  # (B, R)
-    expected = torch.full(known.shape, float("nan"))
-    rows, columns = known.nonzero(as_tuple=True)  # (N,) each
-    size = max(1, CHUNK // (3 * policy.model.get_output_embeddings().weight.shape[0]))
-    with gathered(policy.model), gathered(skill.model), gathered(base.model):
-        for r, c in zip(rows.split(size), columns.split(size), strict=True):
-            old, guided = policy.logprobs(r, c, temperature), skill.logprobs(r, c, temperature)  # (size, V) each
-            plain = old if base is policy else base.logprobs(r, c, temperature)  # (size, V)
-            expected[r, c] = (old.exp() * (guided - plain)).sum(-1).cpu()
-    return expected
 
 
 def layout_noise(

@@ -7,10 +7,9 @@ Paper: "Critical-first skill routing"; authors' release: opid/prompting.py, sele
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable
 
-from data import Guidance, Level, Prompt, Skills, Slot, Trajectory
+from data import Guidance, Level, Prompt, Skills, Slot
 
 LEVELS: tuple[Level, ...] = ("episode", "step")
 RULES: dict[str, Callable[..., tuple[Guidance, ...]]] = {}  # --routing -> its rule
@@ -92,43 +91,6 @@ def route(
             raise ValueError(f"routing {mode!r} gives step {t} two skills of one level: {guidances}")
         routes.append(guidances)
     return routes
-
-
-def foreign(trajectories: list[Trajectory], at: int, having: list[bool]) -> list[int]:
-    """Which trajectories' skills may stand in for those of trajectory `at`: of those `having` some, the ones of another
-    task type; where there are none, of another task. Raises ValueError where all are of one task."""
-    own = trajectories[at]
-    if all(trajectory.group == own.group for trajectory in trajectories):
-        raise ValueError("skills of other tasks are asked for, and a process plays only one: raise --tasks")
-    others = [i for i, t in enumerate(trajectories) if having[i] and t.group != own.group]
-    return [i for i in others if trajectories[i].task_type != own.task_type] or others
-
-
-def counterparts(
-    routes: list[list[tuple[Guidance, ...]]],
-    skills: list[Skills | None],
-    trajectories: list[Trajectory],
-    rng: random.Random,
-) -> list[list[tuple[Guidance, ...]]]:
-    """The same routes with the words of other tasks: each skill's place is taken by one of its level that was written
-    about a `foreign` trajectory. One episode skill a trajectory, step skills drawn anew; nothing where there is none.
-    """
-    written = {"episode": [[own.episode] if own else [] for own in skills]}
-    written["step"] = [list(own.steps.values()) if own else [] for own in skills]
-    texts = {level: [[text for text in own if text.strip()] for own in written[level]] for level in LEVELS}
-    having = {level: [bool(own) for own in texts[level]] for level in LEVELS}
-    swapped = []
-    for at, route in enumerate(routes):
-        sources = {level: foreign(trajectories, at, having[level]) for level in LEVELS}
-        sources["episode"] = sources["episode"] and [rng.choice(sources["episode"])]  # one for all steps
-        drawn = []  # of each step
-        for guidances in route:
-            levels = [guidance.level for guidance in guidances if sources[guidance.level]]
-            drawn.append(
-                tuple(Guidance(level, rng.choice(texts[level][rng.choice(sources[level])])) for level in levels)
-            )
-        swapped.append(drawn)
-    return swapped
 
 
 def fill(prompt: Prompt, *guidances: Guidance) -> str:

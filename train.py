@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from advantage import combine, outcome_advantage, skill_advantage, sum_of_scored, where_scored
 from baselines import METHODS, Method
+from baselines.controls import counterparts
 from baselines.distillation import only_contexts
 from baselines.divergences import distances
 from baselines.method import lambdas
@@ -35,11 +36,11 @@ from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
 from lm.parallel import clip_gradients, even, gathered, shard, sum_gradients
 from lm.sampler import Sampler, check_gap, logprob_gap
-from lm.states import States, states_and_logprobs, states_obstacle
+from lm.states import States, expected_shift, states_and_logprobs, states_obstacle
 from lm.writers import Writer, import_writer, model_writer, openai_writer
-from rescore import expected_shift, guided_contexts, layout_noise, response_logprobs, score
+from rescore import guided_contexts, layout_noise, response_logprobs, score
 from rollout import rollout
-from router import asks_for, counterparts, route
+from router import asks_for, route
 from runlog import RunLog, accelerator_of
 from runlog.memory import peak_mib
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of, timed
@@ -154,7 +155,7 @@ class Run:
         self.accelerator = accelerator_of(config)
         self.offload = Offload(self.accelerator.device, config.offload)
         self.make_env, self.games = environment(config), games_of(config, "train")
-        needed = 2 if self.method.needs_others or (config.levels and config.shift_base == "other") else 1
+        needed = 2 if config.exchanges else 1
         if min(config.tasks, len(self.games)) < needed * self.accelerator.num_processes:
             raise ValueError(
                 f"{config.tasks} --tasks of {len(self.games)} games: fewer than "

@@ -57,7 +57,8 @@ def divergence(
     if kind == "forward":
         return kl(teacher, student)
     if kind == "jsd":
-        between = torch.stack([teacher + _log(beta), student + _log(1 - beta)]).logsumexp(0)  # (n, V) log m
+        shares = student.new_tensor([beta, 1 - beta]).log()  # (2,)
+        between = torch.logaddexp(teacher + shares[0], student + shares[1])  # (n, V) log m
         return beta * kl(teacher, between) + (1 - beta) * kl(student, between)
     raise ValueError(f"unknown divergence {kind!r}; known: reverse, forward, jsd")
 
@@ -74,10 +75,6 @@ def with_rest(logprobs: Tensor, rest: str) -> Tensor:
     # never log 0, whose gradient is no number: where k words have it all, one float32 rounding error is left
     others = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(logprobs.dtype).eps)  # (n, 1)
     return torch.cat([logprobs, others.log()], -1)
-
-
-def _log(share: float) -> float:
-    return torch.tensor(share).log().item()
 
 
 def distances(

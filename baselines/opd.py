@@ -24,22 +24,33 @@ class Opd(Grpo):
             raise ValueError("--algo opd needs --teacher, the larger model")
 
     def load(self, tokenizer, device) -> dict[str, Any]:
-        config = self.config
-        teacher = load_teacher(config.teacher, tokenizer, dtype=config.dtype)
-        return {"teacher": frozen(teacher, config.frozen_dtype, mixed_precision=config.mixed_precision).to(device)}
+        return {"teacher": frozen_teacher(self.config, tokenizer, device)}
 
     def adjust(
         self, batch: Batch, outcome: Tensor, plain: dict[str, Tensor], guided: dict[str, Tensor], iteration: int
     ) -> Batch:
-        shift = skill_advantage(plain["teacher"], batch.old_logprobs, batch.mask)  # (B, R)
+        shift, shown = teacher_shift(plain["teacher"], batch)  # (B, R) each
         bound = self.config.skill_clip
         advantages = shift if bound is None else shift.clamp(-bound, bound)  # (B, R)
         if self.config.divergence != "sampled":
             advantages = torch.zeros_like(shift)
-        return replace(batch, skill_advantages=where_scored(shift, plain["teacher"]), advantages=advantages)
+        return replace(batch, skill_advantages=shown, advantages=advantages)
 
     def teachers(self, states: dict[str, Any], iteration: int) -> list[tuple[float, Any]]:
         return [(1.0, states["teacher"])]
+
+
+def teacher_shift(teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """log pi_teacher(y | h) - log pi_old(y | h), (B, R): 0 where not scored, as it enters a sum, and NaN, as it is
+    logged."""
+    shift = skill_advantage(teacher, batch.old_logprobs, batch.mask)  # (B, R)
+    return shift, where_scored(shift, teacher)
+
+
+def frozen_teacher(config: Config, tokenizer, device):
+    """`--teacher`, as it is kept: in `--frozen-dtype`, on its device."""
+    teacher = load_teacher(config.teacher, tokenizer, dtype=config.dtype)
+    return frozen(teacher, config.frozen_dtype, mixed_precision=config.mixed_precision).to(device)
 
 
 def load_teacher(name: str, tokenizer, *, dtype: str):

@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advantage import skill_advantage, where_scored
 from baselines.method import Config, Method
-from baselines.opd import load_teacher
+from baselines.opd import frozen_teacher, teacher_shift
 from data import Batch, Level
-from lm.loading import frozen
 from lm.packing import Sequence, micro_batches, pack
 from lm.states import layer_states
 from router import LEVELS
@@ -50,12 +48,9 @@ class Oprd(Method):
         return () if config.teacher else LEVELS
 
     def load(self, tokenizer, device) -> dict[str, Any]:
-        config = self.config
-        if config.teacher is None:
+        if self.config.teacher is None:
             return {}
-        teacher = load_teacher(config.teacher, tokenizer, dtype=config.dtype)
-        teacher = frozen(teacher, config.frozen_dtype, mixed_precision=config.mixed_precision)
-        self.teacher = teacher.to(device)
+        self.teacher = frozen_teacher(self.config, tokenizer, device)
         return {"teacher": self.teacher}
 
     def adjust(
@@ -64,7 +59,7 @@ class Oprd(Method):
         """No advantage; what is logged as A_skill is how far the teacher's log-probs are off."""
         shifts = batch.skill_advantages
         if self.teacher is not None:
-            shifts = where_scored(skill_advantage(plain["teacher"], batch.old_logprobs, batch.mask), plain["teacher"])
+            _, shifts = teacher_shift(plain["teacher"], batch)
         return replace(batch, skill_advantages=shifts, advantages=torch.zeros_like(batch.advantages))
 
     def matched(self, policy, scorer, micro: list[Sequence], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -76,35 +71,30 @@ class Oprd(Method):
         config = self.config
         own, rows, columns = layer_states(policy, micro, config.oprd_layers)  # (N, K, H), (N,), (N,)
         asked = positions(columns, lengths(batch, rows), config.oprd_positions)  # (N,)
-        theirs, known = self.read(scorer, micro, batch, rows, columns)  # (N, K', H), (N,)
+        theirs = self.read(scorer, micro, batch, own.detach(), rows, columns)  # (N, K', H)
         if own.shape[-1] != theirs.shape[-1]:
             raise ValueError("--algo oprd: policy and teacher differ in hidden size, and nothing here projects")
         theirs = theirs[:, proportional(own.shape[1], theirs.shape[1])]  # (N, K, H)
         distances = representation_loss(own.float(), theirs.float(), normalize=config.oprd_normalize)  # (N,)
-        return config.oprd_weight * distances.where(asked & known, torch.zeros_like(distances))
+        return config.oprd_weight * distances.where(asked, torch.zeros_like(distances))
 
     @torch.no_grad()
-    def read(self, scorer, micro: list[Sequence], batch: Batch, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's states of these response tokens (N, K, H), and which of them it has (N,)."""
+    def read(self, scorer, micro: list[Sequence], batch: Batch, own: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The teacher's states of these response tokens, (N, K, H); the policy's `own` where no skill guides it."""
         layers = self.config.oprd_layers
         if self.teacher is not None:
-            states, _, _ = layer_states(self.teacher, micro, layers)  # the same sequences, hence the same order
-            return states, torch.ones_like(rows, dtype=torch.bool)
+            return layer_states(self.teacher, micro, layers)[0]  # the same sequences, hence the same order
         place = {at: i for i, at in enumerate(zip(rows.tolist(), columns.tolist(), strict=True))}
         held = sorted({row for row in rows.tolist() if batch.guided[row] is not None})
         sequences = pack([batch.guided[row] for row in held], [batch.responses[row] for row in held])
-        states, known = None, torch.zeros_like(rows, dtype=torch.bool)
-        training = scorer.training
+        states, training = own.clone(), scorer.training
         scorer.eval()
         for part in micro_batches(sequences, self.config.token_budget):
             read, r, c = layer_states(scorer, part, layers)  # (n, K, H), (n,), (n,)
             at = torch.tensor([place[held[i], j] for i, j in zip(r.tolist(), c.tolist(), strict=True)])
-            states = read.new_zeros(len(rows), *read.shape[1:]) if states is None else states
-            states[at], known[at] = read, True
+            states[at] = read
         scorer.train(training)
-        if states is None:  # no row of this micro-batch has a skill
-            states, _, _ = layer_states(scorer, micro, layers)
-        return states, known
+        return states
 
 
 def lengths(batch: Batch, rows: Tensor) -> Tensor:

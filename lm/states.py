@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lm.logprobs import CHUNK, asked, attention_for, has_linear_head, head_logprobs, hidden_states
 from lm.packing import Sequence
+from lm.parallel import gathered
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # of log-probs of two models (n, V) each -> (n,)
 
@@ -95,6 +96,28 @@ class States:
 def distribution(head, states: Tensor, temperature: float) -> Tensor:
     """Hidden states (n, H) -> log-probs in float32, (n, V)."""
     return torch.log_softmax(head(states).float() / temperature, -1)
+
+
+@torch.no_grad()
+def expected_shift(policy: States, skill: States, base: States, temperature: float) -> Tensor:
+    """What A_skill is on average over the words that the policy might have sampled: its control variate.
+
+        E = sum_v pi_old(v | h) (log pi(v | h^) - log pi_base(v)),  base: what A_skill is the difference to
+
+    With pi_old itself as the base that is -KL(pi_old(. | h) || pi(. | h^)), never above 0: on average every sampled
+    token is blamed. A token's A_skill less E is 0 on average (vOPD, arXiv 2605.07865). -> (B, R) on the CPU, NaN where
+    any of the three has no state.
+    """
+    known = policy.known & skill.known & base.known  # (B, R)
+    expected = torch.full(known.shape, float("nan"))
+    rows, columns = known.nonzero(as_tuple=True)  # (N,) each
+    size = max(1, CHUNK // (3 * policy.model.get_output_embeddings().weight.shape[0]))
+    with gathered(policy.model), gathered(skill.model), gathered(base.model):
+        for r, c in zip(rows.split(size), columns.split(size), strict=True):
+            old, guided = policy.logprobs(r, c, temperature), skill.logprobs(r, c, temperature)  # (size, V) each
+            plain = old if base is policy else base.logprobs(r, c, temperature)  # (size, V)
+            expected[r, c] = (old.exp() * (guided - plain)).sum(-1).cpu()
+    return expected
 
 
 def divergences(

@@ -29,7 +29,8 @@ from lm.obstacles import unwrapped
 from lm.packing import Sequence, micro_batches
 from lm.parallel import clip_gradients, even, gathered, is_sharded, shard, sum_gradients, whole
 from lm.sampler import Sampler
-from rescore import expected_shift, guided_contexts, score
+from lm.states import expected_shift
+from rescore import guided_contexts, score
 from runlog import checkpoints
 from tests.playing import play
 from tiny.warmstart import tiny_model, tiny_tokenizer

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.controls import shuffle_skills
+from baselines.controls import counterparts, shuffle_skills
 from data import Guidance, Skills, Slot, Trajectory
-from router import RULES, counterparts, fill, guided_messages, route, rule
+from router import RULES, fill, guided_messages, route, rule
 
 SKILLS = Skills("summary", "work in order", {1: "open it"})
 EPISODE, STEP = Guidance("episode", "work in order"), Guidance("step", "open it")

@@ -8,8 +8,8 @@ from baselines.divergences import divergence
 from lm import states as module
 from lm.logprobs import head_logprobs, sequence_logprobs
 from lm.packing import pack
-from lm.states import States, divergences, sequence_states, states_obstacle
-from rescore import expected_shift, response_logprobs, score, tree_logprobs
+from lm.states import States, divergences, expected_shift, sequence_states, states_obstacle
+from rescore import response_logprobs, score, tree_logprobs
 from tests.conftest import SMALL
 
 BUDGET = 64
@@ -62,7 +62,7 @@ def test_branches_keep_theirs_behind_the_plain_ones(llama):
 
 @pytest.mark.parametrize("chunk", [1, 10**9])
 def test_the_expected_shift_is_the_sum_over_the_vocabulary(llama, qwen, chunk, monkeypatch):
-    monkeypatch.setattr("rescore.CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK", chunk)
     how = {"temperature": 0.8, "token_budget": BUDGET, "progress": lambda name: iter}
     keep: dict[str, States] = {}
     score({"old": llama, "reference": qwen}, qwen, CONTEXTS, RESPONSES, {"episode": GUIDED}, **how, keep=keep)
