@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"coldstart.py: {error}")
     first, last = record["losses"][:SHOWN], latest(record["losses"])
-    print(f"{len(record['losses'])} steps in {record['seconds']} s, peak memory {peak_mib(model.device):.0f} MiB")
+    trained_on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{len(record['losses'])} steps in {record['seconds']} s, peak memory {peak_mib(trained_on):.0f} MiB")
     print(f"loss {first[0]:.2f} at first, {last:.3f} in the end (mean of the last {SHOWN} steps), nats a token")
     if games:
         print(measured(model, tokenizer, settings, games))
