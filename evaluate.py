@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_args(argv, base=json.loads(run.read_text()), **ASKED)
     date = json.loads(start.read_text())["date"] if start.is_file() else None
     try:
-        model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+        model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -164,7 +164,7 @@ class Run:
         self.log = RunLog(config, self.accelerator)  # refuses a folder that holds another run before anything is loaded
         device, self.main = self.accelerator.device, self.accelerator.is_main_process
         place = "cpu" if config.shard else device  # a sharded model never is on the device as a whole
-        model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+        model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
         start = self.log.start(model)
         torch.manual_seed(config.seed)
         # The policy is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may

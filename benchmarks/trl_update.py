@@ -36,7 +36,7 @@ def compare(config, repeats: int, folder: Path) -> None:
     from rollout import rollout
     from tiny.loading import load_model
 
-    model, tokenizer = load_model(config.model, dtype=config.dtype, seed=config.seed)
+    model, tokenizer = load_model(config.model, dtype=config.dtype)
     save_policy(model, tokenizer, folder / "policy")  # plain from_pretrained loads it, whatever it came from
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)

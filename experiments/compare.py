@@ -176,7 +176,7 @@ def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny") -> P
             tokenizer = tiny_tokenizer()
             weights = tiny_model(len(tokenizer), seed=0, width=48)
         else:
-            weights, tokenizer = load_model(model, env=config.env, seed=0)
+            weights, tokenizer = load_model(model, env=config.env)
         start.parent.mkdir(parents=True, exist_ok=True)
         made.write_text(model)
         write_whole(start, lambda temporary: save_policy(weights, tokenizer, temporary))

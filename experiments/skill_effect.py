@@ -80,7 +80,7 @@ def told_by(config: Config, games: list[str]) -> Kinds:
 def measure(config: Config, temperatures: list[float]) -> dict[str, dict[str, list[list]]]:
     """Kind -> temperature -> [game, whether it was won], of the games that have a skill of that kind."""
     games = [game for split in eval_splits(config) for game in games_of(config, split)]
-    model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype, seed=config.seed)
+    model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder, won = Encoder(tokenizer, config.context), {}
     autocast = {"dtype": torch.bfloat16, "enabled": config.mixed_precision == "bf16"}

@@ -662,15 +662,15 @@ def test_nothing_gets_lost_and_a_restored_state_plays_on_alike(engine, choices):
 
 
 def test_fast_engine_equals_the_official_one(tmp_path):
-    """120 games, all six kinds of task in all kinds of room. COMPARE_ENGINES=full plays 50 steps in full-size rooms."""
+    """72 games, all six kinds of task in all kinds of room. COMPARE_ENGINES=full: 120 in full-size rooms, 50 steps."""
     pytest.importorskip("textworld")
     pytest.importorskip("alfworld")
     full = generate_games(tmp_path, "train", 60 if FULL else 6, 0)
     full += generate_games(tmp_path, "valid_unseen", 60 if FULL else 6, 0)
-    small = generate_games(tmp_path, "train", 54, 0, size="small")
-    small += generate_games(tmp_path, "valid_unseen", 54, 0, size="small")
-    paths, steps = (full, [50] * 120) if FULL else (full + small, [50] * 12 + [10] * 108)
+    small = generate_games(tmp_path, "train", 30, 0, size="small")
+    small += generate_games(tmp_path, "valid_unseen", 30, 0, size="small")
+    paths, steps = (full, [50] * 120) if FULL else (full + small, [50] * 12 + [10] * 60)
     result = compare(paths, steps)
     assert not result.differences, describe(result, 0)
-    assert result.games == 120 and result.steps == sum(steps) and set(result.kinds) == set(TASK_TYPES)
-    assert result.won > 10
+    assert result.games == len(paths) and result.steps == sum(steps) and set(result.kinds) == set(TASK_TYPES)
+    assert result.won > 5

@@ -13,6 +13,7 @@ from templates import TEMPLATES, byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny.coldstart
+import tiny.demonstrations
 import tiny.warmstart
 from config import Config, read_recipe
 from envs import make_env
@@ -20,6 +21,7 @@ from envs.webshop import compact
 from lm.encoder import Encoder
 from lm.loading import load_model as load_plainly
 from lm.loading import save_policy
+from lm.packing import Sequence
 from rollout import rollout
 from skills import parse_skills
 from tiny.coldstart import ColdStart, cold_start, folder_of, write_record
@@ -27,17 +29,17 @@ from tiny.demonstrations import Demonstrator
 from tiny.loading import load_model
 from tiny.plays import script
 from tiny.supervised import demonstration_loss, latest, shuffled_batches
-from tiny.warmstart import TinyDemonstrator, cache_folder, tiny_model, tiny_tokenizer, warm_start
+from tiny.warmstart import TinyDemonstrator, key_of, tiny_model, tiny_tokenizer, warm_start
 from tools.coldstart import main
 from tools.skill_quality import agreement
 
 ENVS = ("alfworld", "search", "webshop")
-# By the code before any other model could be started so: a hash of the demonstrations of four games, and the losses of
-# the first training steps of a small model on them. They change where the tiny model's weights do, and then only.
+# A hash of the demonstrations of four games, and the losses of the first training steps of a small model on them. They
+# change where the tiny model's weights do, and then only.
 BEFORE = {
-    "alfworld": ("0eac81c062feb101", [6.047135, 5.925775, 5.901799]),
-    "search": ("b27969a2ddc55023", [7.128147, 7.017624]),
-    "webshop": ("aa54b9f9956df7ac", [5.998811, 5.94998, 5.855848]),
+    "alfworld": ("a168379fb3493d04", [6.075369, 5.912416, 5.811403]),
+    "search": ("39d5cd2dc01dce9e", [7.117636, 6.999382]),
+    "webshop": ("fa7b9e075d58a729", [5.947375, 5.840919, 5.689723]),
 }
 
 
@@ -101,9 +103,9 @@ def test_demonstrations_are_what_a_rollout_shows(env, prompt, context, template)
         return
     demonstrator = Demonstrator(tokenizer, 0, env, prompt=prompt, context=context)
     told, encoder, slips = demonstrator.script, Encoder(tokenizer, context), 0
-    for game in told.games(6):
+    for game in told.games(12):
         for skill in ("", "do this [and] that"):
-            play = demonstrator.play(game, demonstrator.flaws(), skill=skill)
+            play = demonstrator.play(game, demonstrator.script.flaws(demonstrator.rng), skill=skill)
             shown = everything(demonstrator, play)
             task_type = make_env(env, prompt=prompt).reset(options={"game": game})[1]["task_type"]
             [episode], _ = rollout(
@@ -192,7 +194,7 @@ def test_an_official_shop_shows_what_the_adviser_saw():
 def test_a_demonstration_ends_where_its_context_is_full():
     tokenizer = byte_tokenizer(TEMPLATES["chatml"])
     whole = Demonstrator(tokenizer, 0)
-    play = whole.play(whole.script.games(1)[0], {"forget", "shut"})
+    play = whole.play(whole.script.games(1)[0], {"forget"})
     sizes = [len(context) + len(response) for context, response in everything(whole, play).values()]
     cut = everything(Demonstrator(tokenizer, 0, context_limit=sizes[2]), play)
     assert len(cut) == 3
@@ -264,7 +266,8 @@ def test_another_cold_start_is_not_mixed_up_with_this_one(start, tmp_path):
 def test_only_responses_are_learnt_unless_told_otherwise(start):
     model, tokenizer = load_plainly(start)
     demonstrator = Demonstrator(tokenizer, 0)
-    sequences = demonstrator.sequences(demonstrator.script.games(1)[0])
+    told = demonstrator.sequences(demonstrator.script.games(1)[0])
+    sequences = [Sequence(s.ids, s.responses) for s in told]  # none that weighs more
     scored = [sequence.ids[a : a + n] for sequence in sequences for _, a, n in sequence.responses]
     by_hand, everywhere = [], []
     for sequence in sequences:
@@ -325,19 +328,23 @@ def test_the_laptop_recipe_holds_the_longest_demonstration(smollm2):
         assert len(writing.ids) <= config.context_limit
 
 
-def test_weights_are_named_by_what_they_depend_on(monkeypatch, tmp_path):
+def test_weights_are_named_by_what_they_depend_on(monkeypatch):
     words = tiny_tokenizer()
-    folder = cache_folder("alfworld", 0, words, tmp_path)
-    assert folder == cache_folder("alfworld", 0, words, tmp_path)
+    key = key_of("alfworld", words)
+    assert key == key_of("alfworld", words)
     for module, name, value in (
         (tiny.warmstart, "LEARNING_RATE", 1e-3),
         (tiny.warmstart, "optimizers", latest),  # any other code
         (script("alfworld"), "SLIP", 0.5),
-        (script("alfworld"), "PLAYS", 3),
+        (script("alfworld"), "PLAYS", 4),
+        (script("alfworld"), "JUDGED", 1),
+        (script("alfworld"), "JUDGED_FIRST", 1),
+        (tiny.demonstrations, "FOREIGN", 0.1),
+        (tiny.warmstart, "DECISIVE", 1.0),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            assert cache_folder("alfworld", 0, words, tmp_path) != folder, name
+            assert key_of("alfworld", words) != key, name
 
 
 # ---- what is said at the end -----------------------------------------------------------------------------------------
@@ -345,7 +352,7 @@ def test_weights_are_named_by_what_they_depend_on(monkeypatch, tmp_path):
 
 def test_share_of_right_skills_by_object_place_and_order():
     names = {"object": {"pen", "cup"}, "place": {"desk", "shelf", "drawer"}}
-    told = ["first find pen look in drawer or shelf then take pen then move pen to desk", "never stop find pen"]
+    told = ["for pen first look in drawer or shelf then take pen then move pen to desk", "for pen never stop find pen"]
 
     def right(text: str) -> list[bool]:
         return list(agreement(text, told, names).values())

@@ -146,7 +146,7 @@ def test_whose_skills_guide(run, monkeypatch):
     assert samples("opid-placebo") == [(group, "first one and then one") for group in (0, 0, 1, 1)]
     assert hints[0][0] == {"1": "hint"}
     assert hints[-1] == [dict.fromkeys(own, "now one") for own in hints[0]]  # at the same steps
-    assert all(text.startswith(("first find ", "never ")) for _, text in samples("opid-oracle"))
+    assert all(text.startswith("for ") for _, text in samples("opid-oracle"))
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch, tokenizer, llama):
@@ -171,10 +171,10 @@ def test_scripted_skills_know_the_order_of_work(games, compact):
         steps = [Step((), "", [1], [2], "", action, True) for action in actions]
         won = scripted_skills(Trajectory("", 0, steps, True, game=path), max_step_skills=2)
         assert won.summary == "done"
-        assert won.episode.startswith("first find ")
+        assert " first look in " in won.episode
         assert len(won.steps) <= 2
         lost = scripted_skills(Trajectory("", 0, [Step((), "", [1], [2], "", "", False)] * 3, False, game=path), 2)
-        assert lost.episode.startswith("never ")
+        assert " never " in lost.episode
 
 
 # ---- acting under a skill ----------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def test_damaged_shards_fall_back_to_the_checkpoint_before(checked, damage, tmp_
 
 
 @pytest.mark.parametrize(
-    "kills, processes, flags", [(25, 1, "--iterations 20"), (10, 2, "--iterations 8 --shard")], ids=["one", "sharded"]
+    "kills, processes, flags", [(12, 1, "--iterations 12"), (6, 2, "--iterations 6 --shard")], ids=["one", "sharded"]
 )
 def test_a_run_that_is_killed_again_and_again_goes_on_bit_for_bit(tmp_path, kills, processes, flags):
     """At random moments, in the middle of writing a checkpoint included."""

@@ -77,7 +77,7 @@ def test_the_command_plays_each_game_under_its_skill(tmp_path, monkeypatch, toke
     flags = ["--model", str(tmp_path / "model"), "--prompt", "compact", "--eval-games", "2", "--max-steps", "2"]
     skill_effect.main([*flags, "--results", str(tmp_path), "--name", "x", "--temperatures", "1"])
     result = json.loads(Path(tmp_path, "x.json").read_text())
-    assert len(shown) == len(result["won"]) >= 8
+    assert len(shown) == len(result["won"]) >= 7
     config = parse_args(flags)
     games = [game for split in eval_splits(config) for game in games_of(config, split)]
     kinds = told_by(config, games)

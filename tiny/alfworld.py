@@ -1,6 +1,5 @@
-"""Scripted ALFWorld episodes for the warm start (the Script of tiny/plays.py): who forgets half of the task, leaves
-closed things shut or dawdles, and who would not. Skills say where such things are usually found, never where the thing
-lay in this very game.
+"""Scripted ALFWorld episodes for the warm start (the Script of tiny/plays.py): who forgets half of the task, and who
+would not. Skills say where such things are usually found, never where the thing lay in this very game.
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ from envs.alfworld import cached_games, room_of, words
 from envs.alfworld.engine import FastEngine, load_game
 from envs.alfworld.expert import TOOLS, Explorer, kind_of
 from envs.alfworld.rooms import DATA, FACTS, likely_places
-from tiny.plays import SLIP, Play, advised_steps
+from tiny.plays import SLIP, Play, advised_steps, one_flaw
 
-GAMES, PLAYS = 1900, 2
-FLAWS = {"forget": 0.5, "shut": 0.5}
+GAMES, PLAYS = 1900, 3
+FLAWS = {"forget": 0.5}
 ALONE_TURNS = 14
 HINTED = 0.25
+JUDGED, JUDGED_FIRST = 5, 450
 MAX_STEPS = 20
-SKILL_WORDS = "first then find never every leave without again same stop after one second done closed not"
+SKILL_WORDS = "for first then find never every other before stop after one second done closed not and now"
 
 
 @dataclass(kw_only=True)
@@ -77,16 +77,24 @@ class Adviser(Explorer):
         wrong = [f"go to {rng.choice(self.receptacles)}", f"take {self.thing} 1 from {self.at or self.receptacles[0]}"]
         return rng.choice([rng.choice(possible), *wrong])
 
+    def forgets(self) -> bool:
+        """Whether there is something to forget now: what comes before the thing is put down, or a second one."""
+        if self.task_type == "pick_two_obj_and_place":
+            return not self.held and bool(self.target)
+        if not self.held or (self.task_type in TOOLS and self.ready):
+            return False
+        return self.task_type in TOOLS or bool(self.at)
+
     def careless(self, rng: random.Random) -> str | None:
         """What somebody does who forgets half of the task, or None where there is nothing to forget."""
-        if self.task_type in TOOLS and self.held and not self.ready:
+        if not self.forgets():
+            return None
+        if self.task_type == "pick_two_obj_and_place":
+            return f"go to {rng.choice(self.receptacles)}"
+        if self.task_type in TOOLS:
             place = self._destination()
             return self._reach(place) or f"move {self.held} to {place}"
-        if self.task_type == "look_at_obj_in_light" and self.held and self.at:
-            return f"move {self.held} to {self.at}"
-        if self.task_type == "pick_two_obj_and_place" and not self.held and self.target:
-            return f"go to {rng.choice(self.receptacles)}"
-        return None
+        return f"move {self.held} to {self.at}"
 
 
 # What is done at a step: (adviser, engine, advice) -> a command, or None: be given the advice as a hint, and follow it.
@@ -114,7 +122,9 @@ def watch(
     for t in range(max_steps):
         advice = adviser.act(observation)
         record.critical.append(adviser.critical())
-        record.advice_in_words.append(hint(advice, adviser.held))
+        record.advice_in_words.append(hint(advice, adviser.thing, adviser.held))
+        if adviser.forgets():
+            record.decisive.add(t)
         if rng.random() < slip:
             command = adviser.slip(engine, rng)
             record.slips.add(t)
@@ -132,7 +142,7 @@ def watch(
 
 
 def novice(rng: random.Random, flaws: set[str], hinted: float = 0.0) -> Decide:
-    """Somebody who forgets half of the task, leaves closed things shut, dawdles; follows hints where there are any."""
+    """Somebody who forgets half of the task; follows hints where there are any."""
 
     def decide(adviser: Adviser, engine: FastEngine, advice: str) -> str | None:
         if rng.random() < hinted:
@@ -140,8 +150,6 @@ def novice(rng: random.Random, flaws: set[str], hinted: float = 0.0) -> Decide:
         command = advice
         if "forget" in flaws:
             command = adviser.careless(rng) or command
-        if "shut" in flaws and command.startswith("open "):
-            command = f"go to {rng.choice(adviser.receptacles)}"
         return command
 
     return decide
@@ -206,6 +214,10 @@ def official(play: HouseholdPlay, t: int, env) -> str:
     return f"<think>{reason(play, t)}</think><action>{play.commands[t]}</action>"
 
 
+def flaws(rng: random.Random) -> set[str]:
+    return one_flaw(FLAWS, rng)
+
+
 def vocabulary() -> set[str]:
     """Every word that the engine can say, and those of the skills."""
     kinds = (name.lower() for name in FACTS["object_types"] + FACTS["receptacle_types"])
@@ -217,12 +229,12 @@ def vocabulary() -> set[str]:
 # ---- skills, as a script would write them ---------------------------------------------------------------------------
 
 
-def hint(advice: str, held: str) -> str:
+def hint(advice: str, thing: str, held: str) -> str:
     """A step skill: the advice in general words, without the numbers that only this game gives to things."""
     verb, *kinds = [word for word in advice.split() if not word.isdigit()]
     if verb == "go":
-        return f"go to {kinds[-1]}" if held else f"look in {kinds[-1]}"
-    return f"take {kinds[0]}" if verb == "take" else " ".join([verb, *kinds])
+        return f"for {thing} go to {kinds[-1]}" if held else f"for {thing} look in {kinds[-1]}"
+    return f"for {thing} take {kinds[0]}" if verb == "take" else " ".join(["for", thing, verb, *kinds])
 
 
 def order_of_work(play: HouseholdPlay) -> str:
@@ -237,28 +249,32 @@ def order_of_work(play: HouseholdPlay) -> str:
     return f"move {thing} to {parent}" + (again if play.task_type == "pick_two_obj_and_place" else "")
 
 
+def where(thing: str) -> str:
+    """Where such things are usually found."""
+    return f"look in {' or '.join(likely_places(thing)[:2])}"
+
+
 def workflow(play: HouseholdPlay) -> str:
     """The order of work for this kind of task, with where such things are usually found."""
-    places = " or ".join(likely_places(play.thing)[:2])
-    return (
-        f"first find {play.thing} look in {places} open every closed place then take {play.thing} then "
-        f"{order_of_work(play)}"
-    )
+    return f"for {play.thing} first {where(play.thing)} then take {play.thing} then {order_of_work(play)}"
 
 
 def avoidance(play: HouseholdPlay, flaw: str) -> str:
     """What to avoid, and so what to do instead, for one flaw."""
     thing, parent = play.thing, play.parent
-    if flaw == "shut":
-        return "never leave closed place without you open it"
     if play.task_type in TOOLS:
         verb, tool = TOOLS[play.task_type]
-        return f"never move {thing} to {parent} before you {verb} {thing} with {tool}"
+        return f"for {thing} never move {thing} to {parent} before you {verb} {thing} with {tool}"
     if play.task_type == "look_at_obj_in_light":
-        return f"never move {thing} before you use {play.lamp}"
+        return f"for {thing} never move {thing} before you use {play.lamp}"
     if play.task_type == "pick_two_obj_and_place":
-        return f"never stop after one {thing} find second {thing}"
-    return "never look in same place again"
+        return f"for {thing} never stop after one {thing} find second {thing}"
+    return f"for {thing} never move {thing} to other place find {parent}"
+
+
+def topic(play: HouseholdPlay) -> str:
+    """What a skill has to speak of, to be of use."""
+    return play.thing
 
 
 def names() -> dict[str, set[str]]:
@@ -267,10 +283,7 @@ def names() -> dict[str, set[str]]:
 
 
 def flaw_of(play: HouseholdPlay) -> str:
-    """What went wrong in a failed episode, read off what was done where something else was called for."""
-    for _, command, advice in play.turns:
-        if advice.startswith("open ") and not command.startswith("open "):
-            return "shut"
+    """The one that there is."""
     return "forget"
 
 
@@ -279,5 +292,4 @@ def hindsight(play: HouseholdPlay) -> Skills:
     steps = advised_steps(play)
     if play.success:
         return Skills("done", workflow(play), steps)
-    flaw = flaw_of(play)
-    return Skills("closed place" if flaw == "shut" else "not done", avoidance(play, flaw), steps)
+    return Skills("not done", avoidance(play, flaw_of(play)), steps)

@@ -1,10 +1,11 @@
 """Scripted episodes as what a model is to say: token sequences in its own tokens, chat template and prompt style.
 
-Of each game (see plays.Script for who plays), four kinds:
+Of each game (see plays.Script for who plays), five kinds:
 
     acting alone        a novice with typical flaws
     under a skill       the same novice, less the flaws that the episode skill speaks about
     under a hint        the same novice, doing at that one step what the step skill says
+    misled              the same novice under skills and hints that speak of another task, or say nothing: unchanged
     hindsight           the JSON of skills for the transcript of a novice's episode
 
 A context is what a rollout would show, id by id, and a response is what a rollout would have sampled, its end-of-turn
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import deque
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -25,7 +27,11 @@ from lm.encoder import Encoder, closing_token
 from lm.packing import Sequence, pack
 from router import fill
 from skills import analysis_prompt
-from tiny.plays import STEP_SKILLS, Play, script
+from tiny.plays import EMPTY_WORDS, STEP_SKILLS, Play, script
+
+HEARD = 50  # plays whose skills may stand where they do not fit
+FOREIGN = 0.7  # share of such skills that speak of another task; the others say nothing
+STREWN = 0.15  # chance, a step, of a hint that does not fit, in a play under a skill that does not
 
 
 @dataclass
@@ -37,6 +43,23 @@ class Turn:
     action: str  # as the parser reads it from `response`
     response: str
     meant: bool  # neither a slip nor impossible: to be learnt
+
+
+@dataclass
+class Demonstration(Sequence):
+    """A sequence to learn, with the rows of its responses that are given by what a skill says: they are few, and weigh
+    more."""
+
+    decisive: frozenset[int] = frozenset()
+
+
+@dataclass
+class Heard:
+    """The skills of an earlier play, and what they speak of."""
+
+    topic: str
+    episode: str
+    steps: list[str]
 
 
 class Demonstrator:
@@ -62,6 +85,7 @@ class Demonstrator:
             make_env(env, prompt=prompt, max_steps=self.script.MAX_STEPS),
         )
         self.prompt, self.context_limit = prompt, context_limit
+        self.heard: deque[Heard] = deque(maxlen=HEARD)
         closing = closing_token(tokenizer)
         self.end = tokenizer.eos_token_id if closing is None else closing
         if self.encoder.began and prompt == "compact":
@@ -70,19 +94,47 @@ class Demonstrator:
             )
 
     def sequences(self, game) -> list[Sequence]:
-        """One game, played alone, under an episode skill and with hints, and the hindsight of the first of these."""
-        alone = self.play(game, self.flaws())
+        """One game, played alone, under an episode skill, with hints and under skills that do not fit, and the
+        hindsight of the first of these."""
+        alone = self.play(game, self.script.flaws(self.rng))
         skills = self.script.hindsight(alone)
         if alone.success or self.rng.random() < 0.5:
             guided = self.play(game, set(), skill=self.script.workflow(alone))
         else:
-            guided = self.play(game, self.flaws() - {self.script.flaw_of(alone)}, skill=skills.episode)
-        hinted = self.play(game, self.flaws(), hinted=self.script.HINTED)
+            guided = self.play(game, self.script.flaws(self.rng) - {self.script.flaw_of(alone)}, skill=skills.episode)
+        hinted = self.play(game, self.script.flaws(self.rng), hinted=self.script.HINTED)
+        misled = self.mislead(self.play(game, self.script.flaws(self.rng), skill=self.misfit(alone)))
         played = [*self.acting(alone, self.script.ALONE_TURNS), *self.acting(guided), *self.acting(hinted)]
+        played += self.acting(misled, self.script.ALONE_TURNS)
+        self.heard.append(Heard(self.script.topic(alone), guided.skill, list(skills.steps.values())))
         return [*played, *self.writing(alone, skills)]
 
-    def flaws(self) -> set[str]:
-        return {flaw for flaw, chance in self.script.FLAWS.items() if self.rng.random() < chance}
+    def misfit(self, play: Play) -> str:
+        """An episode skill that is of no use for the task: it speaks of another one, or says nothing."""
+        others = [heard.episode for heard in self.heard if heard.topic != self.script.topic(play)]
+        return self.rng.choice(others) if others and self.rng.random() < FOREIGN else self.nothing(3, 9)
+
+    def mislead(self, play: Play) -> Play:
+        """The same play with hints that are of no use: what was done stays as it is."""
+        topic = self.script.topic(play)
+        others = [text for heard in self.heard if heard.topic != topic for text in heard.steps]
+        for t in range(len(play.turns)):
+            if self.rng.random() < STREWN:
+                foreign = others and self.rng.random() < FOREIGN
+                play.hints[t] = self.rng.choice(others) if foreign else self.nothing(2, 3)
+        return play
+
+    def nothing(self, least: int, most: int) -> str:
+        return " ".join(self.rng.choices(EMPTY_WORDS, k=self.rng.randint(least, most)))
+
+    def judging(self, play: Play) -> list[Sequence]:
+        """Whether a skill speaks of a task, asked of its own skills and of as many others: "yes" or "no"."""
+        own = [self.script.workflow(play), *(self.script.avoidance(play, flaw) for flaw in self.script.FLAWS)]
+        asked = [*((skill, "yes") for skill in own), *((self.misfit(play), "no") for _ in own)]
+        self.heard.append(Heard(self.script.topic(play), self.rng.choice(own), []))
+        questions = [(f"task {play.task} skill {skill} fits", answer) for skill, answer in asked]
+        told = [(self.encoder.context([question], []), self.answer(answer)) for question, answer in questions]
+        return [sequence for context, response in told for sequence in pack([context], [response])]
 
     def play(self, game, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> Play:
         """An episode that a rollout could have: with the names and pages of the environment itself."""
@@ -106,10 +158,12 @@ class Demonstrator:
                 break
             contexts.append(context)
             responses.append(response)
-        sequences = pack(contexts, responses)
-        for sequence in sequences:
-            sequence.responses = [place for place in sequence.responses if turns[place[0]].meant]
-        return [sequence for sequence in sequences if sequence.responses]
+        decisive = play.decisive if play.skill else play.decisive & play.hints.keys()
+        learnt = []
+        for sequence in pack(contexts, responses):
+            if meant := [place for place in sequence.responses if turns[place[0]].meant]:
+                learnt.append(Demonstration(sequence.ids, meant, decisive=frozenset(decisive)))
+        return learnt
 
     def turns(self, play: Play) -> tuple[str, list[Turn]]:
         """-> (the task, the turns of a play), played again in the environment's own prompt style."""
@@ -153,3 +207,12 @@ def demonstrations(demonstrator: Demonstrator, games: int | None = None, plays: 
     rounds = [game for _ in range(plays or told.PLAYS) for game in told.games(games or told.GAMES)]
     bar = tqdm(rounds, desc="demonstrations", disable=None)
     return [sequence for game in bar for sequence in demonstrator.sequences(game)]
+
+
+def judgements(demonstrator: Demonstrator) -> list[Sequence]:
+    """Of each game of the train split, JUDGED times over: do skills speak of its task?"""
+    told, sequences = demonstrator.script, []
+    games = told.games(told.GAMES)
+    for game in tqdm(games * told.JUDGED, desc="judgements", disable=None):
+        sequences += demonstrator.judging(demonstrator.play(game, set()))
+    return sequences

@@ -1,14 +1,15 @@
 """What demonstrations are made of, in every environment, and what an environment's script offers (`Script`).
 
 A script knows a novice with typical flaws, an adviser who looks over its shoulder, and the hindsight skills that could
-be written about what it saw. Skills are general: the order of work, what to check, what to avoid. They never say what
-only hindsight knows: a policy that is re-scored under facts which it cannot see is taught to act on them, and training
-collapses.
+be written about what it saw. A skill says what it is about (`topic`); otherwise skills are general: the order of work,
+what to check, what to avoid. They never say what only hindsight knows: a policy that is re-scored under facts which it
+cannot see is taught to act on them, and training collapses.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from data import Skills
 
 SLIP = 0.12  # chance, a step, of a command that nobody wanted: so that demonstrations show how to recover from one
 STEP_SKILLS = 3  # at most, in a demonstration of hindsight
+EMPTY_WORDS = ["first", "then", "one", "and", "now", "never", "for", "it"]  # of skills that say nothing
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Play:
     advice_in_words: list[str] = field(default_factory=list)  # the step skill that each step could have had
     hints: dict[int, str] = field(default_factory=dict)
     slips: set[int] = field(default_factory=set)  # turns whose command is not to be learnt
+    decisive: set[int] = field(default_factory=set)  # turns at which a flaw shows, or would
     skill: str = ""  # the episode skill that it was played under
     success: bool = False
     game: str = ""  # where the task came from
@@ -65,6 +68,11 @@ class Script(Protocol):
     FLAWS: dict[str, float]  # flaw -> chance that a novice has it
     ALONE_TURNS: int  # of a novice's episode that are learnt; lost ones go on and on
     HINTED: float  # share of steps with a hint, in hinted play
+    JUDGED: int  # times that the tiny model is asked of each game whether skills speak of its task
+    JUDGED_FIRST: int  # batches of that before any play
+
+    def flaws(self, rng: random.Random) -> set[str]:
+        """Those of a novice, drawn anew."""
 
     def vocabulary(self) -> set[str]:
         """Every word of the environment's compact prompts and commands, and of the skills."""
@@ -84,6 +92,9 @@ class Script(Protocol):
         """What was done at turn t, as a response to the official prompt: a short thought, the reason that the adviser
         would have for it, and the action. `env` is where the play was before it."""
 
+    def topic(self, play: Play) -> str:
+        """What the skills of a play speak of: those that speak of something else are of no use."""
+
     def workflow(self, play: Play) -> str:
         """The episode skill of a success: the order of work for this kind of task."""
 
@@ -98,6 +109,16 @@ class Script(Protocol):
 
     def hindsight(self, play: Play) -> Skills:
         """The skills of a finished episode. A step skill says what could have been known at its step."""
+
+
+def one_flaw(chances: dict[str, float], rng: random.Random) -> set[str]:
+    """At most one, by chances that sum to at most 1."""
+    drawn = rng.random()
+    for flaw, chance in chances.items():
+        drawn -= chance
+        if drawn < 0:
+            return {flaw}
+    return set()
 
 
 def script(env: str) -> Script:
@@ -117,11 +138,13 @@ def watch(
     rng: random.Random,
     flaws: set[str],
     *,
+    every: Collection[str],
     skill: str = "",
     hinted: float = 0.0,
     slip: float = SLIP,
 ) -> Play:
-    """One episode of a novice with `flaws` in a text environment (compact prompts), with an adviser who looks on."""
+    """One episode of a novice with `flaws`, of `every` that there are, in a text environment (compact prompts), with an
+    adviser who looks on."""
     observation, info = env.reset(options={"game": game})
     adviser.reset(info["task"])
     record, over = Play(info["task"], skill=skill, game=game), False
@@ -129,6 +152,8 @@ def watch(
         t, advice = len(record.turns), adviser.advise(observation)
         record.critical.append(adviser.critical())
         record.advice_in_words.append(adviser.hint())
+        if any(adviser.careless({flaw}) != advice for flaw in every):
+            record.decisive.add(t)
         if rng.random() < slip:
             command = adviser.slip(info["admissible_actions"], rng)
             record.slips.add(t)

@@ -1,6 +1,6 @@
-"""Scripted Search QA episodes for the warm start (the Script of tiny/plays.py): who answers after the first of two
-searches, searches for the whole question, guesses, or reads another name's passage, and who would not. Skills name what
-is looked for, never a name: which country it is, only hindsight knows.
+"""Scripted Search QA episodes for the warm start (the Script of tiny/plays.py): who answers from the first passage that
+fits or nearly does, or searches for the whole question, and who would not. Skills name what is looked for, never a
+name: which country it is, only hindsight knows.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from envs.search.env import read_action
 from envs.search.expert import SearchExpert, worded_like
 from envs.search.facts import HOPS, TITLES, facts
 from envs.search.text import shown_passages, words
-from tiny.plays import Play, advised_steps, watch
+from tiny.plays import Play, advised_steps, one_flaw, watch
 
 GAMES, PLAYS = 2000, 4
-FLAWS = {"one_hop": 0.7, "whole_question": 0.6, "distractor": 0.5, "guess": 0.2}
+FLAWS = {"first doc": 0.45, "whole question": 0.55}  # at most one of them
 ALONE_TURNS = MAX_STEPS = 5  # two searches and the answer, and room for two slips
 HINTED = 0.4
-SKILL_WORDS = "first then never answer search again before whole question without from read doc with same name it done"
+JUDGED, JUDGED_FIRST = 3, 600
+SKILL_WORDS = (
+    "for first then never answer search each before whole question from read and doc with same name it now one done"
+)
 
 
 class Adviser(SearchExpert):
@@ -52,19 +55,17 @@ class Adviser(SearchExpert):
 
     def hint(self) -> str:
         """The advice in general words: what is looked for, no name."""
-        return f"search {query(self.hops[0])}" if self.hops else "answer from doc with same name"
+        if self.hops:
+            return f"search {query(self.hops[0])}"
+        return f"for {query(self.plan[-1])} answer from doc with same name"
 
     def careless(self, flaws: set[str]) -> str:
         """What somebody with `flaws` does instead of what is advised."""
         advice = self.advice
-        if "guess" in flaws and not self.passages:
-            return f"answer {self.rng.choice(answers(self.plan[-1]))}"
-        if "whole_question" in flaws and advice.startswith("search "):
+        if "whole question" in flaws and advice.startswith("search "):
             return f"answer {self._sounds_right()}" if self.passages else f"search {self.question}"
-        if "distractor" in flaws and self.misread is not None:
-            return self._search(self.misread) if self.hops else f"answer {self.misread}"
-        if "one_hop" in flaws and self.fresh:
-            return f"answer {self.known}"
+        if "first doc" in flaws and (self.misread is not None or self.fresh):
+            return f"answer {self.known if self.misread is None else self.misread}"
         return advice
 
     def slip(self, admissible: list[str], rng: random.Random) -> str:
@@ -83,10 +84,8 @@ def query(hop: str, name: str = "it") -> str:
     return words(HOPS[hop].query.format(given=name))
 
 
-@lru_cache
-def answers(hop: str) -> list[str]:
-    """Every answer to a question that ends with this hop."""
-    return sorted({words(fact.found) for fact in facts() if fact.hop == hop})
+def flaws(rng: random.Random) -> set[str]:
+    return one_flaw(FLAWS, rng)
 
 
 def vocabulary() -> set[str]:
@@ -106,7 +105,7 @@ def played(
 ) -> Play:
     """An episode as it happened, with the names that are in the corpus: the same with either prompt."""
     env = SearchEnv(prompt="compact", max_steps=MAX_STEPS)
-    return watch(env, game, Adviser(rng), rng, flaws, skill=skill, **chances)
+    return watch(env, game, Adviser(rng), rng, flaws, every=FLAWS, skill=skill, **chances)
 
 
 def official(play: Play, t: int, env) -> str:
@@ -150,10 +149,14 @@ def plan_of(play: Play) -> list[str]:
     return [query(hop) for hop in expert.hops]
 
 
+def topic(play: Play) -> str:
+    """What a skill has to speak of, to be of use."""
+    return " then ".join(plan_of(play))
+
+
 def workflow(play: Play) -> str:
     """The order of work for this kind of question."""
-    searches = " then ".join(f"search {text}" for text in plan_of(play))
-    return f"first {searches} then answer from doc with same name"
+    return f"for {topic(play)} first search each then answer from doc with same name"
 
 
 def names() -> dict[str, set[str]]:
@@ -161,28 +164,20 @@ def names() -> dict[str, set[str]]:
 
 
 def flaw_of(play: Play) -> str:
-    """The last thing that went wrong, read off what was done where something else was called for."""
-    commands = [command for _, command, _ in play.turns]
-    if not any(command.startswith("search ") for command in commands):
-        return "guess"
-    if f"search {play.task}" in commands:
-        return "whole_question"
-    _, last, advice = play.turns[-1]
-    return "one_hop" if last.startswith("answer ") and advice.startswith("search ") else "distractor"
+    """What went wrong, read off what was done where something else was called for."""
+    return "whole question" if f"search {play.task}" in [command for _, command, _ in play.turns] else "first doc"
 
 
 def avoidance(play: Play, flaw: str) -> str:
     """What to avoid, and so what to do instead, for one flaw."""
-    plan = plan_of(play)
-    return {
-        "guess": f"never answer before search first search {plan[0]}",
-        "whole_question": f"never search whole question first search {plan[0]}",
-        "one_hop": f"never answer before search again search {plan[-1]}",
-        "distractor": "never answer from doc without same name",
-    }[flaw]
+    told = {
+        "whole question": "never search whole question first search each",
+        "first doc": "never answer from first doc before search each and read doc with same name",
+    }
+    return f"for {topic(play)} {told[flaw]}"
 
 
-SUMMARIES = {"guess": "search", "whole_question": "whole question", "one_hop": "search again", "distractor": "name"}
+SUMMARIES = {"whole question": "whole question", "first doc": "doc"}
 
 
 def hindsight(play: Play) -> Skills:

@@ -11,22 +11,33 @@ from tqdm import tqdm
 from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence, micro_batches
 
+DECISIVE = 2.5  # weight of a response that is given by what a skill says
 SHOWN = 50  # latest steps whose mean loss is shown
 
 
 def demonstration_loss(model, sequences: list[Sequence], others: float, *, autocast: bool = True) -> torch.Tensor:
-    """Weighted mean of -log p a token, in nats: weight 1 on responses, `others` on everything else."""
-    scored = [Sequence(sequence.ids, [(row, 1, len(sequence.ids) - 1)]) for row, sequence in enumerate(sequences)]
-    weights = torch.full((len(sequences), max(len(s.ids) for s in sequences)), others)  # (S, L)
-    for row, sequence in enumerate(sequences):
-        for _, start, size in sequence.responses:
-            weights[row, start - 1 : start - 1 + size] = 1.0
+    """Weighted mean of -log p a token, in nats: weight 1 on responses, DECISIVE on those that a skill decides, `others`
+    on everything else."""
+    scored = [Sequence(s.ids, [(row, 1, len(s.ids) - 1)]) for row, s in enumerate(sequences)]
+    if not others:  # the output layer is a fifth of a small model's work: only where something is learnt
+        scored = sequences
+    weights = torch.tensor([weight for s in sequences for weight in token_weights(s, others)])  # (N,)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-        if not others:  # the output layer is a fifth of a small model's work: only where something is learnt
-            return -sequence_logprobs(model, sequences, 1.0)[0].mean()
-        logprobs, rows, columns = sequence_logprobs(model, scored, 1.0)  # (N,)
-    weights = weights.to(model.device)[rows, columns]  # (N,)
+        logprobs, _, _ = sequence_logprobs(model, scored, 1.0)  # (N,)
+    weights = weights.to(model.device)
     return -(logprobs * weights).sum() / weights.sum()
+
+
+def token_weights(sequence: Sequence, others: float) -> list[float]:
+    """Of each token but the first, or only of those of responses where nothing else is learnt."""
+    decisive = getattr(sequence, "decisive", ())
+    own = [(start, size, DECISIVE if turn in decisive else 1.0) for turn, start, size in sequence.responses]
+    if not others:
+        return [weight for _, size, weight in own for _ in range(size)]
+    weights = [others] * (len(sequence.ids) - 1)
+    for start, size, weight in own:
+        weights[start - 1 : start - 1 + size] = [weight] * size
+    return weights
 
 
 def shuffled_batches(sequences: list[Sequence], tokens: int, epochs: int, seed: int) -> list[list[Sequence]]:

@@ -7,33 +7,41 @@ demonstrations from the train split (demonstrations.py), by the script of the en
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
+import io
 import random
+import sys
+import tokenize
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import Skills
+from envs import ENVIRONMENTS
 from lm.loading import write_whole
 from lm.packing import Sequence, micro_batches
-from tiny.demonstrations import Demonstrator, Turn, demonstrations
+from tiny.demonstrations import Demonstrator, Turn, demonstrations, judgements
 from tiny.plays import Play, script
-from tiny.supervised import demonstration_loss, latest, shuffled_batches, teach
+from tiny.supervised import DECISIVE, demonstration_loss, latest, shuffled_batches, teach, token_weights
 
 LEARNING_RATE, BATCH_TOKENS = 3e-3, 1024
-OTHER_TOKENS = 0.3  # weight of tokens that are not responses: they teach copying early, where responses alone do not
-KEY_GAMES = 12  # whose demonstrations name the folder of the weights
+OTHER_TOKENS = 0.25  # weight of tokens that are not responses: they teach copying early, where responses alone do not
+KEY_GAMES = 12  # whose demonstrations stand for all of them in the key of the weights
+SEED = 0  # of the warm start: runs of all seeds begin with the same weights
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 # ---- tokenizer and model ---------------------------------------------------------------------------------------------
 
 JSON_OPEN, JSON_SKILL, JSON_STEPS = '{"episode_summary": "', '", "episode_skill": "', '", "step_skills": {'
 JSON_PIECES = [JSON_OPEN, JSON_SKILL, JSON_STEPS, '",', '"}}', "}}", *(f'"{t}": "' for t in range(64))]
-PROMPT_WORDS = "task skill hint now before did outcome success failure step write skills"
+PROMPT_WORDS = "task skill hint now before did outcome success failure step write skills fits yes no"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<end>"
     "{% else %}<user>{{ m['content'] }}<assistant>{% endif %}{% endfor %}"
@@ -118,12 +126,15 @@ def optimizers(model) -> list[torch.optim.Optimizer]:
     ]
 
 
-def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) -> float:
-    """Next-token training -> the mean loss of the last steps, in nats a token."""
+def warm_start(
+    model, sequences: list[Sequence], seed: int, *, judged: Collection[Sequence] = (), first: int = 0, epochs: int = 1
+) -> float:
+    """Next-token training -> the mean loss of the last steps, in nats a token. `first`: batches of `judged` before any
+    other."""
     losses: list[float] = []
     teach(
         model,
-        shuffled_batches(sequences, BATCH_TOKENS, epochs, seed),
+        curriculum(judged, sequences, first, epochs, seed),
         optimizers(model),
         lambda batch: demonstration_loss(model, batch, OTHER_TOKENS),
         learning_rate=LEARNING_RATE,
@@ -133,25 +144,89 @@ def warm_start(model, sequences: list[Sequence], seed: int, *, epochs: int = 1) 
     return latest(losses)
 
 
-def cache_folder(env: str, seed: int, tokenizer, cache: str | Path) -> Path:
-    """Named by what the weights depend on: the seed, the words, the demonstrations (the ids of the first games': all of
-    them take minutes), and the code, less comments, that makes and trains the model."""
-    demonstrator = TinyDemonstrator(tokenizer, seed, env)
+def curriculum(
+    judged: Collection[Sequence], played: list[Sequence], first: int, epochs: int, seed: int
+) -> list[list[Sequence]]:
+    """Batches of judgements alone, `first` of them, then the others, spread evenly among those of plays.
+
+    Whether a skill speaks of this task has to be told before it can be heeded or not. In steps of nothing else two
+    layers learn it within 400; mixed with plays from the beginning they had not in 1,200, and without more of them they
+    forgot it in 200.
+    """
+    asked = shuffled_batches(list(judged), BATCH_TOKENS, 1, seed)
+    batches, rest = asked[:first], asked[first:]
+    plays = shuffled_batches(played, BATCH_TOKENS, epochs, seed)
+    for i, batch in enumerate(plays, 1):
+        batches = [*batches, batch, *rest[len(rest) * (i - 1) // len(plays) : len(rest) * i // len(plays)]]
+    return batches
+
+
+def key_of(env: str, tokenizer) -> str:
+    """What the weights depend on, in 12 digits: the seed, the words, the demonstrations (the ids of the first games':
+    all of them take minutes), and the code, less comments, that makes and trains the model."""
+    demonstrator = TinyDemonstrator(tokenizer, SEED, env)
     told = demonstrator.script
-    learnt = [(s.ids, s.responses) for game in told.games(KEY_GAMES) for s in demonstrator.sequences(game)]
-    code = [tiny_model, optimizers, warm_start, teach, demonstration_loss, shuffled_batches, micro_batches]
-    code = [ast.dump(ast.parse(inspect.getsource(function))) for function in code]
-    settings = (LEARNING_RATE, BATCH_TOKENS, OTHER_TOKENS, told.GAMES, told.PLAYS)
-    key = repr((env, seed, sorted(tokenizer.get_vocab().items()), learnt, code, settings))
-    return Path(cache) / f"tiny-{env}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    games = told.games(KEY_GAMES)
+    judged = [s for game in games for s in demonstrator.judging(demonstrator.play(game, set()))]
+    played = [s for game in games for s in demonstrator.sequences(game)]
+    learnt = [(s.ids, s.responses, sorted(getattr(s, "decisive", ()))) for s in [*judged, *played]]
+    code = [tiny_model, optimizers, warm_start, curriculum, judgements, demonstrations]
+    code += [teach, demonstration_loss, token_weights, shuffled_batches, micro_batches]
+    code = [without_comments(inspect.getsource(function)) for function in code]
+    settings = [LEARNING_RATE, BATCH_TOKENS, OTHER_TOKENS, DECISIVE]
+    settings += [told.GAMES, told.PLAYS, told.JUDGED, told.JUDGED_FIRST]
+    key = repr((env, SEED, sorted(tokenizer.get_vocab().items()), learnt, code, settings))
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
-def warm_started(env: str = "alfworld", seed: int = 0, cache: str | Path = "cache"):
-    """-> (model, tokenizer), trained on first use and kept in `cache`."""
+def without_comments(source: str) -> str:
+    """Text, and not a syntax tree, which other versions of Python print otherwise."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def make(env: str, file: Path, tokenizer, key: str) -> None:
+    """Train, and leave one file of bfloat16 weights (2 MB), with what they depend on and their last loss."""
+    model, demonstrator = tiny_model(len(tokenizer), SEED), TinyDemonstrator(tokenizer, SEED, env)
+    judged = judgements(demonstrator)
+    first = demonstrator.script.JUDGED_FIRST
+    loss = warm_start(model, demonstrations(demonstrator), SEED, judged=judged, first=first)
+    state = {name: p.bfloat16() for name, p in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    metadata = {"format": "pt", "key": key, "loss": f"{loss:.4f}"}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, lambda path: save_file(state, path, metadata=metadata))
+
+
+def made_of(file: Path) -> dict[str, str]:
+    """What a file of weights says of itself: "key" and "loss"."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def warm_started(env: str = "alfworld", cache: str | Path = "cache"):
+    """-> (model, tokenizer), in float32: the weights that come with the code, as long as they are what it would make.
+    After a change of demonstrations or training they are made anew on first use, and kept in `cache`."""
     tokenizer = tiny_tokenizer(env)
-    folder = cache_folder(env, seed, tokenizer, cache)
-    if not folder.is_dir():
-        model = tiny_model(len(tokenizer), seed)
-        warm_start(model, demonstrations(TinyDemonstrator(tokenizer, seed, env)), seed)
-        write_whole(folder, model.save_pretrained)
-    return LlamaForCausalLM.from_pretrained(folder), tokenizer
+    key, file = key_of(env, tokenizer), WEIGHTS / f"{env}.safetensors"
+    if not (file.is_file() and made_of(file)["key"] == key):
+        file = Path(cache) / f"tiny-{env}-{key}.safetensors"
+        if not file.is_file():
+            make(env, file, tokenizer, key)
+    model = tiny_model(len(tokenizer), SEED)
+    model.load_state_dict(load_file(file), strict=False)
+    return model, tokenizer
+
+
+def main() -> None:
+    """python -m tiny.warmstart [ENVIRONMENT ...]: makes the weights that come with the code, some ten minutes each."""
+    for env in sys.argv[1:] or ENVIRONMENTS:
+        tokenizer = tiny_tokenizer(env)
+        make(env, WEIGHTS / f"{env}.safetensors", tokenizer, key_of(env, tokenizer))
+
+
+if __name__ == "__main__":
+    main()

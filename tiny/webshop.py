@@ -1,5 +1,6 @@
-"""Scripted WebShop episodes for the warm start (the Script of tiny/plays.py): who opens the first result, buys without
-a look at what is missing, forgets an option, and who would not. Skills name no product, no feature and no value.
+"""Scripted WebShop episodes for the warm start (the Script of tiny/plays.py): who opens the first result and buys it
+whatever is missing, or forgets an option, and who would not. Skills name the kind of product that is asked for, no
+product, no feature and no value.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from data import Skills
 from envs.webshop import VOCABULARY, WebshopEnv, compact
 from envs.webshop.catalogue import DEPARTMENTS
 from envs.webshop.compact import SEARCH, shown
-from envs.webshop.expert import ENTRY, TITLE, Shopper
-from tiny.plays import Play, advised_steps, watch
+from envs.webshop.expert import ENTRY, TITLE, Shopper, read_goal
+from tiny.plays import Play, advised_steps, one_flaw, watch
 
-GAMES, PLAYS = 1400, 1
-FLAWS = {"no compare": 0.7, "forgets option": 0.6, "first hit": 0.4}
+GAMES, PLAYS = 1400, 3
+FLAWS = {"first hit": 0.45, "forgets option": 0.4}  # at most one of them
 ALONE_TURNS = 12
 MAX_STEPS = 15
 HINTED = 0.25
+JUDGED, JUDGED_FIRST = 5, 1000
 SKILL_WORDS = """
-first then never before search all words open title with fitting price check every feature back one is missing choose
-and buy it next without look at done not wrong option
+for first then never before search all words open title with fitting price check every feature back one is missing
+choose and buy it next now done option
 """
 
 
@@ -83,10 +85,14 @@ class Adviser(Shopper):
     def hint(self) -> str:
         """The advice in general words: no product, no value, no place on the page."""
         verb, _, value = self.advice.partition(" ")
+        told = {
+            "search": "search all words",
+            "open": "open fitting title with fitting price",
+            "back": "back one is missing",
+        }
         if verb == "choose":
-            return f"choose {next(name for name, wanted in self.goal.options.items() if wanted == value)}"
-        words = {"search": "search all words", "open": "open fitting title with fitting price", "next": "next"}
-        return words.get(verb, "back one is missing" if verb == "back" else verb)
+            told["choose"] = f"choose {next(name for name, wanted in self.goal.options.items() if wanted == value)}"
+        return f"for {self.goal.kind} {told.get(verb, verb)}"
 
     def critical(self) -> bool:
         return not self.advice.startswith("search ")
@@ -96,7 +102,7 @@ class Adviser(Shopper):
         command = self.advice
         if "first hit" in flaws and self.page.startswith("results page") and self.entries:
             return next((f"open {i}" for i, entry in self.entries.items() if entry not in self.rejected), command)
-        if "no compare" in flaws and command == "back" and self._on_product():
+        if "first hit" in flaws and command == "back" and self._on_product():
             command = self._next_choice()
         if "forgets option" in flaws and command == f"choose {[*self.goal.options.values()][-1]}":
             return "buy"
@@ -106,6 +112,10 @@ class Adviser(Shopper):
         """What a clumsy player does: anything possible but to buy, or a search for half of what is asked for."""
         possible = [command for command in admissible if command not in ("buy", SEARCH)]
         return rng.choice([*possible, f"search {self.goal.kind}"])
+
+
+def flaws(rng: random.Random) -> set[str]:
+    return one_flaw(FLAWS, rng)
 
 
 def vocabulary() -> set[str]:
@@ -126,7 +136,7 @@ def played(
     """An episode in compact words, with as many products a page as `prompt` shows."""
     page_size = WebshopEnv(prompt=prompt).page_size
     env = WebshopEnv(prompt="compact", max_steps=MAX_STEPS, page_size=page_size)
-    return watch(env, game, Adviser(), rng, flaws, skill=skill, **chances)
+    return watch(env, game, Adviser(), rng, flaws, every=FLAWS, skill=skill, **chances)
 
 
 REASONS = {
@@ -151,21 +161,25 @@ def official(play: Play, t: int, env) -> str:
 
 def option_names(play: Play) -> str:
     """The names of the options that the task asks for: "color and size"."""
-    shopper = Shopper()
-    shopper.reset(play.task)
-    return " and ".join(shopper.goal.options)
+    return " and ".join(read_goal(play.task).options)
+
+
+def topic(play: Play) -> str:
+    """What a skill has to speak of, to be of use."""
+    return read_goal(play.task).kind
 
 
 def workflow(play: Play) -> str:
     """The order of work for this kind of task."""
     return (
-        "first search all words then open fitting title with fitting price then check every feature back one is "
-        f"missing then choose {option_names(play)} then buy"
+        f"for {topic(play)} first search all words then open fitting title with fitting price then check every feature "
+        f"back one is missing then choose {option_names(play)} then buy"
     )
 
 
 def names() -> dict[str, set[str]]:
-    return {"object": {name for department in DEPARTMENTS.values() for name in department.options}}
+    kinds = {word for department in DEPARTMENTS.values() for kind in department.kinds for word in kind.split()}
+    return {"object": kinds | {name for department in DEPARTMENTS.values() for name in department.options}}
 
 
 def flaw_of(play: Play) -> str:
@@ -173,19 +187,19 @@ def flaw_of(play: Play) -> str:
     _, last, advice = play.turns[-1]
     if last == "buy" and advice.startswith("choose "):
         return "forgets option"
-    return "no compare" if last == "buy" else "first hit"
+    return "first hit"
 
 
 def avoidance(play: Play, flaw: str) -> str:
     """What to avoid, and so what to do instead, for one flaw."""
-    return {
+    told = {
         "forgets option": f"never buy before choose {option_names(play)}",
-        "no compare": "never buy before check every feature back one is missing",
-        "first hit": "never open first without fitting title and fitting price",
-    }[flaw]
+        "first hit": "never buy first one before check every feature and price",
+    }
+    return f"for {topic(play)} {told[flaw]}"
 
 
-SUMMARIES = {"forgets option": "option", "no compare": "feature", "first hit": "price"}
+SUMMARIES = {"forgets option": "option", "first hit": "feature"}
 
 
 def hindsight(play: Play) -> Skills:

@@ -39,9 +39,9 @@ def check(trajectory: Trajectory, skills: Skills) -> tuple[bool, int, int]:
     """-> (episode skill right?, step skills right, step skills in all)."""
     seen = replay(trajectory)
     if trajectory.success:
-        right = f"find {seen.thing} " in skills.episode and skills.episode.endswith(order_of_work(seen))
+        right = skills.episode.startswith(f"for {seen.thing} ") and skills.episode.endswith(order_of_work(seen))
     else:
-        right = skills.episode in (avoidance(seen, "forget"), avoidance(seen, flaw_of(seen)))
+        right = skills.episode == avoidance(seen, flaw_of(seen))
     steps = sum(text == seen.advice_in_words[t] for t, text in skills.steps.items())
     return right, steps, len(skills.steps)
 
