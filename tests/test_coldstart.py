@@ -105,7 +105,7 @@ def test_demonstrations_are_what_a_rollout_shows(env, prompt, context, template)
     told, encoder, slips = demonstrator.script, Encoder(tokenizer, context), 0
     for game in told.games(12):
         for skill in ("", "do this [and] that"):
-            play = demonstrator.play(game, demonstrator.script.flaws(demonstrator.rng), skill=skill)
+            play = demonstrator.play(game, demonstrator.flaws(), skill=skill)
             shown = everything(demonstrator, play)
             task_type = make_env(env, prompt=prompt).reset(options={"game": game})[1]["task_type"]
             [episode], _ = rollout(

@@ -14,7 +14,7 @@ from envs.alfworld import cached_games, room_of, words
 from envs.alfworld.engine import FastEngine, load_game
 from envs.alfworld.expert import TOOLS, Explorer, kind_of
 from envs.alfworld.rooms import DATA, FACTS, likely_places
-from tiny.plays import SLIP, Play, advised_steps, one_flaw
+from tiny.plays import SLIP, Play, advised_steps
 
 GAMES, PLAYS = 1900, 3
 FLAWS = {"forget": 0.5}
@@ -212,10 +212,6 @@ def reason(play: HouseholdPlay, t: int) -> str:
 
 def official(play: HouseholdPlay, t: int, env) -> str:
     return f"<think>{reason(play, t)}</think><action>{play.commands[t]}</action>"
-
-
-def flaws(rng: random.Random) -> set[str]:
-    return one_flaw(FLAWS, rng)
 
 
 def vocabulary() -> set[str]:

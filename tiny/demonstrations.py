@@ -27,7 +27,7 @@ from lm.encoder import Encoder, closing_token
 from lm.packing import Sequence, pack
 from router import fill
 from skills import analysis_prompt
-from tiny.plays import EMPTY_WORDS, STEP_SKILLS, Play, script
+from tiny.plays import EMPTY_WORDS, STEP_SKILLS, Play, one_flaw, script
 
 HEARD = 50  # plays whose skills may stand where they do not fit
 FOREIGN = 0.7  # share of such skills that speak of another task; the others say nothing
@@ -96,14 +96,14 @@ class Demonstrator:
     def sequences(self, game) -> list[Sequence]:
         """One game, played alone, under an episode skill, with hints and under skills that do not fit, and the
         hindsight of the first of these."""
-        alone = self.play(game, self.script.flaws(self.rng))
+        alone = self.play(game, self.flaws())
         skills = self.script.hindsight(alone)
         if alone.success or self.rng.random() < 0.5:
             guided = self.play(game, set(), skill=self.script.workflow(alone))
         else:
-            guided = self.play(game, self.script.flaws(self.rng) - {self.script.flaw_of(alone)}, skill=skills.episode)
-        hinted = self.play(game, self.script.flaws(self.rng), hinted=self.script.HINTED)
-        misled = self.mislead(self.play(game, self.script.flaws(self.rng), skill=self.misfit(alone)))
+            guided = self.play(game, self.flaws() - {self.script.flaw_of(alone)}, skill=skills.episode)
+        hinted = self.play(game, self.flaws(), hinted=self.script.HINTED)
+        misled = self.mislead(self.play(game, self.flaws(), skill=self.misfit(alone)))
         played = [*self.acting(alone, self.script.ALONE_TURNS), *self.acting(guided), *self.acting(hinted)]
         played += self.acting(misled, self.script.ALONE_TURNS)
         self.heard.append(Heard(self.script.topic(alone), guided.skill, list(skills.steps.values())))
@@ -132,9 +132,10 @@ class Demonstrator:
         own = [self.script.workflow(play), *(self.script.avoidance(play, flaw) for flaw in self.script.FLAWS)]
         asked = [*((skill, "yes") for skill in own), *((self.misfit(play), "no") for _ in own)]
         self.heard.append(Heard(self.script.topic(play), self.rng.choice(own), []))
-        questions = [(f"task {play.task} skill {skill} fits", answer) for skill, answer in asked]
-        told = [(self.encoder.context([question], []), self.answer(answer)) for question, answer in questions]
-        return [sequence for context, response in told for sequence in pack([context], [response])]
+        return [s for skill, answer in asked for s in self.reply(f"task {play.task} skill {skill} fits", answer)]
+
+    def flaws(self) -> set[str]:
+        return one_flaw(self.script.FLAWS, self.rng)
 
     def play(self, game, flaws: set[str], *, skill: str = "", hinted: float = 0.0) -> Play:
         """An episode that a rollout could have: with the names and pages of the environment itself."""
@@ -182,7 +183,11 @@ class Demonstrator:
         task, turns = self.turns(play)
         steps = [Step((), turn.observation, [], [], turn.response, turn.action, True) for turn in turns]
         prompt = analysis_prompt(Trajectory(task, 0, steps, play.success), STEP_SKILLS, self.env.analysis_prompt())
-        context, response = self.encoder.context([prompt], []), self.answer(self.spell(skills))
+        return self.reply(prompt, self.spell(skills))
+
+    def reply(self, prompt: str, text: str) -> list[Sequence]:
+        """What is said to a prompt that stands alone; nothing where it does not fit."""
+        context, response = self.encoder.context([prompt], []), self.answer(text)
         return pack([context], [response]) if self._fits(context, response) else []
 
     def spell(self, skills: Skills) -> str:

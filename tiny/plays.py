@@ -65,14 +65,11 @@ class Script(Protocol):
 
     GAMES: int  # train games that demonstrations come from, at most
     PLAYS: int  # times that each is played in each way
-    FLAWS: dict[str, float]  # flaw -> chance that a novice has it
+    FLAWS: dict[str, float]  # flaw -> chance that a novice has it, and no other
     ALONE_TURNS: int  # of a novice's episode that are learnt; lost ones go on and on
     HINTED: float  # share of steps with a hint, in hinted play
     JUDGED: int  # times that the tiny model is asked of each game whether skills speak of its task
     JUDGED_FIRST: int  # batches of that before any play
-
-    def flaws(self, rng: random.Random) -> set[str]:
-        """Those of a novice, drawn anew."""
 
     def vocabulary(self) -> set[str]:
         """Every word of the environment's compact prompts and commands, and of the skills."""

@@ -16,10 +16,10 @@ from envs.search.env import read_action
 from envs.search.expert import SearchExpert, worded_like
 from envs.search.facts import HOPS, TITLES, facts
 from envs.search.text import shown_passages, words
-from tiny.plays import Play, advised_steps, one_flaw, watch
+from tiny.plays import Play, advised_steps, watch
 
 GAMES, PLAYS = 2000, 4
-FLAWS = {"first doc": 0.45, "whole question": 0.55}  # at most one of them
+FLAWS = {"first doc": 0.45, "whole question": 0.55}
 ALONE_TURNS = MAX_STEPS = 5  # two searches and the answer, and room for two slips
 HINTED = 0.4
 JUDGED, JUDGED_FIRST = 3, 600
@@ -82,10 +82,6 @@ class Adviser(SearchExpert):
 
 def query(hop: str, name: str = "it") -> str:
     return words(HOPS[hop].query.format(given=name))
-
-
-def flaws(rng: random.Random) -> set[str]:
-    return one_flaw(FLAWS, rng)
 
 
 def vocabulary() -> set[str]:

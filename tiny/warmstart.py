@@ -157,7 +157,7 @@ def curriculum(
     batches, rest = asked[:first], asked[first:]
     plays = shuffled_batches(played, BATCH_TOKENS, epochs, seed)
     for i, batch in enumerate(plays, 1):
-        batches = [*batches, batch, *rest[len(rest) * (i - 1) // len(plays) : len(rest) * i // len(plays)]]
+        batches += [batch, *rest[len(rest) * (i - 1) // len(plays) : len(rest) * i // len(plays)]]
     return batches
 
 

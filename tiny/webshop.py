@@ -12,10 +12,10 @@ from envs.webshop import VOCABULARY, WebshopEnv, compact
 from envs.webshop.catalogue import DEPARTMENTS
 from envs.webshop.compact import SEARCH, shown
 from envs.webshop.expert import ENTRY, TITLE, Shopper, read_goal
-from tiny.plays import Play, advised_steps, one_flaw, watch
+from tiny.plays import Play, advised_steps, watch
 
 GAMES, PLAYS = 1400, 3
-FLAWS = {"first hit": 0.45, "forgets option": 0.4}  # at most one of them
+FLAWS = {"first hit": 0.45, "forgets option": 0.4}
 ALONE_TURNS = 12
 MAX_STEPS = 15
 HINTED = 0.25
@@ -112,10 +112,6 @@ class Adviser(Shopper):
         """What a clumsy player does: anything possible but to buy, or a search for half of what is asked for."""
         possible = [command for command in admissible if command not in ("buy", SEARCH)]
         return rng.choice([*possible, f"search {self.goal.kind}"])
-
-
-def flaws(rng: random.Random) -> set[str]:
-    return one_flaw(FLAWS, rng)
 
 
 def vocabulary() -> set[str]:
