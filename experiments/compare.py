@@ -9,7 +9,8 @@ same iteration, and all play the same number of episodes. --at-once runs at a ti
 one file, experiments/results/NAME.json (config, commit, curve, seconds), and is never made again; its folder, with the
 final policy, stays under --runs. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs, too, and goes on from
 their checkpoints. Seeds are 0 to N - 1, all of them reported: table.md and comparison.png beside the result files.
---report makes these again from the files of the named arms, whatever seeds there are.
+--report makes these again from the files of the named arms, whatever seeds there are. What is tuned is tuned on other
+seeds (--first-seed 100, in another --results), so that none of those reported was chosen by.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from config import Config, changed, flag, parse_args
 from evaluate import games_of
 from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
-from experiments.tables import draw, efficiency, table
+from experiments.tables import draw, efficiency, leads, table
 from lm.loading import save_policy, write_whole
 from runlog.metrics import read_lines
 from tiny.loading import load_model
@@ -65,11 +66,13 @@ def read_arms() -> dict[str, str]:
     return tomllib.loads((ROOT / "experiments" / "arms.toml").read_text())
 
 
-def jobs_of(arms: dict[str, str], seeds: int, flags: list[str], start: Path, results: Path, runs: Path) -> list[Job]:
+def jobs_of(
+    arms: dict[str, str], seeds: Iterable[int], flags: list[str], start: Path, results: Path, runs: Path
+) -> list[Job]:
     """Seed by seed, so that a comparison stopped early holds all arms on the same seeds. An arm's flags override
     `flags`, which go to every run."""
     jobs, weights = [], fingerprint(start)
-    for seed in range(seeds):
+    for seed in seeds:
         for arm, own in arms.items():
             name = f"{arm}-seed{seed}"
             fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", str(runs / name)]
@@ -192,6 +195,7 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--methods", nargs="*", choices=METHODS_COMPARED, help="default: all, with --arms none")
     parser.add_argument("--arms", nargs="+", default=[], choices=known, help="variants of experiments/arms.toml")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 10, with --quick 2)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--baseline", default="grpo", help="the method or arm that others are compared with")
     parser.add_argument("--model", default="tiny", help="what every run starts from, as for train.py (default: tiny)")
@@ -224,7 +228,8 @@ def main(argv: list[str] | None = None) -> str:
     flags = [*(QUICK.split() if args.quick else []), *flags]
     results.mkdir(parents=True, exist_ok=True)
     start = prepare(runs, args.quick, flags, args.model)
-    jobs = jobs_of(arms, args.seeds or (2 if args.quick else 10), flags, start, results, runs)
+    seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.quick else 10)))
+    jobs = jobs_of(arms, seeds, flags, start, results, runs)
     children = Children()
     try:
         with children.stopped_by_signals():
@@ -239,7 +244,7 @@ def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
     """Raises ValueError where there is nothing to report."""
     if not found:
         raise ValueError(f"{results} holds no result of these arms")
-    text = f"{table(found, baseline)}\n\n{efficiency(found, baseline)}"
+    text = "\n\n".join(part(found, baseline) for part in (table, efficiency, leads))
     (results / "table.md").write_text(text + "\n")
     draw(found, results / "comparison.png")
     print(text)

@@ -13,6 +13,7 @@ import numpy as np
 from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
 
 GOALS = (0.5, 0.6, 0.7, 0.8)  # held-out success that sample efficiency is counted to
+CONTROLS = ("grpo", "opid-shuffled", "opid-placebo")  # no skills, skills of other tasks, words that say nothing
 
 
 def splits_of(results: list[dict]) -> list[str]:
@@ -121,6 +122,26 @@ def efficiency(results: dict[str, list[dict]], baseline: str) -> str:
         cells = [arm, *map(_episodes, reached)]
         lines.append(row([*cells, *against(results.get(baseline), runs, curves, share_of_points, _share)]))
     return "\n".join(lines)
+
+
+def leads(results: dict[str, list[dict]], baseline: str) -> str:
+    """One row an arm: by how many points it ends above the baseline, and above each of CONTROLS that is there."""
+    others = [arm for arm in dict.fromkeys([baseline, *CONTROLS]) if arm in results]
+    head = ["points ahead at the end, seed by seed", *(title for other in others for title in (f"of {other}", "95%"))]
+    lines = [row(head), "|" + "---|" * len(head)]
+    for arm, runs in results.items():
+        cells = [cell for other in others for cell in _lead(runs, results[other])]
+        lines.append(row([arm, *cells]))
+    return "\n".join(lines)
+
+
+def _lead(ours: list[dict], theirs: list[dict]) -> list[str]:
+    """Two cells from the seeds that both have: runs of one seed met the same tasks, so their scores are paired."""
+    other = {run["config"]["seed"]: run for run in theirs}
+    pairs = [(run, other[run["config"]["seed"]]) for run in ours if run["config"]["seed"] in other]
+    if ours is theirs or not pairs:
+        return ["-", "-"]
+    return percent(scores([run for run, _ in pairs]) - scores([run for _, run in pairs]))
 
 
 def _share(share: float) -> str:

@@ -16,7 +16,7 @@ from baselines import METHODS
 from experiments import compare
 from experiments.compare import QUICK, is_there, jobs_of, read_arms, read_results, run_all
 from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
-from experiments.tables import area, efficiency, episodes_to_reach, scores, share_of_points, table
+from experiments.tables import area, efficiency, episodes_to_reach, leads, scores, share_of_points, table
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"grpo": "--algo grpo", "opid": "--algo opid"}
@@ -55,14 +55,14 @@ def test_bootstrap_keeps_the_splits_of_a_run_together():
 @pytest.fixture
 def jobs(tmp_path):
     (tmp_path / "results").mkdir()
-    return jobs_of(PLAIN, 2, QUICK.split(), tmp_path / "start", tmp_path / "results", tmp_path / "runs")
+    return jobs_of(PLAIN, range(2), QUICK.split(), tmp_path / "start", tmp_path / "results", tmp_path / "runs")
 
 
 def pretend(job):
     """What a run leaves that `store` reads."""
     folder = Path(job.config.out)
     folder.mkdir(parents=True)
-    success = {"valid_seen": SUCCESS[job.arm] + 0.1 * job.seed, "valid_unseen": SUCCESS[job.arm]}
+    success = {"valid_seen": SUCCESS[job.arm] + 0.1 * (job.seed % 100), "valid_unseen": SUCCESS[job.arm]}
     lines = [
         {"iteration": -1, "success": {"valid_seen": 0.1, "valid_unseen": 0.1}},
         {"iteration": 1, "success": success},
@@ -145,11 +145,27 @@ def test_the_share_is_in_the_table_with_its_interval():
     ]
 
 
+def test_leads_are_counted_seed_by_seed():
+    def run(seed, seen, unseen):
+        return {"config": {"seed": seed}, "curve": [{"iteration": 2, "valid_seen": seen, "valid_unseen": unseen}]}
+
+    found = {
+        "opid": [run(0, 0.5, 0.5), run(2, 0.8, 0.7)],
+        "opid-shuffled": [run(0, 0.4, 0.4), run(1, 0.9, 0.9), run(2, 0.6, 0.6)],  # seed 1 has no counterpart
+        "other": [run(5, 0.1, 0.1)],
+    }
+    rows = leads(found, "grpo").splitlines()
+    assert rows[0] == "| points ahead at the end, seed by seed | of opid-shuffled | 95% |"
+    assert rows[2] == "| opid | 10.0 | [10.0, 15.0] |"  # differences 10 10 (seed 0), 20 10 (seed 2)
+    assert rows[3:] == ["| opid-shuffled | - | - |", "| other | - | - |"]
+    assert leads(found, "opid").splitlines()[0].startswith("| points ahead at the end, seed by seed | of opid | 95% |")
+
+
 def test_arms_are_runs_of_their_own(jobs, tmp_path):
     arms = PLAIN | read_arms()
     assert not read_arms().keys() & METHODS.keys()
     folders = tmp_path / "start", tmp_path / "results", tmp_path / "runs"
-    made = jobs_of(arms, 1, [*QUICK.split(), "--step-weight", "0.2", "--skill-writer", "reference"], *folders)
+    made = jobs_of(arms, [0], [*QUICK.split(), "--step-weight", "0.2", "--skill-writer", "reference"], *folders)
     assert len({json.dumps(compare.settings(job.config)) for job in made}) == len(arms)
     a = {job.arm: job.config for job in made}
     assert a["opid"].step_weight == a["opid-k0"].step_weight == 0.2
@@ -252,6 +268,16 @@ def test_a_report_takes_all_seeds_that_are_there(jobs, tmp_path):
         compare.main([*argv, "sdar"])
 
 
+def test_tuning_takes_seeds_that_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "launch", lambda job, children: pretend(job))
+    folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    compare.main(["--quick", "--seeds", "2", "--first-seed", "100", "--methods", "grpo", *folders])
+    assert sorted(path.name for path in (tmp_path / "results").glob("*.json")) == [
+        "grpo-seed100.json",
+        "grpo-seed101.json",
+    ]
+
+
 def test_a_failed_run_leaves_the_table_of_the_others(tmp_path, monkeypatch):
     def launch(job, children):
         if job.arm == "opid":
@@ -275,7 +301,7 @@ def test_bootstrap_leaves_out_what_is_not_defined():
 def test_a_result_of_other_settings_is_not_mistaken_for_this_run(jobs, tmp_path):
     run_all(jobs[:1], launch=pretend)
     flags = [*QUICK.split(), "--kl", "0.5"]
-    other = jobs_of({"grpo": "--algo grpo"}, 1, flags, tmp_path / "start", tmp_path / "results", tmp_path / "runs")
+    other = jobs_of({"grpo": "--algo grpo"}, [0], flags, tmp_path / "start", tmp_path / "results", tmp_path / "runs")
     with pytest.raises(ValueError, match="other settings of kl"):
         is_there(other[0])
 
@@ -297,7 +323,7 @@ def test_a_result_from_other_starting_weights_is_not_mistaken_for_this_run(jobs,
     (tmp_path / "start/model.safetensors").write_bytes(b"others")
     folders = tmp_path / "start", tmp_path / "results", tmp_path / "runs"
     with pytest.raises(ValueError, match="other starting weights"):
-        is_there(jobs_of(PLAIN, 1, QUICK.split(), *folders)[0])
+        is_there(jobs_of(PLAIN, [0], QUICK.split(), *folders)[0])
 
 
 def test_quick_comparison_from_end_to_end(tmp_path):
