@@ -158,14 +158,14 @@ def _episodes(reached: np.ndarray) -> str:
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:
-    """Interquartile mean of held-out success by iteration, with its 95% interval."""
+    """Interquartile mean of held-out success by iteration, with its 95% interval; the legend in the order of the ends."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for arm, runs in results.items():
+    figure, axis = plt.subplots(figsize=(9.5, 5))
+    for arm, runs in sorted(results.items(), key=lambda item: -interquartile_mean(scores(item[1]))):
         points = range(len(runs[0]["curve"]))
         at = [runs[0]["curve"][p]["iteration"] for p in points]
         bounds = [bootstrap_interval(interquartile_mean, scores(runs, p), samples=500) for p in points]
@@ -174,7 +174,7 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     axis.set(xlabel="iteration", ylabel="held-out success, interquartile mean (%)")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="arm (seeds)")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
