@@ -158,7 +158,7 @@ def _episodes(reached: np.ndarray) -> str:
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:
-    """Interquartile mean of held-out success by iteration, with its 95% interval; the legend in the order of the ends."""
+    """Interquartile mean of held-out success by iteration, with its 95% interval; the legend in the order of ends."""
     import matplotlib
 
     matplotlib.use("Agg")
