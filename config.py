@@ -109,7 +109,7 @@ class Config:
     routing: str = ROUTING("critical-first", "which skill guides a step", tuple(RULES))
 
     # Not the paper's `old`: at laptop scale the scorer that follows the policy rises and then falls with it
-    # (docs/results.md); the frozen one cannot drift.
+    # (docs/results_before.md); the frozen one cannot drift.
     scorer: str = SCORES(
         "reference", "the model that scores the skill-augmented context (paper: old)", ("old", "reference", "ema")
     )
