@@ -206,6 +206,8 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     args, flags = parser.parse_known_args(argv)  # what is left goes to every run, such as --iterations 100
     if args.at_once < 1:
         parser.error(f"--at-once is {args.at_once}, must be 1 or more")
+    if args.first_seed < 0:
+        parser.error(f"--first-seed is {args.first_seed}, must be 0 or more")
     if args.quick and args.model != "tiny":
         parser.error("--quick takes an untrained model, no other --model")
     given = {flag.partition("=")[0] for flag in flags}

@@ -178,6 +178,7 @@ def test_arms_are_runs_of_their_own(jobs, tmp_path):
     [
         (["--arms", "opid-k9"], "invalid choice: 'opid-k9' (choose from 'opid-lambda-0.001'"),
         (["--methods", "opod"], "invalid choice: 'opod'"),
+        (["--first-seed", "-1"], "--first-seed is -1, must be 0 or more"),
         (["--seeds", "2", "--seed", "1"], "--seed differs from run to run"),
         (["--model", "smollm2"], "--quick takes an untrained model"),
         (["--algo=opid"], "--algo differs from run to run"),
