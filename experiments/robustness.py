@@ -26,7 +26,7 @@ from config import Config
 from evaluate import environment, evaluate
 from experiments.perturb import CHANGES, Change, Perturbed
 from experiments.runs import ROOT, arm_of, commit, config_of, write_result
-from experiments.tables import row, split_cells, split_titles
+from experiments.tables import markdown, split_cells, split_titles
 from lm.encoder import Encoder
 from tiny.loading import load_model
 
@@ -79,13 +79,13 @@ def table(results: list[dict]) -> str:
     """One row an arm and a condition: interquartile mean over seeds and its 95% interval, by split."""
     splits = list(next(iter(results[0]["success"].values())))
     head = ["method", "condition", "seeds", *split_titles(splits)]
-    lines = [row(head), "|" + "---|" * len(head)]
+    rows = []
     for arm in dict.fromkeys(r["arm"] for r in results):
         runs = [r["success"] for r in results if r["arm"] == arm]
         for condition in runs[0]:
             own = np.array([[run[condition][split] for split in splits] for run in runs])  # (runs, splits)
-            lines.append(row([arm, condition, str(len(runs)), *split_cells(own)]))
-    return "\n".join(lines)
+            rows.append([arm, condition, str(len(runs)), *split_cells(own)])
+    return markdown(head, rows)
 
 
 def main(argv: list[str] | None = None) -> str:

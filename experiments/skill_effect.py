@@ -35,7 +35,7 @@ from config import Config, parse_args
 from evaluate import environment, eval_splits, games_of, play
 from experiments.estimates import bootstrap_interval
 from experiments.runs import ROOT, commit, settings, write_result
-from experiments.tables import row
+from experiments.tables import markdown
 from lm.encoder import Encoder
 from tiny.loading import load_model
 from tiny.plays import Play, Script, script
@@ -101,7 +101,7 @@ def table(won: dict[str, dict[str, list[list]]]) -> str:
     temperatures = list(won["none"])
     head = ["episode skill shown", "games"]
     head += [cell for t in temperatures for cell in (f"T {t}, %", "less none, points", "95%")]
-    lines = [row(head), "|" + "---|" * len(head)]
+    rows = []
     for kind, by_temperature in won.items():
         cells = [kind, str(len(by_temperature[temperatures[0]]))]
         for t in temperatures:
@@ -110,8 +110,8 @@ def table(won: dict[str, dict[str, list[list]]]) -> str:
             low, high = bootstrap_interval(lambda g: float(g.mean()), gains, samples=1000)
             away = ["-", "-"] if kind == "none" else [f"{gains.mean():+.1f}", f"[{low:+.1f}, {high:+.1f}]"]
             cells += [f"{100 * np.mean(list(own.values())):.1f}", *away]
-        lines.append(row(cells))
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 def main(argv: list[str] | None = None) -> str:

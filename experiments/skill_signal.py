@@ -34,7 +34,7 @@ from envs.alfworld.expert import shortest_plan
 from evaluate import environment
 from experiments.estimates import bootstrap_interval, probability_of_superiority
 from experiments.runs import ROOT, commit, config_of, settings, write_result
-from experiments.tables import row
+from experiments.tables import markdown
 from runlog.metrics import silent_groups
 from train import Run, outcome_of
 
@@ -176,14 +176,15 @@ def rows_of(steps: list[Guided]) -> dict[str, dict]:
 
 def table(result: dict) -> str:
     head = ["guided steps", "number", "on a shortest plan, %", "AUC", "95%", "agreement, %", "|A_skill|", "|A_ep|"]
-    lines = [row(head), "|" + "---|" * len(head)]
+    rows = []
     for name, numbers in result["rows"].items():
         n = {key: math.nan if value is None else value for key, value in numbers.items()}
         cells = [name, f"{n['steps']:.0f}", f"{100 * n['on_plan']:.1f}", f"{n['auc']:.3f}"]
         cells += [f"[{n['auc_low']:.3f}, {n['auc_high']:.3f}]", f"{100 * n['agreement']:.1f}"]
-        lines.append(row([*cells, f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]).replace("nan", "-"))
+        cells += [f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]
+        rows.append([cell.replace("nan", "-") for cell in cells])
     shares = f"success {100 * result['success']:.1f}%, groups without outcome signal {100 * result['silent']:.1f}%"
-    return f"{result['name']}: {shares} of {result['groups']}\n\n" + "\n".join(lines)
+    return f"{result['name']}: {shares} of {result['groups']}\n\n" + markdown(head, rows)
 
 
 def main(argv: list[str] | None = None) -> str:

@@ -92,8 +92,10 @@ def against(
     return [show(statistic(*pair)), f"[{show(low)}, {show(high)}]"]
 
 
-def row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table with a line under its head."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in [head, *rows])
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def table(results: dict[str, list[dict]], baseline: str) -> str:
@@ -102,13 +104,13 @@ def table(results: dict[str, list[dict]], baseline: str) -> str:
     splits = splits_of(next(iter(results.values())))
     head = ["method", "seeds", *split_titles(splits), "held-out success, IQM, %", "95%"]
     head += ["mean over training, IQM, %", "95%", f"P(better than {baseline})", "95%", "seconds a run"]
-    lines = [row(head), "|" + "---|" * len(head)]
+    rows = []
     for arm, runs in results.items():
         own = scores(runs)  # (runs, splits)
         cells = [arm, str(len(runs)), *split_cells(own), *percent(own), *percent(area(runs))]
         cells += against(results.get(baseline), runs, scores, probability_of_improvement, "{:.2f}".format)
-        lines.append(row([*cells, f"{np.mean([r['seconds'] for r in runs]):.0f}"]))
-    return "\n".join(lines)
+        rows.append([*cells, f"{np.mean([r['seconds'] for r in runs]):.0f}"])
+    return markdown(head, rows)
 
 
 def efficiency(results: dict[str, list[dict]], baseline: str) -> str:
@@ -116,23 +118,20 @@ def efficiency(results: dict[str, list[dict]], baseline: str) -> str:
     there counts as infinitely many. And the share of the baseline's episodes after which an arm is where it ends."""
     head = ["episodes to reach, IQM [95%]", *(f"{100 * goal:.0f}%" for goal in GOALS)]
     head += [f"episodes to {baseline}'s final level, % of its own", "95%"]
-    lines = [row(head), "|" + "---|" * len(head)]
+    rows = []
     for arm, runs in results.items():
         reached = [np.array([[episodes_to_reach(run, goal)] for run in runs]) for goal in GOALS]  # (runs, 1) each
         cells = [arm, *map(_episodes, reached)]
-        lines.append(row([*cells, *against(results.get(baseline), runs, curves, share_of_points, _share)]))
-    return "\n".join(lines)
+        rows.append([*cells, *against(results.get(baseline), runs, curves, share_of_points, _share)])
+    return markdown(head, rows)
 
 
 def leads(results: dict[str, list[dict]], baseline: str) -> str:
     """One row an arm: by how many points it ends above the baseline, and above each of CONTROLS that is there."""
     others = [arm for arm in dict.fromkeys([baseline, *CONTROLS]) if arm in results]
     head = ["points ahead at the end, seed by seed", *(title for other in others for title in (f"of {other}", "95%"))]
-    lines = [row(head), "|" + "---|" * len(head)]
-    for arm, runs in results.items():
-        cells = [cell for other in others for cell in _lead(runs, results[other])]
-        lines.append(row([arm, *cells]))
-    return "\n".join(lines)
+    rows = [[arm, *(cell for other in others for cell in _lead(runs, results[other]))] for arm, runs in results.items()]
+    return markdown(head, rows)
 
 
 def _lead(ours: list[dict], theirs: list[dict]) -> list[str]:
