@@ -38,12 +38,12 @@ from lm.loading import save_policy, write_whole
 from runlog.metrics import read_lines
 from tiny.loading import load_model
 
-METHODS_COMPARED = tuple(name for name in METHODS if name != "opd")  # it needs a larger model, and none is at hand
+METHODS_COMPARED = tuple(name for name in METHODS if name != "opd")  # it needs a --teacher: see the opd arms of arms.toml
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
 QUICK += " --mini-batch 8 --eval-every 1 --skill-tokens 8"
 # Where the signal comes from: the metrics that a result file keeps of every iteration.
-SIGNAL = ("advantage/outcome_abs", "advantage/silent_groups", "advantage/skill_abs", "skills/parse_rate")
-SIGNAL += ("guided/episode", "guided/step")
+SIGNAL = ("advantage/outcome_abs", "advantage/silent_groups", "advantage/skill_abs", "advantage/skill_mean")
+SIGNAL += ("skills/parse_rate", "guided/episode", "guided/step", "rollout/valid_actions")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class ColdStart:
 
     model: str = setting("smollm2", "'smollm2', a folder or a hub id: an instruct model")
     env: str = setting("alfworld", "environment", ENVIRONMENTS)
-    games: int = setting(150, "train games, each of which gives three episodes and one answer with skills")
+    games: int = setting(150, "train games, each of which gives four episodes and one answer with skills")
     seed: int = setting(0, "seed of everything random")
     prompt: str = setting("compact", "prompt style; official: with short thoughts", ("compact", "official"))
     context: str = setting("chat", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
