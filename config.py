@@ -15,13 +15,13 @@ from baselines import METHODS
 from data import Level, Skills
 from envs import ENVIRONMENTS, new_words, read_options
 from lm.writers import import_writer
-from router import RULES, route
+from router import RULES, asks_for, route
 from tiny.coldstart import PREFIX
 
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
     *("token_budget", "rollout_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
-    *("temperature", "learning_rate", "max_grad_norm", "kl_clip"),
+    *("temperature", "learning_rate", "max_grad_norm", "kl_clip", "skill_clip"),
 )
 NOT_NEGATIVE = (
     *("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history", "lr_halving"),
@@ -229,8 +229,6 @@ class Config:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip:
             raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
-        if self.levels and self.routing == "none":
-            raise ValueError("--routing none guides no step: use --algo grpo")
         if self.exchanges and self.tasks < 2:
             raise ValueError(f"{self.exchanges} takes skills from other tasks: --tasks must be at least 2")
         if self.offload and self.shard:
@@ -243,8 +241,16 @@ class Config:
         self._check_writer()
         method = METHODS[self.algo]
         method.check(self)
-        seen = {"success": True, "logprobs": [[-1.0]]}
-        method(self).check_routes([route(Skills("", "both levels", {0: "at one step"}), 1, self.routing, **seen)])
+        if not method.shifts and self.levels and (self.centred or self.shift_base != "old"):
+            raise ValueError(f"--algo {self.algo} learns from no shift: --centred and --shift-base would do nothing")
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        seen = {"success": True, "logprobs": [[-1.0], [-1.0]]}
+        asked = route(Skills("", "both levels", {0: "at one step"}), 2, self.routing, levels=self.levels, **seen)
+        if self.levels and not any(asked) and not any(asks_for(self.routing, name) for name in seen):
+            raise ValueError(f"--routing {self.routing} guides no step with these weights: use --algo grpo")
+        METHODS[self.algo](self).check_routes([asked])
 
     def _check_values(self) -> None:
         hints = typing.get_type_hints(Config)
@@ -277,6 +283,8 @@ class Config:
             )
         if self.shard:
             raise ValueError(f"--divergence {self.divergence} needs the teacher's output layer whole: no --shard")
+        if self.divergence == "jsd" and self.jsd_beta in (0, 1):
+            raise ValueError("--jsd-beta 0 and 1 measure nothing: take --divergence forward or reverse")
         if self.top_k_rest == "hold" and (self.divergence, bool(self.top_k)) != ("reverse", True):
             raise ValueError("--top-k-rest hold is for --divergence reverse with --top-k")
 

@@ -6,6 +6,7 @@ python evaluate.py --model Jinyang23/OPID-ALFWorld-1.7B --recipe alfworld-qwen3-
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
@@ -178,16 +179,24 @@ def evaluate_everywhere(
     return success, format_table(results, columns_of(config))
 
 
+def settings_of_run(argv: list[str] | None) -> dict:
+    """Of the run whose policy `--model` is: its own settings are the defaults. None where it is another model."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="?", default=Config.model)
+    model = parser.parse_known_args(argv)[0].model or Config.model
+    file = Path(model).parent / "config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    return settings if "algo" in settings else {}  # a model's own config.json has none
+
+
 ASKED = {"program": "evaluate.py", "about": __doc__.splitlines()[0], "shown": FLAGS}
 
 
 def main(argv: list[str] | None = None) -> None:
     from tiny.loading import load_model
 
-    config = parse_args(argv, **ASKED)
-    run, start = Path(config.model).parent / "config.json", Path(config.model).parent / "start.json"
-    if run.is_file():  # the policy of a run: the run's own settings are the defaults
-        config = parse_args(argv, base=json.loads(run.read_text()), **ASKED)
+    config = parse_args(argv, base=settings_of_run(argv), **ASKED)
+    start = Path(config.model).parent / "start.json"
     date = json.loads(start.read_text())["date"] if start.is_file() else None
     try:
         model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)

@@ -102,9 +102,9 @@ def k3(new: Tensor, reference: Tensor, bound: float | None = None) -> Tensor:
 def outcome_of(method: Method, trajectories: list[Trajectory]) -> tuple[Tensor, Metrics]:
     """A_ep of each step (B,): R(tau), less the step's own penalty, against its group; and metrics."""
     config, groups = method.config, [trajectory.group for trajectory in trajectories]
-    rewards = [config.success_reward * trajectory.success for trajectory in trajectories]  # R(tau)
+    rewards = [float(config.success_reward * trajectory.success) for trajectory in trajectories]  # R(tau)
     steps = [(i, step) for i, trajectory in enumerate(trajectories) for step in trajectory.steps]
-    penalties = torch.tensor([config.invalid_penalty * (not step.valid) for _, step in steps])  # (B,)
+    penalties = torch.tensor([float(config.invalid_penalty * (not step.valid)) for _, step in steps])  # (B,)
     returns = torch.tensor([rewards[i] for i, _ in steps]) - penalties  # (B,)
     group, owner = torch.tensor([groups[i] for i, _ in steps]), torch.tensor([i for i, _ in steps])  # (B,) each
     outcome = outcome_advantage(returns, group, owner, normalize=config.normalize, over=config.group_over)  # (B,)
@@ -136,7 +136,7 @@ def make_batch(
     sampled = shifts if config.divergence == "sampled" else {}  # else the loss holds it
     episode, step = sampled.get("episode"), sampled.get("step")  # (B, R) each, or None
     advantages = combine(outcome, episode, step, mask, **weights, skill_clip=config.skill_clip)  # (B, R)
-    reference = plain["reference"] if config.kl else None  # (B, R)
+    reference = plain.get("reference")  # (B, R), None without a KL term
     batch = Batch(contexts, responses, mask, old, reference, sum_of_scored(mask, *scored), advantages)
     return method.adjust(batch, outcome, plain, guided, iteration)
 
@@ -320,6 +320,8 @@ class Run:
         batch = make_batch(self.method, contexts, responses, outcome, plain, guided, iteration, bases)
         if config.divergence != "sampled":
             batch.teachers = self.method.teachers(states, iteration)
+            for _, teacher in batch.teachers:
+                teacher.hold()
         if self.method.matches_states:
             batch.guided = only_contexts(len(contexts), *asked.values())
         metrics |= {f"guided/{level}": (~x.isnan()).any(1).float().mean().item() for level, x in guided.items()}
@@ -332,7 +334,8 @@ class Run:
         these are compared with. And the hidden states behind the first two, where whole distributions are needed.
         `swapped`: `guided` with other tasks' skills."""
         config, base = self.config, base_of(self.config)
-        names = dict.fromkeys(["old", base] + (["reference"] if config.kl else []))
+        pulled = config.kl and not self.method.matches_states
+        names = dict.fromkeys(["old", base] + (["reference"] if pulled else []))
         readers = {name: self.models[name] for name in names} | self.further
         scorer = self.models[config.scorer] if guided else None
         how = config.limits | {"progress": lambda name: lambda batches: self._bar(f"score {name}", batches)}

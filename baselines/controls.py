@@ -54,10 +54,9 @@ class Oracle(Method):
 
 def foreign(trajectories: list[Trajectory], at: int, having: list[bool]) -> list[int]:
     """Which trajectories' skills may stand in for those of trajectory `at`: of those `having` some, the ones of another
-    task type; where there are none, of another task. Raises ValueError where all are of one task."""
+    task type; where there are none, of another task; none where only one task was played, which a run has where the
+    prompts of all others are too long."""
     own = trajectories[at]
-    if all(trajectory.group == own.group for trajectory in trajectories):
-        raise ValueError("skills of other tasks are asked for, and a process plays only one: raise --tasks")
     others = [i for i, t in enumerate(trajectories) if having[i] and t.group != own.group]
     return [i for i in others if trajectories[i].task_type != own.task_type] or others
 
@@ -93,7 +92,7 @@ def shuffle_skills(
     skills: list[Skills | None], trajectories: list[Trajectory], rng: random.Random
 ) -> list[Skills | None]:
     """Each trajectory gets the skills that were written about a `foreign` one, drawn anew for each; None where no other
-    task has skills. Raises ValueError where all are of one task."""
+    task has skills."""
     having = [own is not None for own in skills]
     sources = [foreign(trajectories, at, having) for at in range(len(trajectories))]
     return [skills[rng.choice(source)] if source else None for source in sources]

@@ -49,14 +49,14 @@ def teacher_shift(teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def frozen_teacher(config: Config, tokenizer, device):
     """`--teacher`, as it is kept: in `--frozen-dtype`, on its device."""
-    teacher = load_teacher(config.teacher, tokenizer, dtype=config.dtype)
+    teacher = load_teacher(config.teacher, tokenizer, env=config.env, dtype=config.dtype)
     return frozen(teacher, config.frozen_dtype, mixed_precision=config.mixed_precision).to(device)
 
 
-def load_teacher(name: str, tokenizer, *, dtype: str):
+def load_teacher(name: str, tokenizer, *, env: str, dtype: str):
     """The frozen model that the student learns from. Raises ValueError where its tokenizer is not the student's: it has
     to score the student's token ids."""
-    teacher, own = load_model(name, dtype=dtype)
+    teacher, own = load_model(name, env=env, dtype=dtype)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {name} has another tokenizer than --model: it cannot score the model's tokens")
     return frozen(teacher)

@@ -32,6 +32,7 @@ class Oprd(Method):
     whole = False
     one_teacher = True
     matches_states = True
+    shifts = False
     loss_weight = 1.0  # logged as loss/distill; `distance` holds --oprd-weight
 
     def __init__(self, config: Config):
@@ -42,6 +43,8 @@ class Oprd(Method):
     def check(config: Config) -> None:
         if config.shard:
             raise ValueError("--algo oprd reads hidden states of whole models: no --shard")
+        if config.teacher is None and config.scorer == "old":
+            raise ValueError("--algo oprd reads its teacher in each step: --scorer reference or ema, or --teacher")
 
     @staticmethod
     def levels(config: Config) -> tuple[Level, ...]:
@@ -92,7 +95,7 @@ class Oprd(Method):
         for part in micro_batches(sequences, self.config.token_budget):
             read, r, c = layer_states(scorer, part, layers)  # (n, K, H), (n,), (n,)
             at = torch.tensor([place[held[i], j] for i, j in zip(r.tolist(), c.tolist(), strict=True)])
-            states[at] = read
+            states[at] = read.to(states.dtype)
         scorer.train(training)
         return states
 

@@ -38,7 +38,7 @@ from lm.loading import save_policy, write_whole
 from runlog.metrics import read_lines
 from tiny.loading import load_model
 
-METHODS_COMPARED = tuple(name for name in METHODS if name != "opd")  # it needs a --teacher: see the opd arms of arms.toml
+METHODS_COMPARED = tuple(name for name in METHODS if name != "opd")  # it needs a --teacher: see arms.toml
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
 QUICK += " --mini-batch 8 --eval-every 1 --skill-tokens 8"
 # Where the signal comes from: the metrics that a result file keeps of every iteration.

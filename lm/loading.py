@@ -37,7 +37,7 @@ def load_model(name: str, *, dtype: str = "float32"):
         ) from None
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
-    return without_dropout(_drop_quantization(model.to(getattr(torch, dtype)))), tokenizer
+    return without_dropout(_drop_quantization(rounded(model, getattr(torch, dtype)))), tokenizer
 
 
 def load_config(name: str):
@@ -64,6 +64,17 @@ def _drop_quantization(model):
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False
+    return model
+
+
+def rounded(model, dtype: torch.dtype):
+    """All numbers of a model in `dtype`, in place: -> the model. But for rotary frequencies, which `from_pretrained`
+    keeps in float32, too: rounded, they turn far positions into others (SmolLM2's log-probs by 0.02 nats at 2000)."""
+    owned = [(module, name) for module in model.modules() for name, _ in module.named_buffers(recurse=False)]
+    exact = [(module, name, getattr(module, name)) for module, name in owned if name.endswith("inv_freq")]
+    model.to(dtype)
+    for module, name, frequencies in exact:
+        setattr(module, name, frequencies)
     return model
 
 
@@ -137,7 +148,7 @@ def frozen(model, dtype: str = "float32", *, mixed_precision: str = "no"):
     are, it gets a rounded one of its own: autocast would make it anew for each token that is sampled.
     """
     if dtype == "bfloat16":
-        model.to(torch.bfloat16)
+        rounded(model, torch.bfloat16)
     elif dtype == "auto" and mixed_precision == "bf16":
         for module in model.modules():
             if type(module) is torch.nn.Linear:

@@ -8,6 +8,7 @@ Shapes: B rows (steps), R longest response, N tokens, H hidden size, V vocabular
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -63,6 +64,7 @@ class States:
     def __init__(self, model, rows: int, columns: int):
         self.model = model
         self.at = torch.full((rows, columns), -1)  # (B, R) where a token's state lies, -1 where it has none
+        self.head = None  # the output layer as it was, where the model's own changes meanwhile
         self.parts: list[Tensor] = []  # joined they are (N, H), on the CPU
         self.count = 0
 
@@ -79,8 +81,18 @@ class States:
     def of_rows(self, first: int, last: int) -> States:
         """The rows from `first` to before `last`, the states themselves shared."""
         part = States(self.model, 0, 0)
-        part.at, part.parts, part.count = self.at[first:last], self.parts, self.count
+        part.at, part.parts, part.count, part.head = self.at[first:last], self.parts, self.count, self.head
         return part
+
+    def hold(self) -> None:
+        """Keeps the output layer where the model is about to be trained: what was read stays what it was."""
+        head = self.model.get_output_embeddings()
+        if head.weight.requires_grad:
+            self.head = copy.deepcopy(head).requires_grad_(False)
+
+    @property
+    def output_layer(self):
+        return self.model.get_output_embeddings() if self.head is None else self.head
 
     def at_tokens(self, rows: Tensor, columns: Tensor) -> Tensor:
         """(n, H) on the model's device. Every one of these tokens must be known."""
@@ -90,7 +102,7 @@ class States:
 
     def logprobs(self, rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
         """Log-probs of the whole vocabulary at these tokens, (n, V)."""
-        return distribution(self.model.get_output_embeddings(), self.at_tokens(rows, columns), temperature)
+        return distribution(self.output_layer, self.at_tokens(rows, columns), temperature)
 
 
 def distribution(head, states: Tensor, temperature: float) -> Tensor:
@@ -132,7 +144,7 @@ def divergences(
     """`divergence` between policy and teacher at each token, (n,). Of both distributions no more than CHUNK log-probs
     are alive at any time: the backward pass makes each chunk again. Gradient flows into `states` and the output layer.
     """
-    head, other = model.get_output_embeddings(), teacher.model.get_output_embeddings()
+    head, other = model.get_output_embeddings(), teacher.output_layer
     size = max(1, CHUNK // (2 * head.weight.shape[0]))
 
     def part(states: Tensor, others: Tensor) -> Tensor:

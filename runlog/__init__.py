@@ -55,23 +55,26 @@ class RunLog:
     def __init__(self, config: Config, accelerator):
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.out)
         written, saved = self.folder / "config.json", checkpoints.saved(self.folder)
-        if written.exists() and (saved or (self.folder / "metrics.jsonl").exists()):
-            self._check(json.loads(written.read_text()))
+        if saved or (self.folder / "metrics.jsonl").exists():
+            self._check(json.loads(written.read_text()) if written.exists() else None)
         self.checkpoint, damaged = checkpoints.newest_readable(saved if config.resume else [])
         if damaged and self.checkpoint is None:
             raise ValueError(f"no checkpoint in {self.folder} is whole ({damaged[0]} is not): nothing to resume from")
         for path in damaged:
-            accelerator.print(f"{path} is damaged or cut off: going on from {self.checkpoint}")
+            accelerator.print(f"{path} is damaged or cut off, and renamed: going on from {self.checkpoint}")
         self.first_iteration = int(self.checkpoint.stem) + 1 if self.checkpoint else 0
         accelerator.wait_for_everyone()  # or a slower process would take the file written below for another run's
         if accelerator.is_main_process:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for path in damaged:  # else it would count among the newest, and whole ones would go for its sake
+                checkpoints.set_aside(path)
             settings = json.dumps(config.to_dict(), indent=2) + "\n"
             write_whole(written, lambda temporary: temporary.write_text(settings))
             for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
                 self._drop_from(self.folder / name, self.first_iteration or -1)
         accelerator.wait_for_everyone()
-        accelerator.init_trackers("opid", config=config.to_dict())
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.to_dict().items()}
+        accelerator.init_trackers("opid", config=plain)  # tensorboard takes nothing else
         self.farewell = watch()
 
     def start(self, model) -> dict[str, str]:
@@ -88,10 +91,13 @@ class RunLog:
             raise ValueError(f"the weights behind --model are not those that {self.folder} started from: cannot resume")
         return start
 
-    def _check(self, before: dict) -> None:
-        """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume."""
+    def _check(self, before: dict | None) -> None:
+        """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume.
+        `before`: that run's settings, None where they are lost."""
         if not self.config.resume:
             raise ValueError(f"{self.folder} already holds a run: pass --resume to go on with it, or another --out")
+        if before is None:
+            return
         others = [flag(name) for name in changed(before, self.config.to_dict()) if name not in FREE]
         if others:
             raise ValueError(f"{self.folder} holds a run with other settings of {', '.join(others)}: cannot resume it")

@@ -30,6 +30,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def set_aside(path: Path) -> None:
+    """A damaged checkpoint under a name that is no checkpoint's."""
+    aside = path.with_name(path.name + ".damaged")
+    if aside.exists():
+        remove(aside)
+    path.rename(aside)
+
+
 def newest_readable(checkpoints: list[Path]) -> tuple[Path | None, list[Path]]:
     """Checkpoints, oldest first -> (the newest one that is whole, the newer ones that are not).
 

@@ -137,8 +137,8 @@ class Plan:
 
     def _frozen(self, name: str) -> int:
         """The bytes of a copy that only reads."""
-        config, architecture = self.config, self.architecture if name == self.config.model else architecture_of(name)
-        model = shell(architecture, config.dtype, 0)
+        config, own = self.config, name == self.config.model
+        model = shell(self.architecture if own else architecture_of(name, config.env), config.dtype, 0)
         return bytes_of(frozen(model, config.frozen_dtype, mixed_precision=config.mixed_precision))
 
 
@@ -159,7 +159,11 @@ def advice(plan: Plan, there: float) -> str | None:
     tried = []
     for words, changes in _changes(plan):
         same = {"processes": plan.processes, "libraries": plan.libraries}
-        other = Plan(replace(plan.config, **changes), plan.architecture, **same)
+        try:
+            changed = replace(plan.config, **changes)
+        except ValueError:  # this run cannot have that, such as --shard with a method that needs whole models
+            continue
+        other = Plan(changed, plan.architecture, **same)
         if other.peak <= USABLE * there:
             return f"{words} is enough ({other.peak / GIB:.1f} GiB)"
         tried.append((other.peak, words))

@@ -1,13 +1,26 @@
 """The paper's table and its interval."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from config import Config
+from config import Config, parse_args
 from data import Trajectory
 from envs.alfworld import TASK_TYPES
 from envs.search import DATA_SOURCES, GENERATED_SOURCES
-from evaluate import environment, eval_splits, evaluate, format_table, games_of, success_by_type, wilson
+from evaluate import (
+    ASKED,
+    environment,
+    eval_splits,
+    evaluate,
+    format_table,
+    games_of,
+    settings_of_run,
+    success_by_type,
+    wilson,
+)
 from lm.encoder import Encoder
 from lm.sampler import Sampler
 
@@ -132,3 +145,22 @@ def test_processes_share_the_games_of_a_split(llama, tokenizer):
     # more processes than games: some have nothing to do; and each has a seed of its own
     one = [evaluate(llama, encoder, config, ["valid_unseen"], process=p, processes=9)["valid_unseen"] for p in range(9)]
     assert [len(share) for share in one] == [1] * 5 + [0] * 4
+
+
+def test_the_settings_of_a_run_are_there_before_the_command_line_is_checked(tmp_path):
+    """Options of another environment, and lengths above the defaults, are right for the run that has them."""
+    settings = Config(env="search", max_new_tokens=2048, context_limit=4096).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    argv = ["--model", str(tmp_path / "policy"), "--env-options", "retriever=generate", "--max-new-tokens", "3000"]
+    config = parse_args(argv, base=settings_of_run(argv), **ASKED)
+    assert (config.env, config.env_options, config.context_limit) == ("search", {"retriever": "generate"}, 4096)
+    assert config.max_new_tokens == 3000
+
+
+@pytest.mark.parametrize("argv", [[], ["--model"], ["--model", "smollm2"], ["--model=x/checkpoint-10"]])
+def test_a_config_beside_a_model_need_not_be_a_runs(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    for place in (Path("config.json"), Path("x/config.json")):
+        place.write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}))
+    assert settings_of_run(argv) == {}

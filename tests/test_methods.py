@@ -40,7 +40,7 @@ def run(monkeypatch, llama, tokenizer, tmp_path):
     monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
     def start(algo, **changes) -> tuple[Config, list[dict]]:
-        more = ["--teacher", "larger"] if algo == "opd" else []
+        more = {"opd": ["--teacher", "larger"], "oprd": ["--scorer", "reference"]}.get(algo, [])
         config = parse_args([*FLAGS.split(), "--algo", algo, *more, "--out", str(tmp_path / (algo + str(changes)))])
         config = replace(config, **changes)
         train(config)
@@ -154,7 +154,14 @@ def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch, tokenizer, llam
     other.add_tokens(["entirely-new"])
     monkeypatch.setattr(opd, "load_model", lambda *a, **k: (llama, other))
     with pytest.raises(ValueError, match="--teacher big has another tokenizer"):
-        opd.load_teacher("big", tokenizer, dtype="float32")
+        opd.load_teacher("big", tokenizer, env="alfworld", dtype="float32")
+
+
+def test_the_teacher_is_one_of_the_runs_environment(monkeypatch, tokenizer, llama):
+    asked = []
+    monkeypatch.setattr(opd, "load_model", lambda name, **how: asked.append((name, how)) or (llama, tokenizer))
+    opd.frozen_teacher(Config(algo="opd", env="search", teacher="cold:smollm2"), tokenizer, "cpu")
+    assert asked == [("cold:smollm2", {"env": "search", "dtype": "float32"})]
 
 
 # ---- skills by a script ------------------------------------------------------------------------------------------

@@ -253,3 +253,18 @@ def test_a_model_of_two_layers_of_named_kinds_is_counted_whole():
     assert len(architecture.layer_types) == 2
     (whole,) = Shells(architecture, "float32", 0).counted
     assert whole is architecture
+
+
+@pytest.mark.parametrize("settings", [{"divergence": "reverse"}, {"algo": "oprd"}])
+def test_advice_leaves_out_what_the_run_refuses(settings, monkeypatch):
+    monkeypatch.setattr(memory, "there", lambda: 0.2 * GIB)
+    told = line(Config(**settings), tiny_model(WORDS, seed=0), 2)
+    assert "WARNING" in told and "--shard" not in told
+
+
+def test_a_teacher_is_planned_for_the_environment_of_the_run(monkeypatch):
+    asked = []
+    architecture = tiny_model(WORDS, seed=0).config
+    monkeypatch.setattr("runlog.plan.load_config", lambda name, env: asked.append((name, env)) or architecture)
+    Plan(Config(env="search", algo="opd", teacher="cold:bigger"))
+    assert ("cold:bigger", "search") in asked

@@ -170,9 +170,8 @@ def played(*tasks: tuple[int, str]) -> list[Trajectory]:
 def test_shuffled_skills_come_from_another_type_where_there_is_one(tasks, seed):
     trajectories = played(*((group, kind + str(group % 2)) for group, kind in tasks))
     skills = [Skills("", str(i), {}) for i in range(len(tasks))]
-    if len({t.group for t in trajectories}) == 1:
-        with pytest.raises(ValueError, match="raise --tasks"):
-            shuffle_skills(skills, trajectories, random.Random(seed))
+    if len({t.group for t in trajectories}) == 1:  # the other tasks' prompts were too long: no skill, and no end
+        assert shuffle_skills(skills, trajectories, random.Random(seed)) == [None] * len(tasks)
         return
     got = shuffle_skills(skills, trajectories, random.Random(seed))
     assert got == shuffle_skills(skills, trajectories, random.Random(seed))

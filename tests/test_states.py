@@ -105,6 +105,25 @@ def test_divergences_in_chunks_have_the_gradients_of_the_whole(kind, chunk, llam
     assert whole[0].abs().max() > 0.01
 
 
+def test_held_states_stay_what_they_were_while_the_model_learns(llama):
+    """The scorer may be the sampling policy (--scorer old): pi_old does not move with the gradient steps."""
+    states = States(llama, 3, 3)
+    response_logprobs(llama, GUIDED, RESPONSES, token_budget=BUDGET, states=states)
+    rows, columns = states.known.nonzero(as_tuple=True)
+    before = states.logprobs(rows, columns, 1.0)  # (n, V)
+    states.hold()
+    with torch.no_grad():
+        llama.get_output_embeddings().weight.mul_(1.5)
+    assert torch.equal(states.logprobs(rows, columns, 1.0), before)
+    assert torch.equal(states.of_rows(0, 3).logprobs(rows, columns, 1.0), before)
+    own = states.at_tokens(rows, columns)  # (n, H)
+    measure = lambda a, b: divergence("reverse", a, b)
+    assert divergences(llama, own, states, rows, columns, measure, 1.0).min() > 1e-3
+    frozen = States(llama.requires_grad_(False), 3, 3)
+    frozen.hold()
+    assert frozen.head is None  # what does not change needs no copy
+
+
 def test_no_states_for_logits_that_are_not_simply_the_output_layers(llama):
     assert states_obstacle(llama) is None
     capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=40, head_dim=12, **SMALL, final_logit_softcapping=5.0))

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,20 @@ from typing import ClassVar
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config as config_module
 import rescore
 import router
 import train as train_module
+from baselines import METHODS
 from config import Config, parse_args
+from data import Step, Trajectory
 from envs.alfworld import AlfworldEnv
 from lm.offload import Offload
-from train import Run, train
+from runlog import checkpoints
+from train import Run, outcome_of, train
 
 SMALL = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
 SMALL += "--mini-batch 8 --learning-rate 1e-3"
@@ -345,7 +350,29 @@ def test_checkpoints_of_an_unknown_run_are_gone_on_from_only_if_asked(random_tin
         Path(c.out, name).unlink()
     assert Run(replace(c, resume=True)).log.first_iteration == 1
     Path(c.out, "config.json").unlink()
-    assert Run(c).log.first_iteration == 0
+    with pytest.raises(ValueError, match="already holds a run"):
+        Run(c)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
+def test_a_run_whose_settings_are_lost_is_not_overwritten(left, random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1))
+    for name in ("config.json", "metrics.jsonl", "checkpoints"):
+        path = Path(c.out, name)
+        if name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    kept = {path: path.read_bytes() for path in Path(c.out).rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="already holds a run"):
+        Run(c)
+    assert all(path.read_bytes() == before for path, before in kept.items())
+
+
+def test_a_tracker_gets_plain_values(random_tiny, tmp_path, monkeypatch):
+    """tensorboard refuses a dict and None."""
+    told = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: told.append(config))
+    Run(config(tmp_path, "run", iterations=1))
+    assert told[0]["env_options"] == "{}" and all(isinstance(v, int | float | str) for v in told[0].values())
 
 
 def test_a_run_from_before_a_flag_had_its_default(random_tiny, tmp_path):
@@ -386,13 +413,35 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(random_tiny, t
     newest = tmp_path / "run/checkpoints/000002.pt"
     newest.write_bytes(newest.read_bytes()[:-300])
     train(replace(c, iterations=4, resume=True))
-    assert f"{newest} is damaged or cut off: going on from {newest.with_name('000001.pt')}" in capsys.readouterr().out
+    told = f"{newest} is damaged or cut off, and renamed: going on from {newest.with_name('000001.pt')}"
+    assert told in capsys.readouterr().out
+    assert Path(f"{newest}.damaged").is_file()
     assert lines(c.out) == lines(whole.out)
     assert same(weights(c.out), weights(whole.out))
     for path in (tmp_path / "run/checkpoints").glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
         train(replace(c, iterations=5, resume=True))
+
+
+def test_no_whole_checkpoint_goes_for_a_damaged_newer_one(random_tiny, tmp_path):
+    """With one checkpoint to keep: the damaged one would be the newest, and the only one that is kept."""
+    train(c := config(tmp_path, "run", iterations=2, save_every=1, keep_checkpoints=3))
+    newest = tmp_path / "run/checkpoints/000009.pt"
+    newest.write_bytes(b"cut off")
+    train(replace(c, iterations=3, keep_checkpoints=1, resume=True))
+    assert [path.name for path in checkpoints.saved(tmp_path / "run")] == ["000002.pt"]
+
+
+def test_whole_rewards_are_no_whole_advantages(random_tiny, tmp_path):
+    """Settings made in Python may be ints: 1 and 0 have a mean between them."""
+    ints = Config(success_reward=1, invalid_penalty=0)
+    steps = [Step((), "", [], [], "", "", True)]
+    trajectories = [Trajectory("", 0, steps, won) for won in (True, False)]
+    for algo in ("grpo", "gigpo"):
+        outcome, _ = outcome_of(METHODS[algo](ints), trajectories)
+        assert outcome.dtype == torch.float32
+        assert outcome[0] == -outcome[1] and 0.7 < outcome[0] < 1.5
 
 
 def test_a_gradient_that_is_no_number_is_a_step_not_taken(random_tiny, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """One iteration of OPID from task to update, on real data, with every number: python tools/walkthrough.py
 
 The laptop model plays a few games, writes skills, is re-scored under them and takes one gradient step, by the very
-functions of train.py. docs/walkthrough.md explains what is printed. Half a minute on a CPU. Flags of train.py go on top of the walkthrough's own, such as --seed 1.
+functions of train.py. docs/walkthrough.md explains what is printed. Half a minute on a CPU. Flags of train.py go on
+top of the walkthrough's own, such as --seed 1.
 """
 
 from __future__ import annotations
