@@ -33,7 +33,7 @@ from config import Config, changed, flag, parse_args
 from evaluate import games_of
 from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
-from experiments.tables import draw, efficiency, leads, table
+from experiments.tables import by_type, draw, efficiency, leads, table
 from lm.loading import save_policy, write_whole
 from runlog.metrics import read_lines
 from tiny.loading import load_model
@@ -119,6 +119,7 @@ def store(job: Job, version: str) -> None:
         "commit": version,
         "start": job.start,
         "curve": [{"iteration": e["iteration"] + 1, **e["success"]} for e in evaluations],
+        "tables": [evaluations[at]["table"] for at in (0, -1)],
         "train": [m["train/success"] for m in metrics],
         "episodes": sum(m["episodes"] for m in metrics),
         "seconds": sum(v for m in metrics for k, v in m.items() if k.startswith("seconds/")),
@@ -246,7 +247,7 @@ def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
     """Raises ValueError where there is nothing to report."""
     if not found:
         raise ValueError(f"{results} holds no result of these arms")
-    text = "\n\n".join(part(found, baseline) for part in (table, efficiency, leads))
+    text = "\n\n".join(part(found, baseline) for part in (table, efficiency, leads, by_type))
     (results / "table.md").write_text(text + "\n")
     draw(found, results / "comparison.png")
     print(text)

@@ -143,6 +143,31 @@ def _lead(ours: list[dict], theirs: list[dict]) -> list[str]:
     return percent(scores([run for run, _ in pairs]) - scores([run for _, run in pairs]))
 
 
+def by_type(results: dict[str, list[dict]], baseline: str) -> str:
+    """Success by task type, mean over seeds, split by split: one row before training, and one an arm at its end."""
+    runs = [run for arm in results.values() for run in arm if "tables" in run]
+    if not runs:
+        return ""
+    types = list(read_table(runs[0]["tables"][0])[splits_of(runs)[0]])
+    rows = [["before training", *_by_type(runs, 0, types)]]
+    rows += [[arm, *_by_type(own, -1, types)] for arm, own in results.items() if all("tables" in run for run in own)]
+    return markdown([f"success by type, {' / '.join(splits_of(runs))}, %", *types], rows)
+
+
+def _by_type(runs: list[dict], at: int, types: list[str]) -> list[str]:
+    splits = splits_of(runs)
+    shares = np.array([[[read_table(r["tables"][at])[s][t] for t in types] for s in splits] for r in runs])
+    return [" / ".join(f"{share:.0f}" for share in column) for column in shares.mean(axis=0).T]  # of (splits, types)
+
+
+def read_table(text: str) -> dict[str, dict[str, float]]:
+    """What evaluate.format_table wrote -> split -> task type -> success in %, NaN where none was played."""
+    head, *lines = text.splitlines()
+    types = head.split()[1 : head.split().index("All")]
+    rows = [line.split() for line in lines]
+    return {row[0]: dict(zip(types, (float(c.replace("-", "nan")) for c in row[1:]), strict=False)) for row in rows}
+
+
 def _share(share: float) -> str:
     return "never" if np.isinf(share) else f"{100 * share:.0f}"
 

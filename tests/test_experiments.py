@@ -16,7 +16,7 @@ from baselines import METHODS
 from experiments import compare
 from experiments.compare import QUICK, is_there, jobs_of, read_arms, read_results, run_all
 from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
-from experiments.tables import area, efficiency, episodes_to_reach, leads, scores, share_of_points, table
+from experiments.tables import area, by_type, efficiency, episodes_to_reach, leads, scores, share_of_points, table
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"grpo": "--algo grpo", "opid": "--algo opid"}
@@ -58,14 +58,19 @@ def jobs(tmp_path):
     return jobs_of(PLAIN, range(2), QUICK.split(), tmp_path / "start", tmp_path / "results", tmp_path / "runs")
 
 
+TABLE = """split          Pick   Pick2     All     95% interval  games
+valid_seen     55.0       -    55.0     [10.5, 80.8]      4
+valid_unseen   25.0    50.0    30.0     [10.0, 80.0]      4"""
+
+
 def pretend(job):
     """What a run leaves that `store` reads."""
     folder = Path(job.config.out)
     folder.mkdir(parents=True)
     success = {"valid_seen": SUCCESS[job.arm] + 0.1 * (job.seed % 100), "valid_unseen": SUCCESS[job.arm]}
     lines = [
-        {"iteration": -1, "success": {"valid_seen": 0.1, "valid_unseen": 0.1}},
-        {"iteration": 1, "success": success},
+        {"iteration": -1, "success": {"valid_seen": 0.1, "valid_unseen": 0.1}, "table": TABLE},
+        {"iteration": 1, "success": success, "table": TABLE.replace("55.0", f"{50 + 2 * job.seed}.0")},
     ]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     metrics = [{"train/success": 0.5, "episodes": 4, "seconds/rollout": 1.5, "seconds/update": 0.5}] * 2
@@ -100,6 +105,12 @@ def test_results_are_stored_once_and_tabulated(jobs):
     assert "| 25.0 | [25.0, 27.5] |" in rows[2]
     assert rows[3].startswith("| opid | 2 | 65.0 |")
     assert "| 1.00 | [1.00, 1.00] | 4 |" in rows[3]
+    rows = by_type(found, "grpo").splitlines()  # means of seeds 0 and 1, seen / unseen
+    assert rows[0] == "| success by type, valid_seen / valid_unseen, % | Pick | Pick2 |"
+    seen = {"before training": 55, "grpo": 51, "opid": 51}
+    assert rows[2:] == [f"| {name} | {share} / 25 | nan / 50 |" for name, share in seen.items()]
+    del found["opid"][0]["tables"]  # of an older version: left out
+    assert [row.split("|")[1].strip() for row in by_type(found, "grpo").splitlines()[2:]] == ["before training", "grpo"]
 
 
 def curve(*successes):
