@@ -116,6 +116,7 @@ def _objects(text: str) -> Iterator[dict]:
             try:
                 value, end = decoder.raw_decode(part, start)
                 yield value
+                yield from (inner for inner in value.values() if isinstance(inner, dict))  # {"skills": {...}}
             except (ValueError, RecursionError):
                 end = start + 1
             start = part.find("{", end)

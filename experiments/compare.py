@@ -46,6 +46,10 @@ SIGNAL = ("advantage/outcome_abs", "advantage/silent_groups", "advantage/skill_a
 SIGNAL += ("skills/parse_rate", "guided/episode", "guided/step", "rollout/valid_actions")
 
 
+# What all arms of one table have in common.
+BENCH = ("env", "env_options", "iterations", "max_steps", "eval_every", "eval_games", "eval_temperature", "train_games")
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: an arm and a seed, its settings, which weights it starts from, and where its result lies."""
@@ -160,19 +164,34 @@ def stored(results: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
     return {arm: [json.loads(path.read_text()) for path in paths] for arm, paths in found.items() if paths}
 
 
+def check_alike(found: dict[str, list[dict]]) -> None:
+    """Raises ValueError where runs must not be compared: other starting weights, or another bench; and where the runs
+    of one arm differ in more than their seed."""
+    first = next(iter(found.values()))[0]
+    for runs in found.values():
+        for run in runs:
+            if run["start"] != first["start"]:
+                raise ValueError(f"{run['name']} and {first['name']} are from other starting weights")
+            if others := [name for name in changed(first["config"], run["config"]) if name in BENCH]:
+                raise ValueError(f"{run['name']} and {first['name']} have other settings of {', '.join(others)}")
+            if others := [name for name in changed(runs[0]["config"], run["config"]) if name != "seed"]:
+                raise ValueError(f"{run['name']} and {runs[0]['name']} have other settings of {', '.join(others)}")
+
+
 def _seed(path: Path) -> int:
     return int(path.stem.rpartition("-seed")[2])
 
 
 def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny") -> Path:
     """The folder of the weights that every run starts from; and games, so that no two runs generate them at once.
-    Raises ValueError where the folder was made from another model."""
+    Raises ValueError where the folder was made from another model, or for another environment."""
     config = parse_args(flags)
     for split in ("train", "valid_seen", "valid_unseen"):
         games_of(config, split)
     start, made = runs / "start", runs / "start.txt"
-    if start.is_dir() and made.is_file() and made.read_text() != model:
-        raise ValueError(f"{runs} holds runs from {made.read_text()}, not from {model}: use another --runs")
+    told = f"{model} for {config.env}{', untrained' if quick else ''}"
+    if start.is_dir() and made.is_file() and made.read_text() != told:
+        raise ValueError(f"{runs} holds runs from {made.read_text()}, not from {told}: use another --runs")
     if not start.is_dir():
         if quick:
             from tiny.warmstart import tiny_model, tiny_tokenizer
@@ -182,7 +201,7 @@ def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny") -> P
         else:
             weights, tokenizer = load_model(model, env=config.env)
         start.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text(model)
+        made.write_text(told)
         write_whole(start, lambda temporary: save_policy(weights, tokenizer, temporary))
     return start
 
@@ -207,6 +226,8 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     args, flags = parser.parse_known_args(argv)  # what is left goes to every run, such as --iterations 100
     if args.at_once < 1:
         parser.error(f"--at-once is {args.at_once}, must be 1 or more")
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds is {args.seeds}, must be 1 or more")
     if args.first_seed < 0:
         parser.error(f"--first-seed is {args.first_seed}, must be 0 or more")
     if args.quick and args.model != "tiny":
@@ -244,9 +265,10 @@ def main(argv: list[str] | None = None) -> str:
 
 
 def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
-    """Raises ValueError where there is nothing to report."""
+    """Raises ValueError where there is nothing to report, or what must not be in one table."""
     if not found:
         raise ValueError(f"{results} holds no result of these arms")
+    check_alike(found)
     text = "\n\n".join(part(found, baseline) for part in (table, efficiency, leads, by_type))
     (results / "table.md").write_text(text + "\n")
     draw(found, results / "comparison.png")

@@ -25,7 +25,7 @@ import torch
 from config import Config
 from evaluate import environment, evaluate
 from experiments.perturb import CHANGES, Change, Perturbed
-from experiments.runs import ROOT, arm_of, commit, config_of, write_result
+from experiments.runs import ROOT, arm_of, commit, config_of, fingerprint, settings, write_result
 from experiments.tables import markdown, split_cells, split_titles
 from lm.encoder import Encoder
 from tiny.loading import load_model
@@ -53,8 +53,8 @@ def measure(run: Path, config: Config, temperatures: list[float]) -> dict:
     model, tokenizer = load_model(str(run / "policy"), env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder, success = Encoder(tokenizer, config.context), {}
-    for condition, (settings, make_env) in told.items():
-        results = evaluate(model, encoder, settings, make_env=make_env)
+    for condition, (hot, make_env) in told.items():
+        results = evaluate(model, encoder, hot, make_env=make_env)
         success[condition] = {split: float(np.mean([t.success for t in played])) for split, played in results.items()}
     return success
 
@@ -63,10 +63,11 @@ def result_of(run: Path, flags: list[str], temperatures: list[float], file: Path
     """The result file of one run: read, or else made. Raises ValueError where it was made with other settings."""
     config = config_of(run, flags)
     wanted = {"eval_games": config.eval_games, "temperatures": temperatures, "max_steps": config.max_steps}
+    wanted |= {"config": settings(config), "weights": fingerprint(run / "policy")}
     if file.exists():
         result = json.loads(file.read_text())
-        if changed := [name for name, value in wanted.items() if result[name] != value]:
-            raise ValueError(f"{file} was made with other settings of {', '.join(changed)}: use another --results")
+        if changed := [name for name, value in wanted.items() if result.get(name) != value]:
+            raise ValueError(f"{file} was made with other {', '.join(changed)}: use another --results")
         return result
     success = measure(run, config, temperatures)
     result = {"name": run.name, "arm": arm_of(run), "commit": commit(), **wanted, "success": success}

@@ -114,6 +114,12 @@ def table(won: dict[str, dict[str, list[list]]]) -> str:
     return markdown(head, rows)
 
 
+def name_of(model: str) -> str:
+    """runs/opid-seed0/policy -> opid-seed0; else the last part."""
+    path = Path(model)
+    return (path.parent if path.name == "policy" else path).name.replace(":", "-")
+
+
 def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -124,9 +130,9 @@ def main(argv: list[str] | None = None) -> str:
     args, flags = parser.parse_known_args(argv)
     config = parse_args(flags)
     won = measure(config, args.temperatures)
-    name = args.name or f"{Path(config.model).name.replace(':', '-')}-{config.env}"
+    name = args.name or f"{name_of(config.model)}-{config.env}"
     text = table(won)
-    result = {"name": name, "commit": commit(), "config": settings(config)}
+    result = {"name": name, "commit": commit(), "model": config.model, "config": settings(config)}
     write_result(args.results / f"{name}.json", result | {"won": won})
     (args.results / f"{name}.md").write_text(text + "\n")
     print(text)

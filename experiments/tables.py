@@ -149,7 +149,8 @@ def by_type(results: dict[str, list[dict]], baseline: str) -> str:
     if not runs:
         return ""
     types = list(read_table(runs[0]["tables"][0])[splits_of(runs)[0]])
-    rows = [["before training", *_by_type(runs, 0, types)]]
+    untrained = [run for run in runs if run["curve"][0]["iteration"] == 0]  # else it was evaluated at the end alone
+    rows = [["before training", *_by_type(untrained, 0, types)]] if untrained else []
     rows += [[arm, *_by_type(own, -1, types)] for arm, own in results.items() if all("tables" in run for run in own)]
     return markdown([f"success by type, {' / '.join(splits_of(runs))}, %", *types], rows)
 

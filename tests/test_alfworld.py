@@ -90,6 +90,17 @@ def test_compact_parser_takes_admissible_commands():
     assert env.parse_action("go to moon 1", ACTIONS) == ("go to moon 1", False)
 
 
+@pytest.mark.parametrize("style", ["compact", "the engine's own"])
+def test_what_the_engine_carries_out_is_valid(style, games):
+    """A first thing needs no number in compact words, and may have it all the same."""
+    env = AlfworldEnv(prompt="compact")
+    for _ in range(2):
+        _, info = env.reset(options={"game": games[0]})
+        compact, own = next((c, o) for c, o in env.commands.items() if c.startswith("go to") and c != o)
+        action, valid = env.parse_action(compact if style == "compact" else own, info["admissible_actions"])
+        assert valid and env.step(action)[0] != "nothing happens"
+
+
 @pytest.mark.parametrize(
     ("official", "compact"),
     [

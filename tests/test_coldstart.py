@@ -24,8 +24,8 @@ from lm.loading import save_policy
 from lm.packing import Sequence
 from rollout import rollout
 from skills import parse_skills
-from tiny.coldstart import ColdStart, cold_start, folder_of, write_record
-from tiny.demonstrations import Demonstrator
+from tiny.coldstart import ColdStart, cold_start, folder_of, save_checkpoint, write_record
+from tiny.demonstrations import HISTORY, Demonstrator
 from tiny.loading import load_model
 from tiny.plays import script
 from tiny.supervised import demonstration_loss, latest, shuffled_batches
@@ -111,7 +111,7 @@ def test_demonstrations_are_what_a_rollout_shows(env, prompt, context, template)
             [episode], _ = rollout(
                 Reciter([response for _, response in shown.values()]),
                 encoder,
-                lambda: make_env(env, prompt=prompt, max_steps=told.MAX_STEPS),
+                lambda: make_env(env, prompt=prompt, max_steps=told.MAX_STEPS, history=HISTORY),
                 [game],
                 1,
                 context_limit=10**6,
@@ -308,6 +308,36 @@ def test_cold_models_are_made_once_and_one_that_was_stopped_goes_on(start, tmp_p
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="in one process, first"):
         load_model(f"cold:{start}", env="search")
+
+
+@pytest.mark.parametrize("other", [{"model": "orgA/Model"}, {"context": "window"}, {"env": "search"}])
+def test_another_models_cold_start_is_not_taken_for_this_ones(other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = folder_of("orgB/Model", "alfworld")  # named by the last part alone
+    folder.mkdir(parents=True)
+    settings = asdict(ColdStart(**({"model": "orgB/Model", "games": 2} | other)))
+    write_record(folder, {"settings": settings, "losses": [1.0], "seconds": 1})
+    with pytest.raises(ValueError, match=f"holds a cold start of {next(iter(other))}"):
+        load_model("cold:orgB/Model")
+
+
+def test_a_cold_start_that_diverges_keeps_nothing(start, tmp_path):
+    out = tmp_path / "cold"
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        cold_start(ColdStart(model=start, games=12, learning_rate=1e30, batch_tokens=512), out)
+    assert [path.name for path in out.iterdir()] == ["coldstart.json"]
+    assert "seconds" not in json.loads((out / "coldstart.json").read_text())
+    model, _ = load_plainly(start)
+    model.lm_head.weight.data[0, 0] = float("inf")  # as a last step may leave it
+    with pytest.raises(FloatingPointError, match="is not finite: nothing is written"):
+        save_checkpoint(out / "checkpoint.pt", model, torch.optim.AdamW(model.parameters()), [], 0.0)
+    assert not (out / "checkpoint.pt").exists()
+    with pytest.raises(ValueError, match="save_every must be positive"):
+        cold_start(ColdStart(model=start, games=1), tmp_path / "never", save_every=0)
+
+
+def test_window_prompts_show_as_many_steps_as_a_run_does():
+    assert Config().history == HISTORY == Demonstrator(byte_tokenizer(TEMPLATES["chatml"]), 0, "webshop").env.history
 
 
 def test_cold_models_speak_compact_prompts():

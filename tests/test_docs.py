@@ -240,3 +240,9 @@ def test_the_walkthrough_says_so_where_nothing_is_guided(monkeypatch, llama, tok
     monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     with pytest.raises(SystemExit, match="no step is guided"):
         walkthrough.main(["--algo", "grpo", "--max-steps", "2"])
+
+
+@pytest.mark.parametrize("flags", [["--centred"], ["--shift-base", "other"], ["--divergence", "reverse"]])
+def test_the_walkthrough_shows_the_papers_shift_alone(flags, capsys):
+    with pytest.raises(SystemExit, match="walkthrough.py: it shows the shift of the paper"):
+        walkthrough.main(flags)

@@ -108,6 +108,8 @@ def test_results_are_stored_once_and_tabulated(jobs):
     rows = by_type(found, "grpo").splitlines()  # means of seeds 0 and 1, seen / unseen
     assert rows[0] == "| success by type, valid_seen / valid_unseen, % | Pick | Pick2 |"
     seen = {"before training": 55, "grpo": 51, "opid": 51}
+    late = [run | {"curve": run["curve"][1:]} for run in found["grpo"]]  # --eval-every 0: one evaluation, at the end
+    assert [row.split("|")[1].strip() for row in by_type({"grpo": late}, "grpo").splitlines()[2:]] == ["grpo"]
     assert rows[2:] == [f"| {name} | {share} / 25 | nan / 50 |" for name, share in seen.items()]
     del found["opid"][0]["tables"]  # of an older version: left out
     assert [row.split("|")[1].strip() for row in by_type(found, "grpo").splitlines()[2:]] == ["before training", "grpo"]
@@ -222,8 +224,31 @@ def test_runs_start_from_the_named_model_and_no_other(tmp_path, monkeypatch, lla
         start = compare.prepare(tmp_path, False, QUICK.split(), "some/model")
     assert asked == ["some/model"]  # once
     assert (start / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match="holds runs from some/model, not from tiny"):
+    with pytest.raises(ValueError, match="holds runs from some/model for alfworld, not from tiny"):
         compare.prepare(tmp_path, False, QUICK.split())
+    with pytest.raises(ValueError, match="not from some/model for search"):
+        compare.prepare(tmp_path, False, [*QUICK.split(), "--env", "search"], "some/model")
+    with pytest.raises(ValueError, match="not from some/model for alfworld, untrained"):
+        compare.prepare(tmp_path, True, QUICK.split(), "some/model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "other"}, "opid-seed1 and grpo-seed0 are from other starting weights"),
+        ({"iterations": 9}, "opid-seed1 and grpo-seed0 have other settings of iterations"),
+        ({"learning_rate": 1e-5}, "opid-seed1 and opid-seed0 have other settings of learning_rate"),
+    ],
+)
+def test_what_must_not_be_compared_is_not_put_into_one_table(changes, message, jobs, tmp_path):
+    run_all(jobs, launch=pretend)
+    found = read_results(jobs)
+    compare.check_alike(found)
+    run = found["opid"][1]
+    run["start"] = changes.pop("start", run["start"])
+    run["config"] |= changes
+    with pytest.raises(ValueError, match=message):
+        compare.report(found, "grpo", tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -110,7 +110,7 @@ def run(tmp_path, tokenizer):
     return folder
 
 
-def test_robustness_from_end_to_end(run, tmp_path):
+def test_robustness_from_end_to_end(run, tokenizer, tmp_path):
     argv = ["--runs", str(run), "--results", str(tmp_path / "out"), "--temperatures", "0", "0.7"]
     text = robustness.main(argv)
     result = json.loads((tmp_path / "out/opid-k0-seed3.json").read_text())
@@ -119,8 +119,12 @@ def test_robustness_from_end_to_end(run, tmp_path):
     assert set(result["success"]["wording"]) == {"valid_seen", "valid_unseen"}
     assert text == (tmp_path / "out/table.md").read_text().strip()
     assert robustness.main(argv) == text  # read, not made again
-    with pytest.raises(ValueError, match="other settings of eval_games"):
-        robustness.main([*argv, "--eval-games", "3"])
+    for more, what in ((["--eval-games", "3"], "eval_games, config"), (["--eval-temperature", "1"], "config")):
+        with pytest.raises(ValueError, match=f"other {what}:"):
+            robustness.main([*argv, *more])
+    save_policy(tiny_model(len(tokenizer), seed=1, width=48), tokenizer, run / "policy")  # another run of that name
+    with pytest.raises(ValueError, match="other weights:"):
+        robustness.main(argv)
 
 
 def test_robustness_table_by_hand():

@@ -163,6 +163,9 @@ def test_official_parser(response, action, valid):
         ("go to desk 1", "go to desk 1", False),
         ("searching for peru", "searching for peru", False),
         ("", "", False),
+        ("Answer Lima", "Answer Lima", True),  # `step` takes it
+        ("<answer>lima</answer>", "<answer>lima</answer>", True),
+        ("<answer> </answer>", "<answer> </answer>", False),
     ],
 )
 def test_compact_parser(response, action, valid):

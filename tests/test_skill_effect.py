@@ -63,6 +63,16 @@ def test_every_environment_has_right_and_wrong_skills(env):
     assert len({*kinds["workflow"].values()}) > 2
 
 
+def test_results_are_named_by_their_run():
+    named = {
+        "tiny": "tiny",
+        "cold:smollm2": "cold-smollm2",
+        "runs/opid-seed0/policy": "opid-seed0",
+        "runs/cold": "cold",
+    }
+    assert {model: skill_effect.name_of(model) for model in named} == named
+
+
 def test_the_command_plays_each_game_under_its_skill(tmp_path, monkeypatch, tokenizer, capsys):
     """A random model solves nothing; what counts is what it is shown."""
     save_policy(tiny_model(len(tokenizer), seed=0, width=48), tokenizer, tmp_path / "model")

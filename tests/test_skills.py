@@ -45,6 +45,8 @@ def trajectory(success=True, observations=("a shelf", "a drawer", "a lamp"), tas
         GOOD.replace("Look first.", "\\n Look first.  ").replace("Go.", " Go."),
         GOOD.replace(" ", "\n"),
         f"[{GOOD}]",
+        f'{{"skills": {GOOD}}}',
+        f'{{"note": {{"about": "it"}}, "answer": {GOOD}}}',
         '{"episode_skill": "  "} ' + GOOD,
         '{"episode_skill": ""}\n' + GOOD.replace("}", ",}"),
         GOOD + '\n{"episode_summary": "", "episode_skill": "", "step_skills": {}}',

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from data import Guidance, Slot
 from envs import make_env
 from envs.webshop import VOCABULARY, WebshopEnv, load_shop
-from envs.webshop.compact import lacks, price_words, shown
+from envs.webshop.compact import asked_words, lacks, price_words, shown, task_words
 from envs.webshop.expert import TITLE, Shopper
 from envs.webshop.pages import Session
 from lm.encoder import Encoder
@@ -252,6 +252,18 @@ def test_chat_has_the_episode_slot_in_its_opening_only_and_a_step_slot_in_every_
 )
 def test_official_parser(response, action, valid):
     assert GENERATED().parse_action(response, ACTIONS) == (action, valid)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "asked", "limit", "task"),
+    [
+        ("i need a red hat, and price lower than 40.00 dollars", "red hat", 40, "red hat under 40"),
+        ("find me a black under armour hat", "black under armour hat", float("inf"), "black under armour hat"),
+        ("under armour hat, and price lower than 9.50 dollars", "under armour hat", 9.5, "under armour hat under 9.5"),
+    ],
+)
+def test_only_a_price_limit_is_one(instruction, asked, limit, task):
+    assert asked_words(instruction) == (asked, limit) and task_words(instruction) == task
 
 
 def test_compact_commands_are_official_actions(shop):

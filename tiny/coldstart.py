@@ -16,6 +16,7 @@ what an environment says.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -78,7 +79,12 @@ def cold_started(name: str, env: str) -> str:
     """`cold:MODEL` -> its folder, made by the defaults of ColdStart where it is not there yet."""
     model = name.removeprefix(PREFIX)
     folder = folder_of(model, env)
-    if "seconds" not in (record := read_record(folder)):
+    record = read_record(folder)
+    made = {"model": model, "env": env, "prompt": "compact", "context": "chat"}
+    if others := [name for name, value in made.items() if record and record["settings"][name] != value]:
+        told = ", ".join(f"{name} {record['settings'][name]}" for name in others)
+        raise ValueError(f"{folder} holds a cold start of {told}: move it away, or give a folder to --model")
+    if "seconds" not in record:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"{folder} is not there yet: run tools/coldstart.py once, in one process, first")
         print(f"{name}: {folder} is not there yet, so the cold start comes first (once)", flush=True)
@@ -95,6 +101,8 @@ def read_record(folder: Path) -> dict:
 def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
     """Train, and leave in `folder` what plain `from_pretrained` loads -> the record. A cold start that was stopped goes
     on from its checkpoint, made every `save_every` steps. Raises ValueError for a folder that holds another one."""
+    if save_every < 1:
+        raise ValueError(f"save_every must be positive, not {save_every}")
     record = read_record(folder) or {"settings": asdict(settings), "losses": []}
     if record["settings"] != asdict(settings):
         raise ValueError(f"{folder} holds a cold start with other settings (see its {RECORD}): take another folder")
@@ -109,6 +117,8 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
     started = time.perf_counter() - seconds
 
     def after() -> None:
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"step {len(losses)}: the loss is {losses[-1]}. Try a lower --learning-rate")
         give_back()  # batches of other sizes go on top of what was freed: 8.4 GiB after 60 steps of SmolLM2, without
         if len(losses) % save_every == 0:
             save_checkpoint(folder / CHECKPOINT, model, optimizer, losses, time.perf_counter() - started)
@@ -122,6 +132,7 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
         losses=losses,
         after=after,
     )
+    check_finite(model)
     save_policy(model, tokenizer, folder)
     record |= {"losses": losses, "seconds": round(time.perf_counter() - started)}
     write_record(folder, record)
@@ -157,8 +168,15 @@ def write_record(folder: Path, record: dict) -> None:
     write_whole(folder / RECORD, lambda path: path.write_text(json.dumps(record, indent=1)))
 
 
+def check_finite(model) -> None:
+    """Raises FloatingPointError where a weight is infinite or no number: nothing of it is to be kept."""
+    if spoilt := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+        raise FloatingPointError(f"{spoilt[0]} is not finite: nothing is written. Try a lower --learning-rate")
+
+
 def save_checkpoint(path: Path, model, optimizer, losses: list[float], seconds: float) -> None:
     """Everything that the next step depends on, complete or absent."""
+    check_finite(model)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {"model": trained, "optimizer": optimizer.state_dict(), "losses": losses, "seconds": seconds}
     write_whole(path, lambda temporary: torch.save(state, temporary))

@@ -29,6 +29,7 @@ from router import fill
 from skills import analysis_prompt
 from tiny.plays import EMPTY_WORDS, STEP_SKILLS, Play, one_flaw, script
 
+HISTORY = 5  # steps shown in a window prompt: train.py's own default
 HEARD = 50  # plays whose skills may stand where they do not fit
 FOREIGN = 0.7  # share of such skills that speak of another task; the others say nothing
 STREWN = 0.15  # chance, a step, of a hint that does not fit, in a play under a skill that does not
@@ -82,7 +83,7 @@ class Demonstrator:
         self.tokenizer, self.rng, self.script = tokenizer, random.Random(seed), script(env)
         self.encoder, self.env = (
             Encoder(tokenizer, context),
-            make_env(env, prompt=prompt, max_steps=self.script.MAX_STEPS),
+            make_env(env, prompt=prompt, max_steps=self.script.MAX_STEPS, history=HISTORY),
         )
         self.prompt, self.context_limit = prompt, context_limit
         self.heard: deque[Heard] = deque(maxlen=HEARD)

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         out = out or folder_of(settings.model, settings.env, settings.prompt)
         record = cold_start(settings, out, save_every)
         model, tokenizer = load_model(str(out))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"coldstart.py: {error}")
     first, last = record["losses"][:SHOWN], latest(record["losses"])
     trained_on = torch.device("cuda" if torch.cuda.is_available() else "cpu")

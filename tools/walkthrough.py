@@ -193,7 +193,9 @@ def show_update(run: Run, batch: Batch, step, row: int, updated: dict[str, float
 
 
 def walk(config: Config) -> None:
-    """Plays one iteration and prints it. Raises ValueError where no step is guided."""
+    """Plays one iteration and prints it. Raises ValueError where no step is guided, or A_skill is another one."""
+    if config.shift_base != "old" or config.centred or config.divergence != "sampled":
+        raise ValueError("it shows the shift of the paper: no --shift-base, --centred or --divergence")
     run = Recorded(config)
     start = json.loads(Path(config.out, "start.json").read_text())
     print(f"model {config.model}, weights {start['weights'][:12]}, seed {config.seed}")

@@ -167,6 +167,7 @@ class AlfworldEnv:
         self.data, self.size, self.generated = data, size, data == GENERATE
         self.prompt, self.history = prompt, history
         self.engine = None
+        self.commands: dict[str, str] = {}  # what can be done now, in the prompt's style -> in the engine's own words
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
         """Play `options["game"]` (a path), or the one of `games` that `seed` selects. Raises GameFileError (a bad
@@ -229,10 +230,10 @@ class AlfworldEnv:
     def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
         """ "official": as the authors parse (projection.py): the text between <action> tags, lower case; valid if both
         tags and a <think> block are there and no Chinese characters are; else the last 30 characters, invalid.
-        "compact": the whole response, valid if it is admissible."""
+        "compact": the whole response, valid if it is admissible, in compact words or the engine's own."""
         if self.prompt == "compact":
             action = response.strip()
-            return action, action in admissible
+            return action, action in admissible or action in self.commands.values()
         found = re.search(r"<action>(.*?)</action>", response, re.DOTALL | re.IGNORECASE)
         if found is None:
             return response[-30:].lower(), False
@@ -243,7 +244,7 @@ class AlfworldEnv:
         return COMPACT_ANALYSIS if self.prompt == "compact" else None
 
     def _admissible(self) -> list[str]:
-        """What can be done now, in the prompt's style; `commands` leads back to the engine's own words."""
+        """What can be done now, in the prompt's style."""
         self.commands = {self._text(command): command for command in self.engine.admissible_commands()}
         return list(self.commands)
 

@@ -240,11 +240,12 @@ class SearchEnv:
 
     def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
         """ "official": as the authors parse (projection.py): the first search, else the first answer, else nothing;
-        valid if the response has one of these tags, and once. "compact": the whole response, valid if it is "search"
-        or "answer" and something."""
+        valid if the response has one of these tags, and once. "compact": the whole response, valid if it is what `step`
+        reads a search or an answer from, of something."""
         if self.prompt == "compact":
             action = " ".join(response.split())
-            return action, bool(re.match(r"(search|answer) \S", action))
+            _, text = read_action(action) or ("", "")
+            return action, bool(text)
         cut = next((response.split(end)[0] + end for end in ("</search>", "</answer>") if end in response), response)
         searches, answers = (len(re.findall(f"<{tag}>", response, re.IGNORECASE)) for tag in ("search", "answer"))
         for tag in ("search", "answer"):

@@ -14,6 +14,7 @@ learn to find a missing word in minutes; what to do about it is left to be learn
 
 from __future__ import annotations
 
+import math
 import re
 
 from envs.webshop.catalogue import PRICES, catalogue_words
@@ -41,15 +42,20 @@ def words(text: str) -> str:
 
 def task_words(instruction: str) -> str:
     """'i need a red hat, and price lower than 40.00 dollars' -> 'red hat under 40'."""
+    asked, limit = asked_words(instruction)
+    return asked + (f" under {limit:g}" if limit < math.inf else "")
+
+
+def asked_words(instruction: str) -> tuple[str, float]:
+    """-> (what is asked for, in compact words; the price limit in dollars, infinite where none is named)"""
     limit = LIMIT.search(instruction)
-    return words(LIMIT.sub("", instruction)) + (f" under {float(limit[1]):g}" if limit else "")
+    return words(LIMIT.sub("", instruction)), float(limit[1]) if limit else math.inf
 
 
 def page_words(session: Session) -> str:
     """The open page: results with title and price; a product with price, options, features, and what it lacks. After a
     choice, just what is chosen, and what is still to choose: the product's page is in the history."""
-    asked, _, limit = task_words(session.goal["instruction_text"]).partition(" under ")
-    limit = float(limit or "inf")
+    asked, limit = asked_words(session.goal["instruction_text"])
     if session.page == "results":
         products = [
             f"{i} {words(p['Title'])} price {price_words(p['pricing'], limit)}" for i, p in enumerate(session.shown, 1)
