@@ -244,5 +244,5 @@ def test_the_walkthrough_says_so_where_nothing_is_guided(monkeypatch, llama, tok
 
 @pytest.mark.parametrize("flags", [["--centred"], ["--shift-base", "other"], ["--divergence", "reverse"]])
 def test_the_walkthrough_shows_the_papers_shift_alone(flags, capsys):
-    with pytest.raises(SystemExit, match="walkthrough.py: it shows the shift of the paper"):
+    with pytest.raises(SystemExit, match="it shows the shift of the paper"):
         walkthrough.main(flags)
