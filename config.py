@@ -260,6 +260,8 @@ class Config:
                 raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
             if not _is_of(value, hints[f.name]):
                 raise ValueError(f"{flag(f.name)} must be {f.type}, not {value!r}")
+            if isinstance(value, int) and hints[f.name] in (float, float | None):
+                setattr(self, f.name, float(value))  # TOML and Python write 1: a tensor of it would round all to ints
         for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, not {getattr(self, name)}")
@@ -391,9 +393,7 @@ def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
     unknown = settings.keys() - {f.name for f in fields(Config)}
     if unknown:
         raise ValueError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
-    hints = typing.get_type_hints(Config)
-    floats = {key: float(value) for key, value in settings.items() if hints[key] in (float, float | None)}
-    return _over(base, settings | floats)
+    return _over(base, settings)
 
 
 def _over(below: dict, above: dict) -> dict:

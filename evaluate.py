@@ -180,7 +180,7 @@ def evaluate_everywhere(
 
 
 def settings_of_run(argv: list[str] | None) -> dict:
-    """Of the run whose policy `--model` is: its own settings are the defaults. None where it is another model."""
+    """Of the run whose policy `--model` is: its own settings are the defaults. {} where it is no run's."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", nargs="?", default=Config.model)
     model = parser.parse_known_args(argv)[0].model or Config.model

@@ -102,9 +102,9 @@ def k3(new: Tensor, reference: Tensor, bound: float | None = None) -> Tensor:
 def outcome_of(method: Method, trajectories: list[Trajectory]) -> tuple[Tensor, Metrics]:
     """A_ep of each step (B,): R(tau), less the step's own penalty, against its group; and metrics."""
     config, groups = method.config, [trajectory.group for trajectory in trajectories]
-    rewards = [float(config.success_reward * trajectory.success) for trajectory in trajectories]  # R(tau)
+    rewards = [config.success_reward * trajectory.success for trajectory in trajectories]  # R(tau)
     steps = [(i, step) for i, trajectory in enumerate(trajectories) for step in trajectory.steps]
-    penalties = torch.tensor([float(config.invalid_penalty * (not step.valid)) for _, step in steps])  # (B,)
+    penalties = torch.tensor([config.invalid_penalty * (not step.valid) for _, step in steps])  # (B,)
     returns = torch.tensor([rewards[i] for i, _ in steps]) - penalties  # (B,)
     group, owner = torch.tensor([groups[i] for i, _ in steps]), torch.tensor([i for i, _ in steps])  # (B,) each
     outcome = outcome_advantage(returns, group, owner, normalize=config.normalize, over=config.group_over)  # (B,)

@@ -21,8 +21,8 @@ class Gigpo(Grpo):
         groups = torch.tensor([trajectory.group for trajectory, _, _ in steps])  # (B,)
         states = state_groups(groups, [step.observation for _, _, step in steps])  # (B,)
         relative = step_relative_advantage(
-            rewards=torch.tensor([float(config.success_reward * trajectory.success) for trajectory, _, _ in steps]),
-            penalties=torch.tensor([float(config.invalid_penalty * (not step.valid)) for _, _, step in steps]),
+            rewards=torch.tensor([config.success_reward * trajectory.success for trajectory, _, _ in steps]),
+            penalties=torch.tensor([config.invalid_penalty * (not step.valid) for _, _, step in steps]),
             steps_left=torch.tensor([len(trajectory.steps) - 1 - t for trajectory, t, _ in steps]),
             state_ids=states,
             gamma=config.gamma,

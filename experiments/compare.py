@@ -269,7 +269,8 @@ def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
     if not found:
         raise ValueError(f"{results} holds no result of these arms")
     check_alike(found)
-    text = "\n\n".join(part(found, baseline) for part in (table, efficiency, leads, by_type))
+    parts = [*(part(found, baseline) for part in (table, efficiency, leads)), by_type(found)]
+    text = "\n\n".join(part for part in parts if part)
     (results / "table.md").write_text(text + "\n")
     draw(found, results / "comparison.png")
     print(text)

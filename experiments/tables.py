@@ -143,7 +143,7 @@ def _lead(ours: list[dict], theirs: list[dict]) -> list[str]:
     return percent(scores([run for run, _ in pairs]) - scores([run for _, run in pairs]))
 
 
-def by_type(results: dict[str, list[dict]], baseline: str) -> str:
+def by_type(results: dict[str, list[dict]]) -> str:
     """Success by task type, mean over seeds, split by split: one row before training, and one an arm at its end."""
     runs = [run for arm in results.values() for run in arm if "tables" in run]
     if not runs:
@@ -156,8 +156,8 @@ def by_type(results: dict[str, list[dict]], baseline: str) -> str:
 
 
 def _by_type(runs: list[dict], at: int, types: list[str]) -> list[str]:
-    splits = splits_of(runs)
-    shares = np.array([[[read_table(r["tables"][at])[s][t] for t in types] for s in splits] for r in runs])
+    splits, tables = splits_of(runs), [read_table(run["tables"][at]) for run in runs]
+    shares = np.array([[[table[split][name] for name in types] for split in splits] for table in tables])
     return [" / ".join(f"{share:.0f}" for share in column) for column in shares.mean(axis=0).T]  # of (splits, types)
 
 

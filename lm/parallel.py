@@ -175,6 +175,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def not_finite(weights: dict[str, Tensor]) -> str | None:
+    """The first of these weights that is infinite or no number somewhere, in this process's part of it."""
+    return next((name for name, weight in weights.items() if not local(weight).isfinite().all()), None)
+
+
 def like(parameter: Tensor, value: Tensor) -> Tensor:
     """A tensor that every process has whole, shared out as `parameter` is; as it is where it is no number for each of
     the parameter's, or shared out already."""

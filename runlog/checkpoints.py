@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lm.loading import write_whole
-from lm.parallel import like, local, parts_of
+from lm.parallel import like, not_finite, parts_of
 from runlog import shards
 
 
@@ -63,8 +63,8 @@ def save(folder: Path, iteration: int, model, optimizer, ema, method: dict) -> N
     """Written beside, then renamed; by shards where the model is sharded, then by all processes together. Raises
     FloatingPointError, and writes nothing, where a weight is not finite."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if spoilt := [name for name, p in trained.items() if not local(p).isfinite().all()]:
-        raise FloatingPointError(f"{spoilt[0]} is not finite after iteration {iteration}: no checkpoint is written")
+    if spoilt := not_finite(trained):
+        raise FloatingPointError(f"{spoilt} is not finite after iteration {iteration}: no checkpoint is written")
     state = {"iteration": iteration, "model": trained, "optimizer": optimizer.state_dict(), "method": method}
     if parts_of(model):
         shards.save(folder / f"{iteration:06d}.shards", state | {"ema": None if ema is None else parameters_of(ema)})

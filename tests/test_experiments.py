@@ -105,14 +105,14 @@ def test_results_are_stored_once_and_tabulated(jobs):
     assert "| 25.0 | [25.0, 27.5] |" in rows[2]
     assert rows[3].startswith("| opid | 2 | 65.0 |")
     assert "| 1.00 | [1.00, 1.00] | 4 |" in rows[3]
-    rows = by_type(found, "grpo").splitlines()  # means of seeds 0 and 1, seen / unseen
+    rows = by_type(found).splitlines()  # means of seeds 0 and 1, seen / unseen
     assert rows[0] == "| success by type, valid_seen / valid_unseen, % | Pick | Pick2 |"
     seen = {"before training": 55, "grpo": 51, "opid": 51}
     late = [run | {"curve": run["curve"][1:]} for run in found["grpo"]]  # --eval-every 0: one evaluation, at the end
-    assert [row.split("|")[1].strip() for row in by_type({"grpo": late}, "grpo").splitlines()[2:]] == ["grpo"]
+    assert [row.split("|")[1].strip() for row in by_type({"grpo": late}).splitlines()[2:]] == ["grpo"]
     assert rows[2:] == [f"| {name} | {share} / 25 | nan / 50 |" for name, share in seen.items()]
     del found["opid"][0]["tables"]  # of an older version: left out
-    assert [row.split("|")[1].strip() for row in by_type(found, "grpo").splitlines()[2:]] == ["before training", "grpo"]
+    assert [row.split("|")[1].strip() for row in by_type(found).splitlines()[2:]] == ["before training", "grpo"]
 
 
 def curve(*successes):

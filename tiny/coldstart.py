@@ -28,6 +28,7 @@ import lm.loading
 from envs import ENVIRONMENTS
 from lm.loading import add_lora, save_policy, write_whole
 from lm.memory import give_back
+from lm.parallel import not_finite
 from tiny.demonstrations import Demonstrator, demonstrations
 from tiny.supervised import demonstration_loss, shuffled_batches, teach
 
@@ -170,8 +171,8 @@ def write_record(folder: Path, record: dict) -> None:
 
 def check_finite(model) -> None:
     """Raises FloatingPointError where a weight is infinite or no number: nothing of it is to be kept."""
-    if spoilt := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-        raise FloatingPointError(f"{spoilt[0]} is not finite: nothing is written. Try a lower --learning-rate")
+    if spoilt := not_finite(dict(model.named_parameters())):
+        raise FloatingPointError(f"{spoilt} is not finite: nothing is written. Try a lower --learning-rate")
 
 
 def save_checkpoint(path: Path, model, optimizer, losses: list[float], seconds: float) -> None:
