@@ -243,6 +243,8 @@ class Config:
         method.check(self)
         if not method.shifts and self.levels and (self.centred or self.shift_base != "old"):
             raise ValueError(f"--algo {self.algo} learns from no shift: --centred and --shift-base would do nothing")
+        if not method.weighs and self.levels and (self.skill_clip is not None or self.skill_iterations):
+            raise ValueError(f"--algo {self.algo} has no lambda: --skill-clip and --skill-iterations would do nothing")
         self._check_routing()
 
     def _check_routing(self) -> None:
@@ -341,9 +343,14 @@ class Config:
         return {"temperature": self.temperature, "token_budget": self.token_budget}
 
     @property
-    def keeps_ema(self) -> bool:
-        """Whether a run needs a model that follows the policy slowly."""
-        return (self.writes_skills and self.skill_writer == "ema") or (bool(self.levels) and self.scorer == "ema")
+    def pulled(self) -> bool:
+        """Whether the loss holds the KL term."""
+        return self.kl > 0 and not METHODS[self.algo].matches_states
+
+    def reads(self, name: str) -> bool:
+        """Whether a run needs the frozen "reference", or the slow "ema", beside the policy."""
+        pulls, scores = self.pulled and name == "reference", bool(self.levels) and self.scorer == name
+        return pulls or scores or (self.writes_skills and self.skill_writer == name)
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -177,9 +177,11 @@ class Run:
         self.accelerator.print(line(config, self.policy, self.accelerator.num_processes))
         self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
-        reference = frozen_copy(self.policy, config.frozen_dtype, mixed_precision=config.mixed_precision)
-        self.models = {"policy": self.policy, "old": self.policy, "reference": reference}
-        if config.keeps_ema:
+        self.models = {"policy": self.policy, "old": self.policy}
+        if config.reads("reference"):
+            kept = {"dtype": config.frozen_dtype, "mixed_precision": config.mixed_precision}
+            self.models["reference"] = frozen_copy(self.policy, **kept)
+        if config.reads("ema"):
             self.models["ema"] = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.further = self.method.load(self.tokenizer, place)
         others = [self.models[name] for name in ("reference", "ema") if name in self.models] + [*self.further.values()]
@@ -334,8 +336,7 @@ class Run:
         these are compared with. And the hidden states behind the first two, where whole distributions are needed.
         `swapped`: `guided` with other tasks' skills."""
         config, base = self.config, base_of(self.config)
-        pulled = config.kl and not self.method.matches_states
-        names = dict.fromkeys(["old", base] + (["reference"] if pulled else []))
+        names = dict.fromkeys(["old", base] + (["reference"] if config.pulled else []))
         readers = {name: self.models[name] for name in names} | self.further
         scorer = self.models[config.scorer] if guided else None
         how = config.limits | {"progress": lambda name: lambda batches: self._bar(f"score {name}", batches)}
@@ -421,7 +422,7 @@ class Run:
         config, device = self.config, self.accelerator.device
         with self.accelerator.autocast():
             if self.method.matches_states:  # never with OPID
-                return self.method.matched(self.policy, self.models[config.scorer], micro, batch)
+                return self.method.matched(self.policy, self.models.get(config.scorer), micro, batch)
             if batch.teachers:  # never with --divergence sampled
                 states, new, rows, columns = states_and_logprobs(self.policy, micro, config.temperature)
                 exact = distances(self.policy, states, batch.teachers, (rows.cpu(), columns.cpu()), config)  # (N,)

@@ -20,7 +20,7 @@ class Distilled(Method):
 
     whole = False
     one_teacher = True
-    shifts = False
+    shifts = weighs = False
     kind: str
     release_weight = 0.01  # of the SDAR release's ALFWorld scripts
 

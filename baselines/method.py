@@ -28,6 +28,7 @@ class Method:
 
     whole = True  # whether `--divergence` may take the sampled token's place
     shifts = True  # whether A_skill enters what is learnt
+    weighs = True  # whether it does so by lambda
     one_teacher = False  # whether a token can have but one, so that no step may be guided by two skills
     needs_others = False  # whether `skills` takes those of other tasks
     loss_weight = 0.0  # of `loss`; 0: there is no such term

@@ -32,7 +32,7 @@ class Oprd(Method):
     whole = False
     one_teacher = True
     matches_states = True
-    shifts = False
+    shifts = weighs = False
     loss_weight = 1.0  # logged as loss/distill; `distance` holds --oprd-weight
 
     def __init__(self, config: Config):

@@ -14,6 +14,7 @@ from router import LEVELS
 
 class Rlsd(Method):
     whole = False
+    weighs = False
     one_teacher = True
 
     @staticmethod

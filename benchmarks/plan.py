@@ -77,8 +77,7 @@ def case(flags: list[str]) -> dict[str, list[float]]:
     for name, method in METHODS.items():
         setattr(train.Run, method, measured(name, getattr(train.Run, method)))
     run = train.Run(config)
-    held = [run.policy] if config.lora_rank else [run.policy, run.models["reference"]]
-    plan = Plan(config, run.policy.config, libraries=libraries_of(*held))
+    plan = Plan(config, run.policy.config, libraries=libraries_of(run.policy, *run.frozen))
     train.train(config, run)
     return {phase.name: [phase.size / 2**20, taken[phase.name]] for phase in plan.phases if phase.name in taken}
 

@@ -100,9 +100,9 @@ class Plan:
         config, weights = self.config, bytes_of(self.model)
         parts = {
             "weights": weights,
-            "reference": 0 if config.lora_rank else self._frozen(config.model),
+            "reference": self._frozen(config.model) if config.reads("reference") and not config.lora_rank else 0,
             "teacher": self._frozen(config.teacher) if config.teacher else 0,
-            "ema": weights if config.keeps_ema else 0,
+            "ema": weights if config.reads("ema") else 0,
             "optimizer": 2 * bytes_of(self.model, trained=True),
         }
         if config.offload and self.gpu:

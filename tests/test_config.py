@@ -56,6 +56,8 @@ def test_every_flag_is_explained(capsys):
         (["--algo", "sdar", "--centred"], "--algo sdar learns from no shift"),
         (["--algo", "oprd", "--shift-base", "scorer"], "--algo oprd learns from no shift"),
         (["--algo", "oprd", "--scorer", "old"], "--algo oprd reads its teacher in each step"),
+        (["--algo", "rlsd", "--skill-clip", "1"], "--algo rlsd has no lambda"),
+        (["--algo", "skill-sd", "--skill-iterations", "5"], "--algo skill-sd has no lambda"),
         (["--divergence", "jsd", "--jsd-beta", "1"], "--jsd-beta 0 and 1 measure nothing"),
         (["--skill-clip", "-1"], "--skill-clip must be positive"),
         (["--algo", "rlsd", "--routing", "additive"], "one teacher per token"),
@@ -165,11 +167,20 @@ def test_loss_weights_of_the_releases():
 
 
 def test_weights_that_follow_slowly_are_kept_where_they_score_or_write():
-    assert not Config().keeps_ema
-    assert Config(scorer="ema").keeps_ema
-    assert Config(skill_writer="ema").keeps_ema
-    assert not Config(algo="opid-oracle", skill_writer="ema").keeps_ema
-    assert not Config(algo="grpo", scorer="ema", skill_writer="ema").keeps_ema
+    assert not Config().reads("ema")
+    assert Config(scorer="ema").reads("ema")
+    assert Config(skill_writer="ema").reads("ema")
+    assert not Config(algo="opid-oracle", skill_writer="ema").reads("ema")
+    assert not Config(algo="grpo", scorer="ema", skill_writer="ema").reads("ema")
+
+
+def test_starting_weights_are_kept_where_they_score_write_or_pull():
+    assert Config(scorer="old").reads("reference")  # --kl
+    assert not Config(scorer="old", kl=0.0).reads("reference")
+    assert Config(scorer="reference", kl=0.0).reads("reference")
+    assert Config(scorer="old", kl=0.0, skill_writer="reference").reads("reference")
+    assert not Config(algo="grpo", kl=0.0, scorer="reference", skill_writer="reference").reads("reference")
+    assert not Config(algo="oprd", teacher="tiny", scorer="reference").reads("reference")  # no KL term
 
 
 def test_prompt_follows_the_model():

@@ -56,6 +56,7 @@ def test_frozen_models_hold_what_their_flag_says():
     assert parts("scoring", **autocast)["reference"] == 4 * TINY - 2 * LINEAR + 2 * WORDS * 192
     assert parts("scoring", **autocast, frozen_dtype="float32")["reference"] == 4 * TINY
     assert parts("scoring", frozen_dtype="bfloat16")["reference"] == 2 * TINY
+    assert parts("scoring", algo="grpo", kl=0.0)["reference"] == 0  # read by nobody
     lora = parts("update", lora_rank=4)
     assert "reference" not in lora or lora["reference"] == 0
     assert lora["optimizer"] == 2 * 4 * 2 * 4 * (4 * (192 + 192) + 3 * (192 + 480))  # A and B of seven linear layers
@@ -178,7 +179,7 @@ def test_advice_is_enough_or_the_best_there_is():
 
 def test_offload_is_no_advice_on_a_cpu():
     settings = {"context_limit": 64, "skill_context_limit": 64, "rollout_budget": 64, "token_budget": 64}
-    config = Config(**settings, gradient_checkpointing=True, algo="grpo", kl=0.0)
+    config = Config(**settings, gradient_checkpointing=True, algo="grpo")
     assert "--offload" in advice(Plan(config), 0.99 * Plan(config).peak)
     assert "--offload" not in advice(Plan(config, libraries=0.0), 0.99 * Plan(config).peak)
 

@@ -64,6 +64,12 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_model_that_nobody_reads_is_not_kept(random_tiny, tmp_path):
+    assert not Run(config(tmp_path, "grpo", algo="grpo", kl=0.0)).frozen
+    assert not Run(config(tmp_path, "opid", kl=0.0)).frozen  # --scorer old, the policy
+    assert len(Run(config(tmp_path, "pulled", algo="grpo")).frozen) == 1
+
+
 def test_zero_weights_are_grpo_bit_for_bit(random_tiny, tmp_path):
     grpo, zero, opid = (
         config(tmp_path, "grpo", algo="grpo"),
@@ -211,7 +217,7 @@ def test_whoever_writes_and_scores_does_so_in_mixed_precision(
     changes = {"mixed_precision": "bf16", "skill_writer": name, "scorer": scorer, "kl": 0.1, "iterations": 1}
     train(config(tmp_path, name, **changes))
     (record,) = lines(tmp_path / name)
-    assert record["skills/first_parse_rate"] == 0  # a random model's words are no JSON
+    assert record["skills/first_parse_rate"] < 1  # a random model's words are rarely JSON
 
 
 def test_the_kl_term_pulls_towards_the_reference_by_its_weight(random_tiny, tmp_path, monkeypatch):
