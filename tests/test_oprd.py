@@ -129,7 +129,7 @@ def test_descent_comes_to_the_teacher(teacher, llama, tokenizer):
     if teacher:
         method.teacher = tiny_model(len(tokenizer), seed=5, width=48)
     batch, micro = oprd_batch([[20, 5, 6, 7], None, [21, 12, 13]]), pack(CONTEXTS, RESPONSES)
-    optimizer, seen = torch.optim.Adam(llama.parameters(), 1e-2), []
+    optimizer, seen = torch.optim.Adam(llama.parameters(), 3e-3), []
     for _ in range(30):
         optimizer.zero_grad()
         loss = method.distance(llama, scorer, micro, batch).sum()
