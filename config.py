@@ -14,6 +14,7 @@ from pathlib import Path
 from baselines import METHODS
 from data import Level, Skills
 from envs import ENVIRONMENTS, new_words, read_options
+from lm.precision import mixed_precision
 from lm.writers import import_writer
 from router import RULES, asks_for, route
 from tiny.coldstart import PREFIX
@@ -154,7 +155,9 @@ class Config:
     history: int = ENV(5, "last steps shown in a 'window' prompt")
 
     dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
-    mixed_precision: str = MODEL("no", "accelerate's autocast", ("no", "bf16"))
+    mixed_precision: str = MODEL(
+        "no", "accelerate's autocast; auto: bf16 where the device multiplies in it", ("no", "bf16", "auto")
+    )
     frozen_dtype: str = MODEL(
         "auto",
         "dtype of frozen models (reference, teacher); auto: bfloat16 for those weights that --mixed-precision bf16 "
@@ -217,6 +220,8 @@ class Config:
         self._check_values()
         if self.prompt == "auto":
             self.prompt = "compact" if self.model == "tiny" or self.model.startswith(PREFIX) else "official"
+        if self.mixed_precision == "auto":
+            self.mixed_precision = mixed_precision()
         if self.model.startswith(PREFIX) and (self.prompt, self.context) != ("compact", "chat"):
             raise ValueError(
                 f"--model {self.model} knows --prompt compact and --context chat: for others run tools/coldstart.py "

@@ -29,6 +29,7 @@ from envs import ENVIRONMENTS
 from lm.loading import add_lora, save_policy, write_whole
 from lm.memory import give_back
 from lm.parallel import not_finite
+from lm.precision import mixed_precision
 from tiny.demonstrations import Demonstrator, demonstrations
 from tiny.supervised import demonstration_loss, shuffled_batches, teach
 
@@ -56,10 +57,14 @@ class ColdStart:
     batch_tokens: int = setting(2048, "most padded tokens of a step; a longer demonstration goes alone")
     others: float = setting(0.0, "weight of tokens that are not responses")
     lora_rank: int = setting(0, "rank of LoRA adapters on all linear layers (needs peft); 0: all weights are trained")
-    mixed_precision: str = setting("bf16", "autocast", ("no", "bf16"))
+    mixed_precision: str = setting(
+        "auto", "autocast; auto: bf16 where the device multiplies in it", ("auto", "no", "bf16")
+    )
 
     def __post_init__(self):
         self.context_limit = self.context_limit or (2048 if self.prompt == "compact" else 8192)
+        if self.mixed_precision == "auto":
+            self.mixed_precision = mixed_precision()
         self.learning_rate = self.learning_rate or (1e-3 if self.lora_rank else 2e-4)
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]

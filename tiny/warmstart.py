@@ -26,7 +26,9 @@ from data import Skills
 from envs import ENVIRONMENTS
 from lm.loading import write_whole
 from lm.packing import Sequence, micro_batches
+from lm.precision import multiplies_bfloat16
 from tiny.demonstrations import Demonstrator, Turn, demonstrations, judgements
+from tiny.muon import ExactMuon
 from tiny.plays import Play, script
 from tiny.supervised import DECISIVE, demonstration_loss, latest, shuffled_batches, teach, token_weights
 
@@ -120,8 +122,9 @@ def optimizers(model) -> list[torch.optim.Optimizer]:
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
         (hidden if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
+    muon = torch.optim.Muon if multiplies_bfloat16(model.device.type) else ExactMuon
     return [
-        torch.optim.Muon(hidden, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        muon(hidden, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
 
@@ -136,7 +139,7 @@ def warm_start(
         model,
         curriculum(judged, sequences, first, epochs, seed),
         optimizers(model),
-        lambda batch: demonstration_loss(model, batch, OTHER_TOKENS),
+        lambda batch: demonstration_loss(model, batch, OTHER_TOKENS, autocast=multiplies_bfloat16(model.device.type)),
         learning_rate=LEARNING_RATE,
         losses=losses,
         label="warm start",

@@ -24,6 +24,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from envs.ranking import ranked
+
 CACHE = Path("cache")
 INDEX_VERSION = 1  # of what `_build` writes; part of the index folder's name
 SERVE_HINT = "start one with `python -m envs.search serve --corpus FILE --port 8000`, or set --env-options retriever"
@@ -105,14 +107,12 @@ class BM25Retriever:
         self.file = self.corpus.open("rb")
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """Passages that share no word with a query are no results, so there may be fewer than `k`, or none."""
-        if not queries:
-            return []
-        k = min(k, len(self.offsets))
-        rows, scores = self.index.retrieve(_tokens(queries), k=k, show_progress=False)  # (queries, k) both
+        """Passages that share no word with a query are no results, so there may be fewer than `k`, or none. Equals come
+        in the corpus' order."""
+        asked = [ranked(self.index, words, k) for words in _tokens(queries)] if queries else []
         return [
-            [Passage(self._passage(int(row)), float(score)) for row, score in zip(found, scored) if score > 0]
-            for found, scored in zip(rows, scores, strict=True)
+            [Passage(self._passage(int(row)), float(score)) for row, score in zip(rows, scores, strict=True)]
+            for rows, scores in asked
         ]
 
     def _passage(self, row: int) -> str:

@@ -17,9 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import bm25s
-import numpy as np
 import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
+
+from envs.ranking import ranked
 
 HITS = 50  # most products that a search finds
 K1, B = 0.9, 0.4
@@ -53,15 +54,7 @@ class Index:
 
     def search(self, query: str, most: int = HITS) -> list[int]:
         """Numbers of the best documents that share a word with the query, best first, equals in catalogue order."""
-        words = [word for word in tokens(query) if word in self.engine.vocab_dict]
-        if not words:
-            return []
-        scores = self.engine.get_scores(words)  # (documents,)
-        found = np.flatnonzero(scores > 0)
-        if len(found) > most:
-            least = np.partition(scores[found], -most)[-most]
-            found = found[scores[found] >= least]
-        return found[np.lexsort((found, -scores[found]))][:most].tolist()
+        return ranked(self.engine, tokens(query), most)[0].tolist()
 
 
 def build(documents: Iterable[str]) -> bm25s.BM25:
