@@ -18,6 +18,7 @@ from benchmarks.distillation import WAYS as DISTILLED
 from benchmarks.distillation import loss_of, rows_of
 from benchmarks.memory import measure
 from benchmarks.noise import scores_of, summary
+from benchmarks.precision import losses, seconds, steps
 from benchmarks.rollout import WAYS, exponent, played
 from benchmarks.score import difference, load, play, rows, ways
 from lm.encoder import Encoder
@@ -71,6 +72,15 @@ def test_the_score_command_prints_a_row_a_way():
     table = re.findall(r"^ +(\d) +(\d)  (per step|packed|tree) ", done.stdout, re.MULTILINE)
     rows_of = {"2": ("per step", "packed", "tree"), "4": ("packed", "tree")}
     assert table == [(turns, "1", way) for turns, named in rows_of.items() for way in named]
+
+
+def test_both_precisions_take_their_turns_and_leave_no_gradient(llama):
+    gone = []
+    taken = seconds({name: lambda name=name: gone.append(name) for name in ("a", "b")}, 2)
+    assert gone == ["a", "b"] * 3 and taken.keys() == {"a", "b"}  # the first pair does not count
+    for go in (*losses(llama, 8).values(), *steps(words=50).values()):
+        go()
+    assert all(p.grad is None for p in llama.parameters())
 
 
 def test_memory_is_that_of_the_pass_alone():

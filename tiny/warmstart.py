@@ -225,7 +225,7 @@ def warm_started(env: str = "alfworld", cache: str | Path = "cache"):
 
 
 def main() -> None:
-    """python -m tiny.warmstart [ENVIRONMENT ...]: makes the weights that come with the code, some ten minutes each."""
+    """python -m tiny.warmstart [ENVIRONMENT ...]: makes the weights of the code, ten to twenty minutes each."""
     for env in sys.argv[1:] or ENVIRONMENTS:
         tokenizer = tiny_tokenizer(env)
         make(env, WEIGHTS / f"{env}.safetensors", tokenizer, key_of(env, tokenizer))
