@@ -22,7 +22,7 @@ def orthogonalised(gradient: Tensor, coefficients: tuple[float, float, float], s
 
 
 class ExactMuon(torch.optim.Muon):
-    """Muon in float32. torch asks for bfloat16 whatever the processor: emulated, it was two thirds of a step's time."""
+    """Muon in float32. torch asks for bfloat16 whatever the processor: emulated, it takes twenty times as long."""
 
     def step(self, closure=None):
         with patch.object(_muon, "_zeropower_via_newtonschulz", orthogonalised):
