@@ -220,8 +220,7 @@ class Config:
         self._check_values()
         if self.prompt == "auto":
             self.prompt = "compact" if self.model == "tiny" or self.model.startswith(PREFIX) else "official"
-        if self.mixed_precision == "auto":
-            self.mixed_precision = mixed_precision()
+        self.mixed_precision = mixed_precision(self.mixed_precision)
         if self.model.startswith(PREFIX) and (self.prompt, self.context) != ("compact", "chat"):
             raise ValueError(
                 f"--model {self.model} knows --prompt compact and --context chat: for others run tools/coldstart.py "

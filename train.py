@@ -179,8 +179,9 @@ class Run:
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
         self.models = {"policy": self.policy, "old": self.policy}
         if config.reads("reference"):
-            kept = {"dtype": config.frozen_dtype, "mixed_precision": config.mixed_precision}
-            self.models["reference"] = frozen_copy(self.policy, **kept)
+            self.models["reference"] = frozen_copy(
+                self.policy, config.frozen_dtype, mixed_precision=config.mixed_precision
+            )
         if config.reads("ema"):
             self.models["ema"] = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.further = self.method.load(self.tokenizer, place)
@@ -436,7 +437,7 @@ class Run:
         # L = PPO-clip(r, A) + beta KL(pi_theta || pi_ref)
         policy, clipped = policy_loss(new, old, advantages, config.clip, config.dual_clip)  # (N,)
         kl = torch.zeros_like(policy)  # (N,)
-        if config.kl:
+        if config.pulled:
             kl = k3(new, batch.reference_logprobs[at].to(device), config.kl_clip)
         losses = policy + config.kl * kl
         terms = {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped}

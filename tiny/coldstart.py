@@ -63,8 +63,7 @@ class ColdStart:
 
     def __post_init__(self):
         self.context_limit = self.context_limit or (2048 if self.prompt == "compact" else 8192)
-        if self.mixed_precision == "auto":
-            self.mixed_precision = mixed_precision()
+        self.mixed_precision = mixed_precision(self.mixed_precision)
         self.learning_rate = self.learning_rate or (1e-3 if self.lora_rank else 2e-4)
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]

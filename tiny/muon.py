@@ -13,12 +13,13 @@ def orthogonalised(gradient: Tensor, coefficients: tuple[float, float, float], s
     """Newton-Schulz as torch has it, in the gradient's own dtype and not in bfloat16: (n, m) -> (n, m), its singular
     values near 1."""
     a, b, c = coefficients
-    wide = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
+    tall = gradient.shape[0] > gradient.shape[1]
+    wide = gradient.T if tall else gradient
     wide = wide / wide.norm().clamp(min=eps)
     for _ in range(steps):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide.T if gradient.shape[0] > gradient.shape[1] else wide
+    return wide.T if tall else wide
 
 
 class ExactMuon(torch.optim.Muon):
