@@ -1,0 +1,132 @@
+"""How near a policy is to searching twice: python experiments/two_searches.py [--runs runs/search-sparse]
+
+Half of the generated questions need two searches, and success says nothing until both are made. This tells what a
+policy learns before: it reads the held-out questions of that kind as somebody sees them who searches right, and at each
+of the two places where a novice goes wrong, how probable is the right word?
+
+    part first    at the first search, to ask for what the question names, and not for the whole question
+    search again  after it, to search once more, and not to answer with what is there
+    both likely   share of the questions where both are more probable than not: what a cold temperature makes of it
+
+Means over the questions, at temperature 1, from the plain context, in %. RUNS holds the folders of compare.py: `start`
+and ARM-seedN/policy. One line an arm: the mean of its runs and, in brackets, each run's. RESULTS/two_searches.json
+holds the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+from config import parse_args
+from envs.search import SearchEnv
+from envs.search.expert import SearchExpert
+from evaluate import eval_splits, games_of
+from experiments.runs import ROOT, arm_of, commit, fingerprint, write_result
+from experiments.tables import markdown
+from lm.encoder import Encoder
+from lm.loading import load_model
+from router import guided_messages
+
+SHOWN = ("part first", "search again", "both likely")
+
+
+Place = tuple[list[int], int]  # the ids of what stands before, and the id of the right word
+
+
+def places(games: list[str], encoder: Encoder) -> list[list[Place]]:
+    """The two places of each question that needs two searches."""
+    env, expert, found = SearchEnv(prompt="compact"), SearchExpert(random.Random(0)), []
+    for game in games:
+        observation, info = env.reset(options={"game": game})
+        expert.reset(info["task"])
+        if len(expert.hops) < 2:
+            continue
+        prompts, searches, history, mine = [], [], [], []
+        for careless in (f"search {expert.question}", "answer"):
+            prompts.append(env.build_prompt("chat", info["task"], history, observation, []))
+            context = encoder.context(guided_messages(prompts, None, "chat"), ids_of(searches, encoder))
+            searches.append(expert.act(observation))
+            mine.append(parting(context, *ids_of([searches[-1], careless], encoder)))
+            history = [*history, (observation, searches[-1])]
+            observation = env.step(searches[-1])[0]
+        found.append(mine)
+    return found
+
+
+def ids_of(responses: list[str], encoder: Encoder) -> list[list[int]]:
+    tokenizer = encoder.tokenizer
+    return [tokenizer(f"{text} {tokenizer.eos_token}", add_special_tokens=False)["input_ids"] for text in responses]
+
+
+def parting(context: list[int], right: list[int], wrong: list[int]) -> Place:
+    at = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b)
+    return context + right[:at], right[at]
+
+
+@torch.no_grad()
+def read(model, questions: list[list[Place]]) -> np.ndarray:
+    """-> (questions, 2) probabilities of the right words."""
+
+    def probability(ids: list[int], word: int) -> float:
+        return float(model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)[word])
+
+    return np.array([[probability(*place) for place in question] for question in questions])
+
+
+def summary(right: np.ndarray) -> list[float]:
+    """(questions, 2) -> what is shown of a policy, each from 0 to 1."""
+    return [*right.mean(axis=0).tolist(), float((right > 0.5).all(axis=1).mean())]
+
+
+def measure(runs: Path) -> dict[str, list[list[float]]]:
+    """Arm -> the summary of each of its policies, the starting weights first. Raises FileNotFoundError where RUNS holds
+    no starting weights."""
+    if not (runs / "start").is_dir():
+        raise FileNotFoundError(f"{runs} holds no folder `start`: it is not where compare.py left its runs")
+    config, found, questions = parse_args(["--recipe", "laptop-search"]), {}, None
+    policies = {runs / "start": "start"}
+    policies |= {run / "policy": arm_of(run) for run in sorted(runs.glob("*-seed*")) if (run / "policy").is_dir()}
+    for policy, arm in policies.items():
+        model, tokenizer = load_model(str(policy))
+        if questions is None:
+            games = [game for split in eval_splits(config) for game in games_of(config, split)]
+            questions = places(games, Encoder(tokenizer, config.context))
+        found.setdefault(arm, []).append(summary(read(model.eval(), questions)))
+        print(f"{policy} done", flush=True)
+    return found
+
+
+def table(found: dict[str, list[list[float]]]) -> str:
+    rows = []
+    for arm, policies in found.items():
+        columns = 100 * np.array(policies).T  # (shown, policies)
+        rows.append([arm, *(f"{c.mean():.0f} ({', '.join(f'{value:.0f}' for value in c)})" for c in columns)])
+    return markdown(["policy", *(f"{name}, %" for name in SHOWN)], rows)
+
+
+def main(argv: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "search-sparse", help="where compare.py left them")
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results" / "search-sparse")
+    args = parser.parse_args(argv)
+    found = measure(args.runs)
+    text = table(found)
+    result = {"commit": commit(), "start": fingerprint(args.runs / "start"), "shown": SHOWN, "policies": found}
+    write_result(args.results / "two_searches.json", result)
+    (args.results / "two_searches.md").write_text(text + "\n")
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
