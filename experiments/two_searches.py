@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> str:
     args = parser.parse_args(argv)
     found = measure(args.runs)
     text = table(found)
-    result = {"commit": commit(), "start": fingerprint(args.runs / "start"), "shown": SHOWN, "policies": found}
+    rounded = {arm: [[round(value, 4) for value in policy] for policy in policies] for arm, policies in found.items()}
+    result = {"commit": commit(), "start": fingerprint(args.runs / "start"), "shown": SHOWN, "policies": rounded}
     write_result(args.results / "two_searches.json", result)
     (args.results / "two_searches.md").write_text(text + "\n")
     print(text)
