@@ -9,8 +9,9 @@ of the two places where a novice goes wrong, how probable is the right word?
     both likely   share of the questions where both are more probable than not: what a cold temperature makes of it
 
 Means over the questions, at temperature 1, from the plain context, in %. RUNS holds the folders of compare.py: `start`
-and ARM-seedN/policy. One line an arm: the mean of its runs and, in brackets, each run's. RESULTS/two_searches.json
-holds the numbers.
+and ARM-seedN/policy. One line an arm: the mean of its runs and, in brackets, each run's. Then what the right episode
+skills of the script do to the careless word, in the starting weights: log p(word | skill) - log p(word), which is
+A_skill where that word was sampled. RESULTS/two_searches.json holds the numbers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from config import parse_args
+from data import Guidance
 from envs.search import SearchEnv
 from envs.search.expert import SearchExpert
 from evaluate import eval_splits, games_of
@@ -34,25 +36,29 @@ from experiments.tables import markdown
 from lm.encoder import Encoder
 from lm.loading import load_model
 from router import guided_messages
+from tiny.plays import Play
+from tiny.search import FLAWS, avoidance
 
 SHOWN = ("part first", "search again", "both likely")
 
 
-Place = tuple[list[int], int]  # the ids of what stands before, and the id of the right word
+Place = tuple[list[int], int, int]  # the ids of what stands before, the id of the right word and of the careless one
 
 
-def places(games: list[str], encoder: Encoder) -> list[list[Place]]:
-    """The two places of each question that needs two searches."""
+def places(games: list[str], encoder: Encoder, flaw: str = "") -> list[list[Place]]:
+    """The two places of each question that needs two searches, plain, or under the episode skill against `flaw`."""
     env, expert, found = SearchEnv(prompt="compact"), SearchExpert(random.Random(0)), []
     for game in games:
         observation, info = env.reset(options={"game": game})
-        expert.reset(info["task"])
+        task = info["task"]
+        expert.reset(task)
         if len(expert.hops) < 2:
             continue
+        skill = Guidance("episode", avoidance(Play(task), flaw)) if flaw else None
         prompts, searches, history, mine = [], [], [], []
         for careless in (f"search {expert.question}", "answer"):
-            prompts.append(env.build_prompt("chat", info["task"], history, observation, []))
-            context = encoder.context(guided_messages(prompts, None, "chat"), ids_of(searches, encoder))
+            prompts.append(env.build_prompt("chat", task, history, observation, []))
+            context = encoder.context(guided_messages(prompts, skill, "chat"), ids_of(searches, encoder))
             searches.append(expert.act(observation))
             mine.append(parting(context, *ids_of([searches[-1], careless], encoder)))
             history = [*history, (observation, searches[-1])]
@@ -66,50 +72,61 @@ def ids_of(responses: list[str], encoder: Encoder) -> list[list[int]]:
     return [tokenizer(f"{text} {tokenizer.eos_token}", add_special_tokens=False)["input_ids"] for text in responses]
 
 
-def parting(context: list[int], right: list[int], wrong: list[int]) -> Place:
-    at = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b)
-    return context + right[:at], right[at]
+def parting(context: list[int], right: list[int], careless: list[int]) -> Place:
+    at = next(i for i, (a, b) in enumerate(zip(right, careless, strict=False)) if a != b)
+    return context + right[:at], right[at], careless[at]
 
 
 @torch.no_grad()
 def read(model, questions: list[list[Place]]) -> np.ndarray:
-    """-> (questions, 2) probabilities of the right words."""
+    """-> (questions, 2 places, 2) log-probs of the right and of the careless word."""
 
-    def probability(ids: list[int], word: int) -> float:
-        return float(model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)[word])
+    def logprobs(ids: list[int], *words: int) -> list[float]:
+        return model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)[list(words)].tolist()
 
-    return np.array([[probability(*place) for place in question] for question in questions])
+    return np.array([[logprobs(*place) for place in question] for question in questions])
 
 
-def summary(right: np.ndarray) -> list[float]:
-    """(questions, 2) -> what is shown of a policy, each from 0 to 1."""
+def summary(logprobs: np.ndarray) -> list[float]:
+    """(questions, 2, 2) -> what is shown of a policy, each from 0 to 1."""
+    right = np.exp(logprobs[..., 0])  # (questions, 2)
     return [*right.mean(axis=0).tolist(), float((right > 0.5).all(axis=1).mean())]
 
 
-def measure(runs: Path) -> dict[str, list[list[float]]]:
-    """Arm -> the summary of each of its policies, the starting weights first. Raises FileNotFoundError where RUNS holds
-    no starting weights."""
+def blamed(model, games: list[str], encoder: Encoder) -> dict[str, list[float]]:
+    """Flaw -> what the skill against it does to the careless word at the two places, nats, means over the questions."""
+    plain = read(model, places(games, encoder))
+    shifts = {flaw: read(model, places(games, encoder, flaw)) - plain for flaw in FLAWS}  # (questions, 2, 2)
+    return {flaw: shift[..., 1].mean(axis=0).tolist() for flaw, shift in shifts.items()}
+
+
+def measure(runs: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
+    """-> (arm -> the summary of each of its policies, the starting weights first; `blamed` of these). Raises
+    FileNotFoundError where RUNS holds no starting weights."""
     if not (runs / "start").is_dir():
         raise FileNotFoundError(f"{runs} holds no folder `start`: it is not where compare.py left its runs")
-    config, found, questions = parse_args(["--recipe", "laptop-search"]), {}, None
-    policies = {runs / "start": "start"}
-    policies |= {run / "policy": arm_of(run) for run in sorted(runs.glob("*-seed*")) if (run / "policy").is_dir()}
-    for policy, arm in policies.items():
-        model, tokenizer = load_model(str(policy))
-        if questions is None:
-            games = [game for split in eval_splits(config) for game in games_of(config, split)]
-            questions = places(games, Encoder(tokenizer, config.context))
-        found.setdefault(arm, []).append(summary(read(model.eval(), questions)))
-        print(f"{policy} done", flush=True)
-    return found
+    config = parse_args(["--recipe", "laptop-search"])
+    games = [game for split in eval_splits(config) for game in games_of(config, split)]
+    model, tokenizer = load_model(str(runs / "start"))
+    encoder = Encoder(tokenizer, config.context)
+    questions, blame = places(games, encoder), blamed(model.eval(), games, encoder)
+    found = {"start": [summary(read(model, questions))]}
+    for run in sorted(runs.glob("*-seed*")):
+        if (run / "policy").is_dir():
+            model, _ = load_model(str(run / "policy"))
+            found.setdefault(arm_of(run), []).append(summary(read(model.eval(), questions)))
+            print(f"{run} done", flush=True)
+    return found, blame
 
 
-def table(found: dict[str, list[list[float]]]) -> str:
+def table(found: dict[str, list[list[float]]], blame: dict[str, list[float]]) -> str:
     rows = []
     for arm, policies in found.items():
         columns = 100 * np.array(policies).T  # (shown, policies)
         rows.append([arm, *(f"{c.mean():.0f} ({', '.join(f'{value:.0f}' for value in c)})" for c in columns)])
-    return markdown(["policy", *(f"{name}, %" for name in SHOWN)], rows)
+    policies = markdown(["policy", *(f"{name}, %" for name in SHOWN)], rows)
+    nats = [[f"avoid: {flaw}", *(f"{value:.2f}" for value in values)] for flaw, values in blame.items()]
+    return f"{policies}\n\n{markdown(['start, careless word, nats', *SHOWN[:2]], nats)}"
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -119,11 +136,11 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "search-sparse", help="where compare.py left them")
     parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results" / "search-sparse")
     args = parser.parse_args(argv)
-    found = measure(args.runs)
-    text = table(found)
+    found, blame = measure(args.runs)
+    text = table(found, blame)
     rounded = {arm: [[round(value, 4) for value in policy] for policy in policies] for arm, policies in found.items()}
     result = {"commit": commit(), "start": fingerprint(args.runs / "start"), "shown": SHOWN, "policies": rounded}
-    write_result(args.results / "two_searches.json", result)
+    write_result(args.results / "two_searches.json", result | {"blamed": blame})
     (args.results / "two_searches.md").write_text(text + "\n")
     print(text)
     return text

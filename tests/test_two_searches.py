@@ -10,7 +10,7 @@ import torch
 from envs.search import SearchEnv
 from envs.search.facts import generated_questions
 from experiments import two_searches
-from experiments.two_searches import parting, places, read, summary, table
+from experiments.two_searches import blamed, parting, places, read, summary, table
 from lm.encoder import Encoder
 from lm.loading import save_policy
 from tiny.warmstart import tiny_model, tiny_tokenizer
@@ -27,20 +27,32 @@ def test_the_places_are_where_a_novice_goes_wrong(encoder):
     found = places(games, encoder)
     asked = [question for question in questions if len(question.hops) == 2]
     assert 2 < len(found) == len(asked) < 12
-    for ((before, first), (after, again)), question in zip(found, asked, strict=True):
+    for ((before, first, whole), (after, again, answer)), question in zip(found, asked, strict=True):
         # as far as the whole question reads alike: "search country where ..." for "search what is ..."
         said = words(before).split("<assistant>")[1].split()
-        assert said == ["search"] and words([first]) not in ("what", "which", "on", "in")
-        assert words([again]) == "search" and words(after).endswith("<assistant>")
+        assert said == ["search"] and words([whole]) in ("what", "which", "on", "in") and first != whole
+        assert words([again, answer]) == "search answer" and words(after).endswith("<assistant>")
         # the first search was made, for what the question names, and its passages are there
         made = words(after).split("<assistant>")[1].split("<end>")[0]
         assert made.split()[:2] == ["search", words([first])] and question.given.lower() in made
         assert len(after) > len(before) + 20
 
 
+def test_under_a_skill_only_the_skill_is_more(encoder):
+    words, games = encoder.tokenizer.decode, SearchEnv(prompt="compact").tasks("valid_seen")[:6]
+    guided = places(games, encoder, "whole question")
+    for plain, own in zip(places(games, encoder), guided, strict=True):
+        for (before, *right_and_careless), (under, *same) in zip(plain, own, strict=True):
+            assert right_and_careless == same and len(under) > len(before)
+            text = words(under)
+            assert "never search whole question first search each" in text.split("<assistant>")[0]
+            start, end = text.index("skill"), text.index("<assistant>")
+            assert (text[:start] + text[end:]).split() == words(before).split()
+
+
 def test_where_two_texts_part():
-    assert parting([9, 9], [1, 2, 3], [1, 2, 4, 5]) == ([9, 9, 1, 2], 3)
-    assert parting([9], [1], [2]) == ([9], 1)
+    assert parting([9, 9], [1, 2, 3], [1, 2, 4, 5]) == ([9, 9, 1, 2], 3, 4)
+    assert parting([9], [1], [2]) == ([9], 1, 2)
 
 
 def test_probabilities_are_read_at_the_last_position():
@@ -49,18 +61,39 @@ def test_probabilities_are_read_at_the_last_position():
     def model(input_ids):
         return SimpleNamespace(logits=given[input_ids])
 
-    right = read(model, [[([1, 0], 2), ([0, 1], 1)], [([0], 0), ([1], 0)]])
-    assert right == pytest.approx(np.array([[0.1, 0.6], [0.7, 0.1]]))
+    logprobs = read(model, [[([1, 0], 2, 0), ([0, 1], 1, 2)], [([0], 0, 1), ([1], 0, 1)]])
+    assert np.exp(logprobs) == pytest.approx(np.array([[[0.1, 0.7], [0.6, 0.3]], [[0.7, 0.2], [0.1, 0.6]]]))
 
 
 def test_success_at_a_cold_temperature_needs_both():
-    assert summary(np.array([[0.9, 0.6], [0.5, 0.2], [1.0, 0.4], [0.8, 0.8]])) == pytest.approx([0.8, 0.5, 0.5])
-    text = table({"start": [[0.4, 0.03, 0.0]], "opid": [[0.9, 0.2, 0.5], [0.7, 0.6, 0.0]]})
+    right = np.array([[0.9, 0.6], [0.5, 0.2], [1.0, 0.4], [0.8, 0.8]])
+    assert summary(np.log(np.stack([right, np.full((4, 2), 0.1)], -1))) == pytest.approx([0.8, 0.5, 0.5])
+    found = {"start": [[0.4, 0.03, 0.0]], "opid": [[0.9, 0.2, 0.5], [0.7, 0.6, 0.0]]}
+    text = table(found, {"whole question": [-1.5, 0.25]})
     assert text.splitlines()[0] == "| policy | part first, % | search again, % | both likely, % |"
-    assert text.splitlines()[2:] == [
+    assert text.splitlines()[-1] == "| avoid: whole question | -1.50 | 0.25 |"
+    assert text.splitlines()[2:4] == [
         "| start | 40 (40) | 3 (3) | 0 (0) |",
         "| opid | 80 (90, 70) | 40 (20, 60) | 25 (50, 0) |",
     ]
+
+
+def test_what_a_skill_takes_from_the_careless_word(encoder):
+    """A model that says the careless word with less the longer the text is: the skill's words make it longer."""
+    games = SearchEnv(prompt="compact").tasks("valid_seen")[:6]
+    careless = {word for question in places(games, encoder) for _, _, word in question}
+
+    def model(input_ids):
+        logits = torch.zeros(*input_ids.shape, len(encoder.tokenizer))
+        logits[..., list(careless)] = -float(input_ids.shape[1])
+        return SimpleNamespace(logits=logits)
+
+    found = blamed(model, games, encoder)
+    assert found.keys() == {"first doc", "whole question"}
+    for flaw, shifts in found.items():
+        pairs = zip(places(games, encoder, flaw), places(games, encoder), strict=True)
+        longer = [[len(a[0]) - len(b[0]) for a, b in zip(*pair, strict=True)] for pair in pairs]  # (questions, 2)
+        assert shifts == pytest.approx((-np.mean(longer, axis=0)).tolist(), abs=1e-3) and min(longer[0]) > 10
 
 
 def test_the_command_reads_every_policy_of_a_comparison(tmp_path, encoder, monkeypatch, capsys):
