@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -13,9 +14,11 @@ import transformers
 import tiny.loading
 from baselines.controls import scripted_skills
 from benchmarks import skill_prefill
+from data import Trajectory
 from runlog.curve import plot_curve
 from runlog.report import colour, write_report
-from tools import plot_run, report, skill_quality
+from skills import write_skills
+from tools import plot_run, report, skill_quality, walkthrough
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -161,3 +164,22 @@ def test_small_tools_answer_without_waiting_for_pytorch(script):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: ") and done.stdout.endswith("\nFalse\n")
+
+
+def test_the_walkthrough_shows_the_answer_that_was_read(capsys):
+    """Of two rollouts that read alike one was asked again, and the other was not."""
+    asked, batches = [], [['{"episode_skill": "look first"}', "no idea"], ['{"episode_skill": "open it"}']]
+
+    def write(prompts):
+        asked.extend(zip(prompts, answers := batches.pop(0), strict=True))
+        return answers
+
+    played = [Trajectory("put a pen on the desk", 0, [], False) for _ in range(2)]
+    skills, _ = write_skills(played, write, max_step_skills=0, template=None)
+    run = SimpleNamespace(asked=asked, config=SimpleNamespace(skill_writer="policy"))
+    shown = []
+    for i in range(2):
+        walkthrough.show_skills(run, i, skills[i])
+        shown.append(capsys.readouterr().out)
+    assert "look first" in shown[0] and "asked again" not in shown[0] and "open it" not in shown[0]
+    assert shown[1].index("no idea") < shown[1].index('asked again, it answered:\n\n{"episode_skill": "open it"}')

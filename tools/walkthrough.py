@@ -31,7 +31,7 @@ SETTINGS = "--tasks 4 --rollouts 4 --max-steps 12 --train-games 40 --eval-games 
 
 
 class Recorded(Run):
-    """A run that keeps what its skill writer was asked and what it answered."""
+    """A run that keeps what its skill writer was asked and what it answered: first of each rollout, then again."""
 
     def _writer(self):
         write, self.asked = super()._writer(), []
@@ -92,6 +92,11 @@ def show_skills(run: Recorded, i: int, skills: Skills) -> None:
         prompt, answer = run.asked[i]
         print(f"the writer ({run.config.skill_writer}) was asked about rollout {i}:\n\n{prompt}")
         print(f"\nand answered:\n\n{answer}\n")
+        again = f"{prompt}\n\nEarlier answer:\n{(answer or '')[:1000]}"
+        for asked, second in run.asked:
+            if asked.startswith(again):
+                print(f"which could not be read; told why and asked again, it answered:\n\n{second}\n")
+                break
     print("read from it:")
     print(f"  summary: {skills.summary}\n  episode skill: {skills.episode}")
     for t, text in skills.steps.items():
