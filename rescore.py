@@ -94,15 +94,3 @@ def score(
         some = {"progress": progress("episode"), "states": states}
         scored["episode"] = response_logprobs(scorer, guided["episode"], responses, **limits, **some)
     return {name: plain[name] for name in readers}, scored
-
-
-def layout_noise(
-    model, contexts: list[list[int]], responses: list[list[int]], *, temperature: float, token_budget: int
-) -> float:
-    """Mean |difference| per token, in nats, of two scorings of the same rows: packed and batched, and each row alone.
-
-    In exact arithmetic it is 0. What it is here is the noise floor of A_skill, itself a difference of two scorings.
-    """
-    scores = response_logprobs(model, contexts, responses, temperature=temperature, token_budget=token_budget)
-    alone = response_logprobs(model, contexts, responses, temperature=temperature, token_budget=1, packed=False)
-    return (scores - alone).abs().nanmean().item()

@@ -36,9 +36,10 @@ from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
 from lm.parallel import clip_gradients, even, gathered, shard, sum_gradients
 from lm.sampler import Sampler, check_gap, logprob_gap
+from lm.scoring import layout_noise
 from lm.states import States, expected_shift, states_and_logprobs, states_obstacle
 from lm.writers import Writer, import_writer, model_writer, openai_writer
-from rescore import guided_contexts, layout_noise, response_logprobs, score
+from rescore import guided_contexts, response_logprobs, score
 from rollout import rollout
 from router import asks_for, route
 from runlog import RunLog, accelerator_of

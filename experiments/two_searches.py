@@ -40,8 +40,6 @@ from tiny.plays import Play
 from tiny.search import FLAWS, avoidance
 
 SHOWN = ("part first", "search again", "both likely")
-
-
 Place = tuple[list[int], int, int]  # the ids of what stands before, the id of the right word and of the careless one
 
 
@@ -90,14 +88,14 @@ def read(model, questions: list[list[Place]]) -> np.ndarray:
 def summary(logprobs: np.ndarray) -> list[float]:
     """(questions, 2, 2) -> what is shown of a policy, each from 0 to 1."""
     right = np.exp(logprobs[..., 0])  # (questions, 2)
-    return [*right.mean(axis=0).tolist(), float((right > 0.5).all(axis=1).mean())]
+    return np.round([*right.mean(axis=0), (right > 0.5).all(axis=1).mean()], 4).tolist()
 
 
-def blamed(model, games: list[str], encoder: Encoder) -> dict[str, list[float]]:
-    """Flaw -> what the skill against it does to the careless word at the two places, nats, means over the questions."""
-    plain = read(model, places(games, encoder))
+def blamed(model, games: list[str], encoder: Encoder, plain: np.ndarray) -> dict[str, list[float]]:
+    """Flaw -> what the skill against it does to the careless word at the two places, nats, means over the questions.
+    `plain`: what `read` finds without a skill."""
     shifts = {flaw: read(model, places(games, encoder, flaw)) - plain for flaw in FLAWS}  # (questions, 2, 2)
-    return {flaw: shift[..., 1].mean(axis=0).tolist() for flaw, shift in shifts.items()}
+    return {flaw: np.round(shift[..., 1].mean(axis=0), 4).tolist() for flaw, shift in shifts.items()}
 
 
 def measure(runs: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
@@ -109,12 +107,13 @@ def measure(runs: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[fl
     games = [game for split in eval_splits(config) for game in games_of(config, split)]
     model, tokenizer = load_model(str(runs / "start"))
     encoder = Encoder(tokenizer, config.context)
-    questions, blame = places(games, encoder), blamed(model.eval(), games, encoder)
-    found = {"start": [summary(read(model, questions))]}
+    questions = places(games, encoder)
+    plain = read(model, questions)
+    found, blame = {"start": [summary(plain)]}, blamed(model, games, encoder, plain)
     for run in sorted(runs.glob("*-seed*")):
         if (run / "policy").is_dir():
             model, _ = load_model(str(run / "policy"))
-            found.setdefault(arm_of(run), []).append(summary(read(model.eval(), questions)))
+            found.setdefault(arm_of(run), []).append(summary(read(model, questions)))
             print(f"{run} done", flush=True)
     return found, blame
 
@@ -138,8 +137,7 @@ def main(argv: list[str] | None = None) -> str:
     args = parser.parse_args(argv)
     found, blame = measure(args.runs)
     text = table(found, blame)
-    rounded = {arm: [[round(value, 4) for value in policy] for policy in policies] for arm, policies in found.items()}
-    result = {"commit": commit(), "start": fingerprint(args.runs / "start"), "shown": SHOWN, "policies": rounded}
+    result = {"commit": commit(), "start": fingerprint(args.runs / "start"), "shown": SHOWN, "policies": found}
     write_result(args.results / "two_searches.json", result | {"blamed": blame})
     (args.results / "two_searches.md").write_text(text + "\n")
     print(text)

@@ -21,13 +21,8 @@ from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.logprobs import sequence_logprobs
 from lm.packing import Sequence, graft, micro_batches, pack
-from rescore import (
-    guided_contexts,
-    layout_noise,
-    response_logprobs,
-    score,
-    tree_logprobs,
-)
+from lm.scoring import layout_noise
+from rescore import guided_contexts, response_logprobs, score, tree_logprobs
 from router import route
 from tests.playing import BUDGET, play, skill_logprobs
 
@@ -440,7 +435,7 @@ def test_the_noise_floor_compares_two_layouts_at_the_runs_temperature(monkeypatc
         asked.append((temperature, packed))
         return torch.tensor([[-1.0, -2.0], [-1.0, NAN]]) if packed else torch.tensor([[-1.1, -2.3], [-1.2, NAN]])
 
-    monkeypatch.setattr("rescore.response_logprobs", scores)
+    monkeypatch.setattr("lm.scoring.response_logprobs", scores)
     assert layout_noise(None, [], [], temperature=0.7, token_budget=64) == pytest.approx(0.2)
     assert asked == [(0.7, True), (0.7, False)]
 

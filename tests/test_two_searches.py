@@ -88,7 +88,7 @@ def test_what_a_skill_takes_from_the_careless_word(encoder):
         logits[..., list(careless)] = -float(input_ids.shape[1])
         return SimpleNamespace(logits=logits)
 
-    found = blamed(model, games, encoder)
+    found = blamed(model, games, encoder, read(model, places(games, encoder)))
     assert found.keys() == {"first doc", "whole question"}
     for flaw, shifts in found.items():
         pairs = zip(places(games, encoder, flaw), places(games, encoder), strict=True)

@@ -25,6 +25,7 @@ from data import Batch, Guidance, Skills, Trajectory
 from lm.packing import pack
 from rescore import guided_context, response_logprobs
 from router import guided_messages
+from skills import asked_before
 from train import Routes, Run, outcome_of, policy_loss
 
 SETTINGS = "--tasks 4 --rollouts 4 --max-steps 12 --train-games 40 --eval-games 1 --eval-every 0 --iterations 1"
@@ -92,9 +93,8 @@ def show_skills(run: Recorded, i: int, skills: Skills) -> None:
         prompt, answer = run.asked[i]
         print(f"the writer ({run.config.skill_writer}) was asked about rollout {i}:\n\n{prompt}")
         print(f"\nand answered:\n\n{answer}\n")
-        again = f"{prompt}\n\nEarlier answer:\n{(answer or '')[:1000]}"
-        for asked, second in run.asked:
-            if asked.startswith(again):
+        for asked, second in run.asked if answer is not None else ():
+            if asked.startswith(asked_before(prompt, answer)):
                 print(f"which could not be read; told why and asked again, it answered:\n\n{second}\n")
                 break
     print("read from it:")
