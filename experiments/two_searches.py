@@ -33,9 +33,9 @@ from envs.search.expert import SearchExpert
 from evaluate import eval_splits, games_of
 from experiments.runs import ROOT, arm_of, commit, fingerprint, write_result
 from experiments.tables import markdown
-from lm.encoder import Encoder
 from lm.loading import load_model
 from router import guided_messages
+from tiny.demonstrations import Demonstrator
 from tiny.plays import Play
 from tiny.search import FLAWS, avoidance
 
@@ -43,9 +43,10 @@ SHOWN = ("part first", "search again", "both likely")
 Place = tuple[list[int], int, int]  # the ids of what stands before, the id of the right word and of the careless one
 
 
-def places(games: list[str], encoder: Encoder, flaw: str = "") -> list[list[Place]]:
+def places(games: list[str], demonstrator: Demonstrator, flaw: str = "") -> list[list[Place]]:
     """The two places of each question that needs two searches, plain, or under the episode skill against `flaw`."""
     env, expert, found = SearchEnv(prompt="compact"), SearchExpert(random.Random(0)), []
+    encoder, ids_of = demonstrator.encoder, demonstrator.answer
     for game in games:
         observation, info = env.reset(options={"game": game})
         task = info["task"]
@@ -56,18 +57,14 @@ def places(games: list[str], encoder: Encoder, flaw: str = "") -> list[list[Plac
         prompts, searches, history, mine = [], [], [], []
         for careless in (f"search {expert.question}", "answer"):
             prompts.append(env.build_prompt("chat", task, history, observation, []))
-            context = encoder.context(guided_messages(prompts, skill, "chat"), ids_of(searches, encoder))
-            searches.append(expert.act(observation))
-            mine.append(parting(context, *ids_of([searches[-1], careless], encoder)))
-            history = [*history, (observation, searches[-1])]
-            observation = env.step(searches[-1])[0]
+            context = encoder.context(guided_messages(prompts, skill, "chat"), searches)
+            right = expert.act(observation)
+            searches.append(ids_of(right))
+            mine.append(parting(context, searches[-1], ids_of(careless)))
+            history = [*history, (observation, right)]
+            observation = env.step(right)[0]
         found.append(mine)
     return found
-
-
-def ids_of(responses: list[str], encoder: Encoder) -> list[list[int]]:
-    tokenizer = encoder.tokenizer
-    return [tokenizer(f"{text} {tokenizer.eos_token}", add_special_tokens=False)["input_ids"] for text in responses]
 
 
 def parting(context: list[int], right: list[int], careless: list[int]) -> Place:
@@ -91,10 +88,10 @@ def summary(logprobs: np.ndarray) -> list[float]:
     return np.round([*right.mean(axis=0), (right > 0.5).all(axis=1).mean()], 4).tolist()
 
 
-def blamed(model, games: list[str], encoder: Encoder, plain: np.ndarray) -> dict[str, list[float]]:
+def blamed(model, games: list[str], demonstrator: Demonstrator, plain: np.ndarray) -> dict[str, list[float]]:
     """Flaw -> what the skill against it does to the careless word at the two places, nats, means over the questions.
     `plain`: what `read` finds without a skill."""
-    shifts = {flaw: read(model, places(games, encoder, flaw)) - plain for flaw in FLAWS}  # (questions, 2, 2)
+    shifts = {flaw: read(model, places(games, demonstrator, flaw)) - plain for flaw in FLAWS}  # (questions, 2, 2)
     return {flaw: np.round(shift[..., 1].mean(axis=0), 4).tolist() for flaw, shift in shifts.items()}
 
 
@@ -106,10 +103,10 @@ def measure(runs: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[fl
     config = parse_args(["--recipe", "laptop-search"])
     games = [game for split in eval_splits(config) for game in games_of(config, split)]
     model, tokenizer = load_model(str(runs / "start"))
-    encoder = Encoder(tokenizer, config.context)
-    questions = places(games, encoder)
+    demonstrator = Demonstrator(tokenizer, seed=0, env="search", context=config.context)
+    questions = places(games, demonstrator)
     plain = read(model, questions)
-    found, blame = {"start": [summary(plain)]}, blamed(model, games, encoder, plain)
+    found, blame = {"start": [summary(plain)]}, blamed(model, games, demonstrator, plain)
     for run in sorted(runs.glob("*-seed*")):
         if (run / "policy").is_dir():
             model, _ = load_model(str(run / "policy"))

@@ -11,20 +11,20 @@ from envs.search import SearchEnv
 from envs.search.facts import generated_questions
 from experiments import two_searches
 from experiments.two_searches import blamed, parting, places, read, summary, table
-from lm.encoder import Encoder
 from lm.loading import save_policy
+from tiny.demonstrations import Demonstrator
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    return Encoder(tiny_tokenizer("search"), "chat")
+def demonstrator():
+    return Demonstrator(tiny_tokenizer("search"), seed=0, env="search")
 
 
-def test_the_places_are_where_a_novice_goes_wrong(encoder):
-    words, questions = encoder.tokenizer.decode, generated_questions()["valid_seen"][:12]
+def test_the_places_are_where_a_novice_goes_wrong(demonstrator):
+    words, questions = demonstrator.tokenizer.decode, generated_questions()["valid_seen"][:12]
     games = SearchEnv(prompt="compact").tasks("valid_seen")[:12]
-    found = places(games, encoder)
+    found = places(games, demonstrator)
     asked = [question for question in questions if len(question.hops) == 2]
     assert 2 < len(found) == len(asked) < 12
     for ((before, first, whole), (after, again, answer)), question in zip(found, asked, strict=True):
@@ -38,10 +38,24 @@ def test_the_places_are_where_a_novice_goes_wrong(encoder):
         assert len(after) > len(before) + 20
 
 
-def test_under_a_skill_only_the_skill_is_more(encoder):
-    words, games = encoder.tokenizer.decode, SearchEnv(prompt="compact").tasks("valid_seen")[:6]
-    guided = places(games, encoder, "whole question")
-    for plain, own in zip(places(games, encoder), guided, strict=True):
+def test_the_places_in_a_pretrained_models_tokens(smollm2):
+    tokenizer = smollm2[1]
+    found = places(SearchEnv(prompt="compact").tasks("valid_seen")[:6], Demonstrator(tokenizer, seed=0, env="search"))
+    for (before, first, whole), (after, again, answer) in found:
+        said = tokenizer.decode(before).rpartition("<|im_start|>assistant\n")[2]
+        assert said.startswith("search") and first != whole
+        assert tokenizer.decode([again]) == "search" and "answer".startswith(tokenizer.decode([answer]))
+        turns = tokenizer.decode(after).split("<|im_start|>assistant\n")
+        assert len(turns) == 3 and turns[2] == ""
+        # the first search as a rollout would have left it: with its end
+        made = turns[1].partition("<|im_end|>")[0]
+        assert made.startswith(said + tokenizer.decode([first])) and made == made.strip() != turns[1]
+
+
+def test_under_a_skill_only_the_skill_is_more(demonstrator):
+    words, games = demonstrator.tokenizer.decode, SearchEnv(prompt="compact").tasks("valid_seen")[:6]
+    guided = places(games, demonstrator, "whole question")
+    for plain, own in zip(places(games, demonstrator), guided, strict=True):
         for (before, *right_and_careless), (under, *same) in zip(plain, own, strict=True):
             assert right_and_careless == same and len(under) > len(before)
             text = words(under)
@@ -78,26 +92,26 @@ def test_success_at_a_cold_temperature_needs_both():
     ]
 
 
-def test_what_a_skill_takes_from_the_careless_word(encoder):
+def test_what_a_skill_takes_from_the_careless_word(demonstrator):
     """A model that says the careless word with less the longer the text is: the skill's words make it longer."""
     games = SearchEnv(prompt="compact").tasks("valid_seen")[:6]
-    careless = {word for question in places(games, encoder) for _, _, word in question}
+    careless = {word for question in places(games, demonstrator) for _, _, word in question}
 
     def model(input_ids):
-        logits = torch.zeros(*input_ids.shape, len(encoder.tokenizer))
+        logits = torch.zeros(*input_ids.shape, len(demonstrator.tokenizer))
         logits[..., list(careless)] = -float(input_ids.shape[1])
         return SimpleNamespace(logits=logits)
 
-    found = blamed(model, games, encoder, read(model, places(games, encoder)))
+    found = blamed(model, games, demonstrator, read(model, places(games, demonstrator)))
     assert found.keys() == {"first doc", "whole question"}
     for flaw, shifts in found.items():
-        pairs = zip(places(games, encoder, flaw), places(games, encoder), strict=True)
+        pairs = zip(places(games, demonstrator, flaw), places(games, demonstrator), strict=True)
         longer = [[len(a[0]) - len(b[0]) for a, b in zip(*pair, strict=True)] for pair in pairs]  # (questions, 2)
         assert shifts == pytest.approx((-np.mean(longer, axis=0)).tolist(), abs=1e-3) and min(longer[0]) > 10
 
 
-def test_the_command_reads_every_policy_of_a_comparison(tmp_path, encoder, monkeypatch, capsys):
-    tokenizer = encoder.tokenizer
+def test_the_command_reads_every_policy_of_a_comparison(tmp_path, demonstrator, monkeypatch, capsys):
+    tokenizer = demonstrator.tokenizer
     for seed, name in enumerate(("start", "opid-k0-seed0/policy", "opid-k0-seed1/policy")):
         save_policy(tiny_model(len(tokenizer), seed=seed, width=48), tokenizer, tmp_path / name)
     (tmp_path / "grpo-seed0").mkdir()  # a run that is not over
