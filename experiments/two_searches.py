@@ -28,7 +28,6 @@ import torch
 
 from config import parse_args
 from data import Guidance
-from envs.search import SearchEnv
 from envs.search.expert import SearchExpert
 from evaluate import eval_splits, games_of
 from experiments.runs import ROOT, arm_of, commit, fingerprint, write_result
@@ -45,8 +44,8 @@ Place = tuple[list[int], int, int]  # the ids of what stands before, the id of t
 
 def places(games: list[str], demonstrator: Demonstrator, flaw: str = "") -> list[list[Place]]:
     """The two places of each question that needs two searches, plain, or under the episode skill against `flaw`."""
-    env, expert, found = SearchEnv(prompt="compact"), SearchExpert(random.Random(0)), []
-    encoder, ids_of = demonstrator.encoder, demonstrator.answer
+    env, encoder, ids_of = demonstrator.env, demonstrator.encoder, demonstrator.answer
+    expert, found = SearchExpert(random.Random(0)), []
     for game in games:
         observation, info = env.reset(options={"game": game})
         task = info["task"]
