@@ -9,9 +9,10 @@ of the two places where a novice goes wrong, how probable is the right word?
     both likely   share of the questions where both are more probable than not: what a cold temperature makes of it
 
 Means over the questions, at temperature 1, from the plain context, in %. RUNS holds the folders of compare.py: `start`
-and ARM-seedN/policy. One line an arm: the mean of its runs and, in brackets, each run's. Then what the right episode
-skills of the script do to the careless word, in the starting weights: log p(word | skill) - log p(word), which is
-A_skill where that word was sampled. RESULTS/two_searches.json holds the numbers.
+and ARM-seedN/policy. One line an arm: the mean of its runs and, in brackets, each run's. Then what episode skills do to
+the two words in the starting weights, the script's right ones and opid-placebo's words that say nothing:
+log p(word | skill) - log p(word), which is A_skill where that word was sampled. RESULTS/two_searches.json holds the
+numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
+from baselines.controls import Placebo
 from config import parse_args
 from data import Guidance
 from envs.search.expert import SearchExpert
@@ -40,10 +44,13 @@ from tiny.search import FLAWS, avoidance
 
 SHOWN = ("part first", "search again", "both likely")
 Place = tuple[list[int], int, int]  # the ids of what stands before, the id of the right word and of the careless one
+Writer = Callable[[Play], str]  # the episode skill for a question
+SKILLS: dict[str, Writer] = {f"avoid: {flaw}": partial(avoidance, flaw=flaw) for flaw in FLAWS}
+SKILLS["says nothing"] = lambda play: Placebo.EPISODE
 
 
-def places(games: list[str], demonstrator: Demonstrator, flaw: str = "") -> list[list[Place]]:
-    """The two places of each question that needs two searches, plain, or under the episode skill against `flaw`."""
+def places(games: list[str], demonstrator: Demonstrator, skill_for: Writer | None = None) -> list[list[Place]]:
+    """The two places of each question that needs two searches, plain, or under an episode skill."""
     env, encoder, ids_of = demonstrator.env, demonstrator.encoder, demonstrator.answer
     expert, found = SearchExpert(random.Random(0)), []
     for game in games:
@@ -52,7 +59,7 @@ def places(games: list[str], demonstrator: Demonstrator, flaw: str = "") -> list
         expert.reset(task)
         if len(expert.hops) < 2:
             continue
-        skill = Guidance("episode", avoidance(Play(task), flaw)) if flaw else None
+        skill = Guidance("episode", skill_for(Play(task))) if skill_for else None
         prompts, searches, history, mine = [], [], [], []
         for careless in (f"search {expert.question}", "answer"):
             prompts.append(env.build_prompt("chat", task, history, observation, []))
@@ -87,15 +94,15 @@ def summary(logprobs: np.ndarray) -> list[float]:
     return np.round([*right.mean(axis=0), (right > 0.5).all(axis=1).mean()], 4).tolist()
 
 
-def blamed(model, games: list[str], demonstrator: Demonstrator, plain: np.ndarray) -> dict[str, list[float]]:
-    """Flaw -> what the skill against it does to the careless word at the two places, nats, means over the questions.
-    `plain`: what `read` finds without a skill."""
-    shifts = {flaw: read(model, places(games, demonstrator, flaw)) - plain for flaw in FLAWS}  # (questions, 2, 2)
-    return {flaw: np.round(shift[..., 1].mean(axis=0), 4).tolist() for flaw, shift in shifts.items()}
+def shifted(model, games: list[str], demonstrator: Demonstrator, plain: np.ndarray) -> dict[str, list[list[float]]]:
+    """Skill -> what it does to the right and to the careless word at each of the two places, nats, means over the
+    questions. `plain`: what `read` finds without a skill."""
+    shifts = {name: read(model, places(games, demonstrator, skill)) - plain for name, skill in SKILLS.items()}
+    return {name: np.round(shift.mean(axis=0), 4).tolist() for name, shift in shifts.items()}  # (2 places, 2 words)
 
 
-def measure(runs: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
-    """-> (arm -> the summary of each of its policies, the starting weights first; `blamed` of these). Raises
+def measure(runs: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[list[float]]]]:
+    """-> (arm -> the summary of each of its policies, the starting weights first; `shifted` of these). Raises
     FileNotFoundError where RUNS holds no starting weights."""
     if not (runs / "start").is_dir():
         raise FileNotFoundError(f"{runs} holds no folder `start`: it is not where compare.py left its runs")
@@ -105,23 +112,24 @@ def measure(runs: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[fl
     demonstrator = Demonstrator(tokenizer, seed=0, env="search", context=config.context)
     questions = places(games, demonstrator)
     plain = read(model, questions)
-    found, blame = {"start": [summary(plain)]}, blamed(model, games, demonstrator, plain)
+    found, shifts = {"start": [summary(plain)]}, shifted(model, games, demonstrator, plain)
     for run in sorted(runs.glob("*-seed*")):
         if (run / "policy").is_dir():
             model, _ = load_model(str(run / "policy"))
             found.setdefault(arm_of(run), []).append(summary(read(model, questions)))
             print(f"{run} done", flush=True)
-    return found, blame
+    return found, shifts
 
 
-def table(found: dict[str, list[list[float]]], blame: dict[str, list[float]]) -> str:
+def table(found: dict[str, list[list[float]]], shifts: dict[str, list[list[float]]]) -> str:
     rows = []
     for arm, policies in found.items():
         columns = 100 * np.array(policies).T  # (shown, policies)
         rows.append([arm, *(f"{c.mean():.0f} ({', '.join(f'{value:.0f}' for value in c)})" for c in columns)])
     policies = markdown(["policy", *(f"{name}, %" for name in SHOWN)], rows)
-    nats = [[f"avoid: {flaw}", *(f"{value:.2f}" for value in values)] for flaw, values in blame.items()]
-    return f"{policies}\n\n{markdown(['start, careless word, nats', *SHOWN[:2]], nats)}"
+    nats = [[skill, *(f"{word:+.2f}" for place in by_place for word in place)] for skill, by_place in shifts.items()]
+    head = [f"{place}: {word} word" for place in SHOWN[:2] for word in ("right", "careless")]
+    return f"{policies}\n\n{markdown(['start under a skill, nats', *head], nats)}"
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -131,10 +139,10 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "search-sparse", help="where compare.py left them")
     parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results" / "search-sparse")
     args = parser.parse_args(argv)
-    found, blame = measure(args.runs)
-    text = table(found, blame)
+    found, shifts = measure(args.runs)
+    text = table(found, shifts)
     result = {"commit": commit(), "start": fingerprint(args.runs / "start"), "shown": SHOWN, "policies": found}
-    write_result(args.results / "two_searches.json", result | {"blamed": blame})
+    write_result(args.results / "two_searches.json", result | {"shifted": shifts})
     (args.results / "two_searches.md").write_text(text + "\n")
     print(text)
     return text

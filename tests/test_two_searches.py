@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from baselines.controls import Placebo
 from envs.search import SearchEnv
 from envs.search.facts import generated_questions
 from experiments import two_searches
-from experiments.two_searches import blamed, parting, places, read, summary, table
+from experiments.two_searches import SKILLS, parting, places, read, shifted, summary, table
 from lm.loading import save_policy
 from tiny.demonstrations import Demonstrator
 from tiny.warmstart import tiny_model, tiny_tokenizer
@@ -54,14 +55,16 @@ def test_the_places_in_a_pretrained_models_tokens(smollm2):
 
 def test_under_a_skill_only_the_skill_is_more(demonstrator):
     words, games = demonstrator.tokenizer.decode, SearchEnv(prompt="compact").tasks("valid_seen")[:6]
-    guided = places(games, demonstrator, "whole question")
-    for plain, own in zip(places(games, demonstrator), guided, strict=True):
-        for (before, *right_and_careless), (under, *same) in zip(plain, own, strict=True):
-            assert right_and_careless == same and len(under) > len(before)
-            text = words(under)
-            assert "never search whole question first search each" in text.split("<assistant>")[0]
-            start, end = text.index("skill"), text.index("<assistant>")
-            assert (text[:start] + text[end:]).split() == words(before).split()
+    told = {"avoid: whole question": "never search whole question first search each", "says nothing": Placebo.EPISODE}
+    for skill, said in told.items():
+        guided = places(games, demonstrator, SKILLS[skill])
+        for plain, own in zip(places(games, demonstrator), guided, strict=True):
+            for (before, *right_and_careless), (under, *same) in zip(plain, own, strict=True):
+                assert right_and_careless == same and len(under) > len(before)
+                text = words(under)
+                assert said in text.split("<assistant>")[0]
+                start, end = text.index("skill"), text.index("<assistant>")
+                assert (text[:start] + text[end:]).split() == words(before).split()
 
 
 def test_where_two_texts_part():
@@ -83,31 +86,44 @@ def test_success_at_a_cold_temperature_needs_both():
     right = np.array([[0.9, 0.6], [0.5, 0.2], [1.0, 0.4], [0.8, 0.8]])
     assert summary(np.log(np.stack([right, np.full((4, 2), 0.1)], -1))) == pytest.approx([0.8, 0.5, 0.5])
     found = {"start": [[0.4, 0.03, 0.0]], "opid": [[0.9, 0.2, 0.5], [0.7, 0.6, 0.0]]}
-    text = table(found, {"whole question": [-1.5, 0.25]})
+    text = table(found, {"avoid: whole question": [[0.5, -1.5], [2.0, 0.25]]})
     assert text.splitlines()[0] == "| policy | part first, % | search again, % | both likely, % |"
-    assert text.splitlines()[-1] == "| avoid: whole question | -1.50 | 0.25 |"
+    head = "part first: right word | part first: careless word | search again: right word | search again: careless word"
+    assert f"| start under a skill, nats | {head} |" in text.splitlines()
+    assert text.splitlines()[-1] == "| avoid: whole question | +0.50 | -1.50 | +2.00 | +0.25 |"
     assert text.splitlines()[2:4] == [
         "| start | 40 (40) | 3 (3) | 0 (0) |",
         "| opid | 80 (90, 70) | 40 (20, 60) | 25 (50, 0) |",
     ]
 
 
-def test_what_a_skill_takes_from_the_careless_word(demonstrator):
-    """A model that says the careless word with less the longer the text is: the skill's words make it longer."""
+def test_what_a_skill_does_to_the_two_words(demonstrator):
+    """A model that says the careless word the less, and all others the more, the longer the text is:
+    the skill's words make it longer."""
     games = SearchEnv(prompt="compact").tasks("valid_seen")[:6]
-    careless = {word for question in places(games, demonstrator) for _, _, word in question}
+    plain = places(games, demonstrator)
+    careless = {word for question in plain for _, _, word in question}
 
     def model(input_ids):
         logits = torch.zeros(*input_ids.shape, len(demonstrator.tokenizer))
-        logits[..., list(careless)] = -float(input_ids.shape[1])
+        logits[..., list(careless)] = -0.01 * input_ids.shape[1]
         return SimpleNamespace(logits=logits)
 
-    found = blamed(model, games, demonstrator, read(model, places(games, demonstrator)))
-    assert found.keys() == {"first doc", "whole question"}
-    for flaw, shifts in found.items():
-        pairs = zip(places(games, demonstrator, flaw), places(games, demonstrator), strict=True)
-        longer = [[len(a[0]) - len(b[0]) for a, b in zip(*pair, strict=True)] for pair in pairs]  # (questions, 2)
-        assert shifts == pytest.approx((-np.mean(longer, axis=0)).tolist(), abs=1e-3) and min(longer[0]) > 10
+    found = shifted(model, games, demonstrator, read(model, plain))
+    assert found.keys() == {"avoid: first doc", "avoid: whole question", "says nothing"}
+    others, theirs = len(demonstrator.tokenizer) - len(careless), len(careless)
+    for skill, shifts in found.items():
+        under = places(games, demonstrator, SKILLS[skill])
+
+        def mean(of, at, under=under):
+            return np.mean([of(len(a[at][0])) - of(len(b[at][0])) for a, b in zip(under, plain, strict=True)])
+
+        def right(length):
+            return -np.log(others + theirs * np.exp(-0.01 * length))
+
+        for at in (0, 1):
+            expected = [mean(right, at), mean(lambda length: right(length) - 0.01 * length, at)]
+            assert shifts[at] == pytest.approx(expected, abs=1e-3) and shifts[at][1] < -0.03
 
 
 def test_the_command_reads_every_policy_of_a_comparison(tmp_path, demonstrator, monkeypatch, capsys):
