@@ -44,12 +44,12 @@ from tiny.search import FLAWS, avoidance
 
 SHOWN = ("part first", "search again", "both likely")
 Place = tuple[list[int], int, int]  # the ids of what stands before, the id of the right word and of the careless one
-Writer = Callable[[Play], str]  # the episode skill for a question
-SKILLS: dict[str, Writer] = {f"avoid: {flaw}": partial(avoidance, flaw=flaw) for flaw in FLAWS}
+SkillFor = Callable[[Play], str]  # a question -> the episode skill shown with it
+SKILLS: dict[str, SkillFor] = {f"avoid: {flaw}": partial(avoidance, flaw=flaw) for flaw in FLAWS}
 SKILLS["says nothing"] = lambda play: Placebo.EPISODE
 
 
-def places(games: list[str], demonstrator: Demonstrator, skill_for: Writer | None = None) -> list[list[Place]]:
+def places(games: list[str], demonstrator: Demonstrator, skill_for: SkillFor | None = None) -> list[list[Place]]:
     """The two places of each question that needs two searches, plain, or under an episode skill."""
     env, encoder, ids_of = demonstrator.env, demonstrator.encoder, demonstrator.answer
     expert, found = SearchExpert(random.Random(0)), []
