@@ -33,7 +33,7 @@ from config import Config, changed, flag, parse_args
 from evaluate import games_of
 from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
-from experiments.tables import by_type, draw, efficiency, leads, table
+from experiments.tables import by_episodes, by_type, draw, efficiency, leads, table
 from lm.loading import save_policy, write_whole
 from runlog.metrics import read_lines
 from tiny.loading import load_model
@@ -269,7 +269,7 @@ def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
     if not found:
         raise ValueError(f"{results} holds no result of these arms")
     check_alike(found)
-    parts = [*(part(found, baseline) for part in (table, efficiency, leads)), by_type(found)]
+    parts = [*(part(found, baseline) for part in (table, efficiency, leads)), by_episodes(found), by_type(found)]
     text = "\n\n".join(part for part in parts if part)
     (results / "table.md").write_text(text + "\n")
     draw(found, results / "comparison.png")

@@ -127,20 +127,33 @@ def efficiency(results: dict[str, list[dict]], baseline: str) -> str:
 
 
 def leads(results: dict[str, list[dict]], baseline: str) -> str:
-    """One row an arm: by how many points it ends above the baseline, and above each of CONTROLS that is there."""
+    """By how many points each arm is above the baseline, and above each of CONTROLS that is there: a table for where
+    they end, and one for the mean over training."""
     others = [arm for arm in dict.fromkeys([baseline, *CONTROLS]) if arm in results]
-    head = ["points ahead at the end, seed by seed", *(title for other in others for title in (f"of {other}", "95%"))]
-    rows = [[arm, *(cell for other in others for cell in _lead(runs, results[other]))] for arm, runs in results.items()]
-    return markdown(head, rows)
+    above = [title for other in others for title in (f"of {other}", "95%")]
+    parts = []
+    for when, values in {"at the end": scores, "over training": area}.items():
+        head = [f"points ahead {when}, seed by seed", *above]
+        rows = [[arm, *(c for o in others for c in _lead(runs, results[o], values))] for arm, runs in results.items()]
+        parts.append(markdown(head, rows))
+    return "\n\n".join(parts)
 
 
-def _lead(ours: list[dict], theirs: list[dict]) -> list[str]:
+def _lead(ours: list[dict], theirs: list[dict], values: Callable[[list[dict]], np.ndarray]) -> list[str]:
     """Two cells from the seeds that both have: runs of one seed met the same tasks, so their scores are paired."""
     other = {run["config"]["seed"]: run for run in theirs}
     pairs = [(run, other[run["config"]["seed"]]) for run in ours if run["config"]["seed"] in other]
     if ours is theirs or not pairs:
         return ["-", "-"]
-    return percent(scores([run for run, _ in pairs]) - scores([run for _, run in pairs]))
+    return percent(values([run for run, _ in pairs]) - values([run for _, run in pairs]))
+
+
+def by_episodes(results: dict[str, list[dict]]) -> str:
+    """One row an arm: success at each evaluation, mean of the splits."""
+    run = next(iter(results.values()))[0]
+    played = [round(point["iteration"] * run["episodes"] / len(run["train"])) for point in run["curve"]]
+    rows = [[arm, *(f"{100 * interquartile_mean(at):.1f}" for at in curves(runs).T)] for arm, runs in results.items()]
+    return markdown(["success after episodes, IQM, %", *map(str, played)], rows)
 
 
 def by_type(results: dict[str, list[dict]]) -> str:

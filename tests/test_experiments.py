@@ -16,7 +16,17 @@ from baselines import METHODS
 from experiments import compare
 from experiments.compare import QUICK, is_there, jobs_of, read_arms, read_results, run_all
 from experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
-from experiments.tables import area, by_type, efficiency, episodes_to_reach, leads, scores, share_of_points, table
+from experiments.tables import (
+    area,
+    by_episodes,
+    by_type,
+    efficiency,
+    episodes_to_reach,
+    leads,
+    scores,
+    share_of_points,
+    table,
+)
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"grpo": "--algo grpo", "opid": "--algo opid"}
@@ -160,18 +170,32 @@ def test_the_share_is_in_the_table_with_its_interval():
 
 def test_leads_are_counted_seed_by_seed():
     def run(seed, seen, unseen):
-        return {"config": {"seed": seed}, "curve": [{"iteration": 2, "valid_seen": seen, "valid_unseen": unseen}]}
+        before = {"iteration": 0, "valid_seen": 0.1, "valid_unseen": 0.3}
+        after = {"iteration": 2, "valid_seen": seen, "valid_unseen": unseen}
+        return {"config": {"seed": seed}, "curve": [before, after]}
 
     found = {
         "opid": [run(0, 0.5, 0.5), run(2, 0.8, 0.7)],
         "opid-shuffled": [run(0, 0.4, 0.4), run(1, 0.9, 0.9), run(2, 0.6, 0.6)],  # seed 1 has no counterpart
         "other": [run(5, 0.1, 0.1)],
     }
-    rows = leads(found, "grpo").splitlines()
-    assert rows[0] == "| points ahead at the end, seed by seed | of opid-shuffled | 95% |"
-    assert rows[2] == "| opid | 10.0 | [10.0, 15.0] |"  # differences 10 10 (seed 0), 20 10 (seed 2)
-    assert rows[3:] == ["| opid-shuffled | - | - |", "| other | - | - |"]
+    at_the_end, over_training = (part.splitlines() for part in leads(found, "grpo").split("\n\n"))
+    assert at_the_end[0] == "| points ahead at the end, seed by seed | of opid-shuffled | 95% |"
+    assert at_the_end[2] == "| opid | 10.0 | [10.0, 15.0] |"  # differences 10 10 (seed 0), 20 10 (seed 2)
+    assert at_the_end[3:] == ["| opid-shuffled | - | - |", "| other | - | - |"]
+    assert over_training[0] == "| points ahead over training, seed by seed | of opid-shuffled | 95% |"
+    assert over_training[2] == "| opid | 5.0 | [5.0, 7.5] |"  # they began alike
     assert leads(found, "opid").splitlines()[0].startswith("| points ahead at the end, seed by seed | of opid | 95% |")
+
+
+def test_success_by_episodes_is_the_mean_of_the_splits():
+    found = {"grpo": [curve(0.2, 0.4, 0.6)], "opid": [curve(0.2, 0.5, 0.9), curve(0.2, 0.6, 0.7)]}
+    assert by_episodes(found).splitlines() == [
+        "| success after episodes, IQM, % | 0 | 20 | 40 |",
+        "|---|---|---|---|",
+        "| grpo | 10.0 | 30.0 | 50.0 |",
+        "| opid | 10.0 | 45.0 | 70.0 |",
+    ]
 
 
 def test_arms_are_runs_of_their_own(jobs, tmp_path):
