@@ -105,9 +105,9 @@ class States:
         return distribution(self.output_layer, self.at_tokens(rows, columns), temperature)
 
 
-def distribution(head, states: Tensor, temperature: float) -> Tensor:
-    """Hidden states (n, H) -> log-probs in float32, (n, V)."""
-    return torch.log_softmax(head(states).float() / temperature, -1)
+def distribution(head, states: Tensor, temperature: float, words: int | None = None) -> Tensor:
+    """Hidden states (n, H) -> log-probs in float32, (n, V), over the first `words` alone where it is given."""
+    return torch.log_softmax(head(states)[:, :words].float() / temperature, -1)
 
 
 @torch.no_grad()
@@ -125,7 +125,8 @@ def expected_shift(policy: States, skill: States, base: States, temperature: flo
     rows, columns = known.nonzero(as_tuple=True)  # (N,) each
     size = max(1, CHUNK // (3 * policy.model.get_output_embeddings().weight.shape[0]))
     with gathered(policy.model), gathered(skill.model), gathered(base.model):
-        for r, c in zip(rows.split(size), columns.split(size), strict=True):
+        for first in range(0, len(rows), size):  # never, where nothing was guided
+            r, c = rows[first : first + size], columns[first : first + size]  # (size,) each
             old, guided = policy.logprobs(r, c, temperature), skill.logprobs(r, c, temperature)  # (size, V) each
             plain = old if base is policy else base.logprobs(r, c, temperature)  # (size, V)
             expected[r, c] = (old.exp() * (guided - plain)).sum(-1).cpu()
@@ -143,17 +144,20 @@ def divergences(
 ) -> Tensor:
     """`divergence` between policy and teacher at each token, (n,). Of both distributions no more than CHUNK log-probs
     are alive at any time: the backward pass makes each chunk again. Gradient flows into `states` and the output layer.
+    Models of one tokenizer may differ in how far their output layers are padded (Qwen2.5-3B and 7B): V is the smaller.
     """
     head, other = model.get_output_embeddings(), teacher.output_layer
-    size = max(1, CHUNK // (2 * head.weight.shape[0]))
+    words = min(head.weight.shape[0], other.weight.shape[0])
+    size = max(1, CHUNK // (2 * words))
 
     def part(states: Tensor, others: Tensor) -> Tensor:
         with torch.no_grad():
-            theirs = distribution(other, others, temperature)  # (size, V)
-        return divergence(distribution(head, states, temperature), theirs)
+            theirs = distribution(other, others, temperature, words)  # (size, V)
+        return divergence(distribution(head, states, temperature, words), theirs)
 
-    parts = []
-    for own, r, c in zip(states.split(size), rows.split(size), columns.split(size), strict=True):
-        others = teacher.at_tokens(r, c)
-        parts.append(checkpoint(part, own, others, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(parts) if parts else states.new_zeros(0)
+    parts = [states.new_zeros(0, dtype=torch.float32)]
+    for first in range(0, len(rows), size):  # never, where the teacher knows none of the tokens
+        here = slice(first, first + size)
+        others = teacher.at_tokens(rows[here], columns[here])
+        parts.append(checkpoint(part, states[here], others, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts)

@@ -105,6 +105,34 @@ def test_divergences_in_chunks_have_the_gradients_of_the_whole(kind, chunk, llam
     assert whole[0].abs().max() > 0.01
 
 
+def test_where_nothing_was_guided_there_is_nothing_to_compare(llama):
+    how = {"temperature": 0.8, "token_budget": BUDGET, "progress": lambda name: iter}
+    keep: dict[str, States] = {}
+    score({"old": llama}, llama, CONTEXTS, RESPONSES, {"episode": GUIDED, "step": [None] * 3}, **how, keep=keep)
+    assert not keep["step"].known.any()
+    assert expected_shift(keep["old"], keep["step"], keep["old"], 0.8).isnan().all()
+    rows, columns = keep["step"].known.nonzero(as_tuple=True)
+    own = torch.zeros(0, llama.config.hidden_size)
+    assert divergences(llama, own, keep["step"], rows, columns, lambda a, b: (a - b).sum(-1), 0.8).shape == (0,)
+
+
+@pytest.mark.parametrize("wider", ["policy", "teacher"])
+def test_models_of_one_tokenizer_may_have_output_layers_padded_to_other_widths(wider, llama, qwen):
+    """Words that no tokenizer has count for nothing: the divergence is that over the words of both."""
+    (policy, teacher) = (llama, qwen)
+    count = llama.config.vocab_size
+    (policy if wider == "policy" else teacher).resize_token_embeddings(count + 8)
+    kept, own = States(teacher, 3, 3), States(policy, 3, 3)
+    response_logprobs(teacher, CONTEXTS, RESPONSES, token_budget=BUDGET, states=kept)
+    response_logprobs(policy, CONTEXTS, RESPONSES, token_budget=BUDGET, states=own)
+    rows, columns = kept.known.nonzero(as_tuple=True)
+    measure = lambda a, b: divergence("reverse", a, b)
+    got = divergences(policy, own.at_tokens(rows, columns), kept, rows, columns, measure, 1.0)
+    p, q = (each.logprobs(rows, columns, 1.0)[:, :count].log_softmax(-1) for each in (own, kept))  # (n, V) each
+    assert torch.allclose(got, measure(p, q), atol=1e-5)
+    assert got.min() > 1e-3
+
+
 def test_held_states_stay_what_they_were_while_the_model_learns(llama):
     """The scorer may be the sampling policy (--scorer old): pi_old does not move with the gradient steps."""
     states = States(llama, 3, 3)
