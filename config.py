@@ -22,7 +22,7 @@ from tiny.coldstart import PREFIX
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
     *("token_budget", "rollout_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
-    *("temperature", "learning_rate", "max_grad_norm", "kl_clip", "skill_clip"),
+    *("skill_context_limit", "temperature", "learning_rate", "max_grad_norm", "kl_clip", "skill_clip"),
 )
 NOT_NEGATIVE = (
     *("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history", "lr_halving"),
@@ -253,9 +253,11 @@ class Config:
 
     def _check_routing(self) -> None:
         seen = {"success": True, "logprobs": [[-1.0], [-1.0]]}
-        asked = route(Skills("", "both levels", {0: "at one step"}), 2, self.routing, levels=self.levels, **seen)
+        steps = {0: "at one step"} if self.max_step_skills else {}
+        asked = route(Skills("", "both levels", steps), 2, self.routing, levels=self.levels, **seen)
         if self.levels and not any(asked) and not any(asks_for(self.routing, name) for name in seen):
-            raise ValueError(f"--routing {self.routing} guides no step with these weights: use --algo grpo")
+            few = "" if self.max_step_skills else " and --max-step-skills 0"
+            raise ValueError(f"--routing {self.routing} guides no step with these weights{few}: use --algo grpo")
         METHODS[self.algo](self).check_routes([asked])
 
     def _check_values(self) -> None:
@@ -308,6 +310,9 @@ class Config:
                 f"--skill-writer must be one of {', '.join(LOCAL_WRITERS)}, openai or package.module:function, "
                 f"not {self.skill_writer!r}"
             )
+        room = "context_limit" if self.skill_context_limit is None else "skill_context_limit"
+        if self.skill_writer in LOCAL_WRITERS and self.skill_tokens >= getattr(self, room):
+            raise ValueError(f"--skill-tokens leaves no room for a transcript in {flag(room)}")
 
     def check_trainable(self) -> None:
         """Raises ValueError for what would train on wrong numbers, or not do what was asked."""
@@ -340,6 +345,12 @@ class Config:
     def budgets(self) -> dict[str, int]:
         """What bounds the memory of sampling."""
         return {"rollout_budget": self.rollout_budget, "token_budget": self.token_budget}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context that the policy, or a copy of it, may read."""
+        writes = self.writes_skills and self.skill_writer in LOCAL_WRITERS
+        return max(self.context_limit, (writes and self.skill_context_limit) or 0)
 
     @property
     def limits(self) -> dict[str, float]:

@@ -31,7 +31,7 @@ from evaluate import environment, evaluate_everywhere, games_of
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.logprobs import sequence_logprobs
-from lm.obstacles import check_model, sampling_note
+from lm.obstacles import check_model, check_positions, sampling_note
 from lm.offload import Offload
 from lm.packing import Sequence, micro_batches, pack
 from lm.parallel import clip_gradients, even, gathered, shard, sum_gradients
@@ -168,6 +168,7 @@ class Run:
         model, self.tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
         start = self.log.start(model)
         torch.manual_seed(config.seed)
+        check_positions(model, config.longest)  # before it is on a GPU
         # The policy is not wrapped for data parallelism: gradients are summed in `_step`, so that processes may
         # hold different numbers of micro-batches, and `generate` is the model's own.
         self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
@@ -232,7 +233,10 @@ class Run:
                 progress=lambda waiting, live: bar.set_postfix(waiting=waiting, live=live),
             )
         if not (played := [trajectory for trajectory in trajectories if trajectory.steps]):
-            raise ValueError("no task's first prompt fits: raise --context-limit or lower --max-new-tokens")
+            raise ValueError(
+                f"not one first prompt of this process's {len(mine)} tasks fits: raise --context-limit or lower "
+                "--max-new-tokens"
+            )
         return played, metrics
 
     # ---- 2. skill extraction -------------------------------------------------------------------------------------
@@ -479,7 +483,7 @@ class Run:
     @timed("evaluate")
     def evaluate(self, iteration: int) -> Metrics:
         """Held-out success, and its table printed. Iteration -1: the policy before training."""
-        with self.accelerator.autocast(), gathered(self.policy):
+        with gathered(self.policy):
             success, table = evaluate_everywhere(
                 self.policy, self.encoder, self.config, self.accelerator, self.method.acts_under()
             )
@@ -504,9 +508,9 @@ def learning_rate(config: Config, iteration: int) -> float:
 
 def main() -> None:
     config = parse_args()
-    if config.plan:
-        return print(told(config))
     try:
+        if config.plan:
+            return print(told(config))
         run = Run(config)
     except (ValueError, OSError, ImportError) as error:  # a model, folder, package or setting that cannot be used
         sys.exit(f"train.py: {error}")

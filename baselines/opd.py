@@ -12,7 +12,11 @@ from advantage import skill_advantage, where_scored
 from baselines.method import Config, Grpo
 from data import Batch
 from lm.loading import frozen
+from lm.obstacles import check_model, check_positions
+from lm.states import states_obstacle
 from tiny.loading import load_model
+
+SHIFTED = ("centred", "shift_base", "skill_iterations")  # what changes a skill's shift, and not a teacher's
 
 
 class Opd(Grpo):
@@ -22,6 +26,7 @@ class Opd(Grpo):
     def check(config: Config) -> None:
         if config.teacher is None:
             raise ValueError("--algo opd needs --teacher, the larger model")
+        refuse(config, *SHIFTED)
 
     def load(self, tokenizer, device) -> dict[str, Any]:
         return {"teacher": frozen_teacher(self.config, tokenizer, device)}
@@ -40,6 +45,14 @@ class Opd(Grpo):
         return [(1.0, states["teacher"])]
 
 
+def refuse(config: Config, *names: str) -> None:
+    """Raises ValueError where one of these settings, all of them about a skill's shift, is not at its default."""
+    for name in names:
+        if getattr(config, name) != getattr(type(config), name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--algo {config.algo} learns from a teacher, not from skills: {flag} would do nothing")
+
+
 def teacher_shift(teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """log pi_teacher(y | h) - log pi_old(y | h), (B, R): 0 where not scored, as it enters a sum, and NaN, as it is
     logged."""
@@ -48,8 +61,16 @@ def teacher_shift(teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def frozen_teacher(config: Config, tokenizer, device):
-    """`--teacher`, as it is kept: in `--frozen-dtype`, on its device."""
+    """`--teacher`, as it is kept: in `--frozen-dtype`, on its device. Raises ValueError where its log-probs, or its
+    distributions where they are asked for, would be wrong."""
     teacher = load_teacher(config.teacher, tokenizer, env=config.env, dtype=config.dtype)
+    try:
+        check_positions(teacher, config.context_limit)
+        check_model(teacher, config.context_limit)
+    except ValueError as error:
+        raise ValueError(f"--teacher {config.teacher}: {error}") from None
+    if config.divergence != "sampled" and (obstacle := states_obstacle(teacher)):
+        raise ValueError(f"--divergence {config.divergence} needs whole distributions of --teacher: {obstacle}")
     return frozen(teacher, config.frozen_dtype, mixed_precision=config.mixed_precision).to(device)
 
 

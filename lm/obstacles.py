@@ -31,6 +31,7 @@ WINDOWS = (
     "local_attention",
     "keep_window_size",
 )
+LENGTHS = ("max_position_embeddings", "max_seq_len")  # how many positions a model has, where it has a table of them
 PROBE = 6  # tokens of a tried sequence
 
 _tried: WeakKeyDictionary = WeakKeyDictionary()  # model -> (left, inside), see padding_changes
@@ -188,6 +189,25 @@ def check_model(model, context_limit: int) -> None:
     for what, change in changes.items():
         if not change <= NOISE[model.dtype]:  # NaN, too
             raise ValueError(f"{type(unwrapped(model)).__name__} cannot be trained: {what} (by {change:.2g} nats)")
+
+
+@torch.no_grad()
+def check_positions(model, limit: int) -> None:
+    """Refuse contexts of up to `limit` tokens where the model has no position vectors for so many.
+
+    Raises ValueError. Tried, with a token more than the configuration names, where positions are not rotated; before
+    the model is on a GPU, where an index beyond a table ends the process.
+    """
+    config = text_config(model)
+    known = next((n for name in LENGTHS if (n := getattr(config, name, None))), None)
+    if known is None or limit <= known or any(ropes(config)):
+        return
+    try:
+        model(input_ids=_probe_ids(model, known + 1)[None].to(model.device), use_cache=False)
+    except (IndexError, RuntimeError):
+        raise ValueError(
+            f"it has positions for {known} tokens: --context-limit and --skill-context-limit must not be above {known}"
+        ) from None
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import train as train_module
 from baselines import METHODS, opd
@@ -20,6 +21,7 @@ from envs.alfworld import AlfworldEnv, words
 from envs.alfworld.engine import FastEngine, load_game
 from envs.alfworld.expert import shortest_plan
 from lm.encoder import Encoder
+from tests.conftest import SMALL
 from tests.playing import play
 from tiny.warmstart import tiny_model
 from train import train
@@ -104,6 +106,18 @@ def test_exact_divergences_train_and_weight_zero_is_grpo(run):
     assert all(torch.allclose(ours[name], grpo[name], atol=1e-6) for name in grpo)  # summed in another order
 
 
+@pytest.mark.parametrize("how", [{"divergence": "reverse"}, {"centred": True}])
+def test_a_level_that_guides_no_step_adds_nothing(how, run, monkeypatch):
+    """With --routing step no step has an episode skill; and it may be that no answer parses at all."""
+    _, (record,) = run("opid", routing="step", **how)
+    assert record["guided/episode"] == 0 < record["guided/step"]
+    assert record["advantage/skill_abs"] > 0
+    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: ["no JSON"] * len(prompts))
+    config, (record,) = run("opid", routing="critical-first", **how)
+    assert record["skills/parse_rate"] == record["guided/episode"] == record["guided/step"] == 0
+    assert not differ(trained(config), trained(run("grpo")[0]))
+
+
 def test_the_exact_loss_is_minus_the_mean_of_the_shift(run):
     """Over many sampled tokens A_skill is on average -KL(pi_old || scorer), which the exact loss is at the first step;
     and what is left of A_skill without its expectation has mean 0."""
@@ -155,6 +169,21 @@ def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch, tokenizer, llam
     monkeypatch.setattr(opd, "load_model", lambda *a, **k: (llama, other))
     with pytest.raises(ValueError, match="--teacher big has another tokenizer"):
         opd.load_teacher("big", tokenizer, env="alfworld", dtype="float32")
+
+
+def test_a_teacher_whose_numbers_would_be_wrong_is_refused(monkeypatch, tokenizer, llama):
+    sizes = {"vocab_size": len(tokenizer), "head_dim": 12, **SMALL}
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=5.0))
+    monkeypatch.setattr(opd, "load_model", lambda *a, **k: (capped, tokenizer))
+    config = Config(algo="opd", teacher="big")
+    opd.frozen_teacher(config, tokenizer, "cpu")  # the log-probs of sampled tokens are right
+    with pytest.raises(ValueError, match="whole distributions of --teacher: its logits are not simply"):
+        opd.frozen_teacher(replace(config, divergence="reverse"), tokenizer, "cpu")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    stretched = LlamaConfig(vocab_size=len(tokenizer), **SMALL, rope_parameters=rope, max_position_embeddings=64)
+    monkeypatch.setattr(opd, "load_model", lambda *a, **k: (LlamaForCausalLM(stretched), tokenizer))
+    with pytest.raises(ValueError, match="--teacher big: its dynamic position embedding"):
+        opd.frozen_teacher(config, tokenizer, "cpu")
 
 
 def test_the_teacher_is_one_of_the_runs_environment(monkeypatch, tokenizer, llama):

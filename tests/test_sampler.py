@@ -13,6 +13,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -30,7 +32,14 @@ from lm.branches import tree_obstacle
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy, without_dropout
 from lm.logprobs import sequence_logprobs
-from lm.obstacles import cache_obstacle, cached_columns, check_model, padding_obstacle, sampling_note
+from lm.obstacles import (
+    cache_obstacle,
+    cached_columns,
+    check_model,
+    check_positions,
+    padding_obstacle,
+    sampling_note,
+)
 from lm.packing import pack
 from lm.sampler import Draws, Sampler, check_gap, end_of_turn_ids, logprob_gap
 from rescore import response_logprobs
@@ -227,6 +236,21 @@ def test_a_position_embedding_that_depends_on_the_batch_is_refused_beyond_its_or
         assert together > 1e-3
         with pytest.raises(ValueError, match="lower --context-limit to 16"):
             check_model(model, 17)
+
+
+@pytest.mark.parametrize(
+    "config, model", [(GPT2Config, GPT2LMHeadModel), (MptConfig, MptForCausalLM), (BertConfig, BertLMHeadModel)]
+)
+def test_more_tokens_than_a_model_has_positions_are_refused(config, model):
+    model = small_model(config, model)
+    check_positions(model, 128)
+    with pytest.raises(ValueError, match="it has positions for 128 tokens: --context-limit"):
+        check_positions(model, 129)
+
+
+def test_positions_that_are_computed_have_no_end():
+    for config, model in ((LlamaConfig, LlamaForCausalLM), (JambaConfig, JambaForCausalLM)):
+        check_positions(small_model(config, model), 10**6)
 
 
 def test_a_model_that_looks_ahead_is_refused():
