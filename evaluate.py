@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 HELD_OUT = ("valid_seen", "valid_unseen")
 FLAGS = (
     *("model", "env", "env_options", "prompt", "history", "context", "context_limit", "max_new_tokens", "max_steps"),
-    *("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "dtype", "seed"),
+    *("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "dtype", "mixed_precision", "seed"),
 )  # that evaluation reads; of a run's policy the run's own settings are the defaults
 
 
@@ -80,10 +80,12 @@ def play(
     episode_skills: dict[str, str] | None = None,  # game, or task type, -> the skill to act under; None: without
     make_env: Callable[[], TextEnv] | None = None,  # None: the run's own environment
 ) -> list[Trajectory]:
-    """Play each of `games` once, at --eval-temperature, as many at a time as --rollout-budget holds."""
+    """Play each of `games` once, at --eval-temperature and in --mixed-precision, as many at a time as --rollout-budget
+    holds."""
     sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.eval_temperature}
     sampler = Sampler(model, encoder.tokenizer, **sampling, **config.budgets, reuse_cache=config.reuse_cache)
-    with tqdm(desc="evaluate", leave=False, disable=None) as bar:
+    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
+    with precision, tqdm(desc="evaluate", leave=False, disable=None) as bar:
         return rollout(
             sampler,
             encoder,
@@ -146,8 +148,8 @@ def evaluate(
     make_env: Callable[[], TextEnv] | None = None,
 ) -> dict[str, list[Trajectory]]:
     """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each of
-    `processes` plays its share; a split without games is left out. Seeded apart from training (each process by
-    itself), and the training's random state is left as it was. `episode_skills`, `make_env`: see `play`."""
+    `processes` plays its share; a split without games is left out. Seeded by --seed and the process alone, and the
+    training's random state is left as it was. `episode_skills`, `make_env`: see `play`."""
     results, acting = {}, {"episode_skills": episode_skills, "make_env": make_env}
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
@@ -189,6 +191,13 @@ def settings_of_run(argv: list[str] | None) -> dict:
     return settings if "algo" in settings else {}  # a model's own config.json has none
 
 
+def date_of_run(model: str) -> str | None:
+    """The day that chat templates were told in the run whose policy `model` is (see Encoder); None where it is no
+    run's."""
+    start = Path(model).parent / "start.json"
+    return json.loads(start.read_text())["date"] if start.is_file() else None
+
+
 ASKED = {"program": "evaluate.py", "about": __doc__.splitlines()[0], "shown": FLAGS}
 
 
@@ -196,14 +205,12 @@ def main(argv: list[str] | None = None) -> None:
     from tiny.loading import load_model
 
     config = parse_args(argv, base=settings_of_run(argv), **ASKED)
-    start = Path(config.model).parent / "start.json"
-    date = json.loads(start.read_text())["date"] if start.is_file() else None
     try:
         model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    results = evaluate(model, Encoder(tokenizer, config.context, date), config)
+    results = evaluate(model, Encoder(tokenizer, config.context, date_of_run(config.model)), config)
     print(format_table(results, columns_of(config)))
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from baselines import METHODS
 from config import Config, changed, flag, parse_args
-from evaluate import games_of
+from evaluate import eval_splits, games_of
 from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
 from experiments.tables import by_episodes, by_type, draw, efficiency, leads, table
@@ -185,8 +185,8 @@ def _seed(path: Path) -> int:
 def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny") -> Path:
     """The folder of the weights that every run starts from; and games, so that no two runs generate them at once.
     Raises ValueError where the folder was made from another model, or for another environment."""
-    config = parse_args(flags)
-    for split in ("train", "valid_seen", "valid_unseen"):
+    config = parse_args([*flags, "--model", model])
+    for split in ("train", *eval_splits(config)):
         games_of(config, split)
     start, made = runs / "start", runs / "start.txt"
     told = f"{model} for {config.env}{', untrained' if quick else ''}"

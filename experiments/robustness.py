@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from config import Config
-from evaluate import environment, evaluate
+from evaluate import date_of_run, environment, evaluate
 from experiments.perturb import CHANGES, Change, Perturbed
 from experiments.runs import ROOT, arm_of, commit, config_of, fingerprint, settings, write_result
 from experiments.tables import markdown, split_cells, split_titles
@@ -52,7 +52,7 @@ def measure(run: Path, config: Config, temperatures: list[float]) -> dict:
     told = conditions(config, temperatures)
     model, tokenizer = load_model(str(run / "policy"), env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, success = Encoder(tokenizer, config.context), {}
+    encoder, success = Encoder(tokenizer, config.context, date_of_run(str(run / "policy"))), {}
     for condition, (hot, make_env) in told.items():
         results = evaluate(model, encoder, hot, make_env=make_env)
         success[condition] = {split: float(np.mean([t.success for t in played])) for split, played in results.items()}

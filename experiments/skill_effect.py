@@ -32,7 +32,7 @@ import torch
 
 from baselines.controls import Placebo
 from config import Config, parse_args
-from evaluate import environment, eval_splits, games_of, play
+from evaluate import date_of_run, environment, eval_splits, games_of, play
 from experiments.estimates import bootstrap_interval
 from experiments.runs import ROOT, commit, settings, write_result
 from experiments.tables import markdown
@@ -82,15 +82,13 @@ def measure(config: Config, temperatures: list[float]) -> dict[str, dict[str, li
     games = [game for split in eval_splits(config) for game in games_of(config, split)]
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, won = Encoder(tokenizer, config.context), {}
-    autocast = {"dtype": torch.bfloat16, "enabled": config.mixed_precision == "bf16"}
+    encoder, won = Encoder(tokenizer, config.context, date_of_run(config.model)), {}
     for kind, texts in told_by(config, games).items():
         mine = [game for game in games if game in texts or kind == "none"]
         for temperature in temperatures:
             torch.manual_seed(config.seed)
             hot = replace(config, eval_temperature=temperature)
-            with torch.autocast(model.device.type, **autocast):
-                played = play(model, encoder, hot, mine, episode_skills=texts)
+            played = play(model, encoder, hot, mine, episode_skills=texts)
             outcomes = [[game, int(t.success)] for game, t in zip(mine, played, strict=True)]
             won.setdefault(kind, {})[f"{temperature:g}"] = outcomes
         print(f"{kind} done", flush=True)

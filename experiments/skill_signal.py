@@ -71,7 +71,8 @@ def batch_of(config: Config, run: Path | None) -> tuple[Config, list[Trajectory]
             if newest is None:
                 raise FileNotFoundError(f"{run} holds no checkpoint")
             (Path(folder) / "checkpoints").mkdir()
-            (Path(folder) / "checkpoints" / newest.name).symlink_to(newest.absolute())
+            for file in (newest, run / "start.json"):  # the policy, and what the run started from: weights and day
+                (Path(folder) / file.relative_to(run)).symlink_to(file.absolute())
         config = replace(config, out=folder, resume=run is not None, eval_every=0, tracker="none")
         training = Run(config)
         iteration = training.log.first_iteration

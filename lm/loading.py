@@ -30,20 +30,26 @@ def load_model(name: str, *, dtype: str = "float32"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
-    except (OSError, HFValidationError) as error:  # their messages run over many lines
-        raise ValueError(
-            f"no model {name!r}: it is neither a folder here nor a model that the hub gives "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from None
+    except (OSError, HFValidationError) as error:
+        raise _none_there(name, error) from None
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
     return without_dropout(_drop_quantization(rounded(model, getattr(torch, dtype)))), tokenizer
 
 
 def load_config(name: str):
-    """The architecture of what `load_model` would load, without its weights."""
+    """The architecture of what `load_model` would load, without its weights. Raises ValueError where there is none."""
     source, options = _smollm2() if name == "smollm2" else (name, {})
-    return AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+    try:
+        return AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+    except (OSError, HFValidationError) as error:
+        raise _none_there(name, error) from None
+
+
+def _none_there(name: str, error: Exception) -> ValueError:
+    """In one line: the libraries' messages run over many."""
+    why = str(error).strip().splitlines()[0]
+    return ValueError(f"no model {name!r}: it is neither a folder here nor a model that the hub gives ({why})")
 
 
 def _smollm2() -> tuple[str, dict]:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from config import LOCAL_WRITERS, RECIPES, Config, flag
 from lm.loading import frozen
 from lm.memory import give_back
-from runlog import memory
+from runlog import FREE, memory
 from runlog.counting import bytes_of, shell
 from runlog.passes import Pass, Passes
 from tiny.loading import load_config
@@ -43,8 +43,7 @@ class Phase:
 
 class Plan:
     """The phases of a run on one of `processes`, each with its peak. `libraries`: bytes of the process before it has a
-    model, which count on a CPU; None: planned for a GPU. Raises what loading a model's configuration raises (OSError
-    where the hub cannot be reached)."""
+    model, which count on a CPU; None: planned for a GPU. Raises ValueError where there is no such model."""
 
     def __init__(self, config: Config, architecture=None, *, processes: int = 1, libraries: float | None = None):
         self.config, self.processes, self.libraries, self.gpu = config, processes, libraries, libraries is None
@@ -174,7 +173,8 @@ def advice(plan: Plan, there: float) -> str | None:
 
 
 def _changes(plan: Plan) -> list[tuple[str, dict]]:
-    """Settings that could take something off the largest phase, as (words, changes)."""
+    """Settings that could take something off the largest phase, as (words, changes); of a run that is resumed only
+    those that may change."""
     config, phase, changes = plan.config, plan.largest.name, []
 
     def halved(name: str, least: int) -> None:
@@ -197,7 +197,7 @@ def _changes(plan: Plan) -> list[tuple[str, dict]]:
         changes.append(("--shard", {"shard": True}))
     if not (config.lora_rank or config.shard):
         changes.append(("--lora-rank 32", {"lora_rank": 32}))
-    return changes
+    return [(words, change) for words, change in changes if not config.resume or change.keys() <= FREE]
 
 
 def line(config: Config, model, processes: int) -> str:

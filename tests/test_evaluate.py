@@ -12,6 +12,7 @@ from envs.alfworld import TASK_TYPES
 from envs.search import DATA_SOURCES, GENERATED_SOURCES
 from evaluate import (
     ASKED,
+    date_of_run,
     environment,
     eval_splits,
     evaluate,
@@ -121,6 +122,24 @@ def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, token
     assert torch.equal(torch.get_rng_state(), before)
     assert [[s.response for s in t.steps] for t in runs[0]] == [[s.response for s in t.steps] for t in runs[1]]
     assert [t.game for t in runs[0]] == games_of(config, "valid_unseen")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_games_are_played_in_the_runs_precision(precision, llama, tokenizer, monkeypatch):
+    config = Config(eval_games=1, max_steps=1, max_new_tokens=6, mixed_precision=precision)
+    seen, original = [], Sampler.__call__
+    look = lambda self, *a: (seen.append(torch.is_autocast_enabled("cpu")), original(self, *a))[1]
+    monkeypatch.setattr(Sampler, "__call__", look)
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluate(llama, Encoder(tokenizer, "chat"), config, ["valid_unseen"])
+    evaluate(llama, Encoder(tokenizer, "chat"), config, ["valid_unseen"])
+    assert seen == [precision == "bf16"] * 2
+
+
+def test_templates_are_told_the_day_of_the_run(tmp_path):
+    assert date_of_run(str(tmp_path / "policy")) is None
+    (tmp_path / "start.json").write_text(json.dumps({"weights": "0", "date": "2026-01-02"}))
+    assert date_of_run(str(tmp_path / "policy")) == "2026-01-02"
 
 
 @pytest.mark.parametrize("budget, sizes", [(2 * 1024, [2, 2, 1]), (131072, [5])])

@@ -256,6 +256,17 @@ def test_runs_start_from_the_named_model_and_no_other(tmp_path, monkeypatch, lla
         compare.prepare(tmp_path, True, QUICK.split(), "some/model")
 
 
+def test_data_from_outside_goes_to_a_model_that_knows_its_words(tmp_path, monkeypatch, llama, tokenizer):
+    """And its splits are those that are there."""
+    monkeypatch.setattr(compare, "load_model", lambda name, **k: (llama, tokenizer))
+    asked = []
+    monkeypatch.setattr(compare, "games_of", lambda config, split: asked.append(split))
+    monkeypatch.setattr(compare, "eval_splits", lambda config: ("test",))
+    outside = ["--env", "search", "--env-options", f"questions={tmp_path}"]
+    compare.prepare(tmp_path / "runs", False, [*QUICK.split(), *outside], "some/model")
+    assert asked == ["train", "test"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -20,6 +20,11 @@ def test_smollm2_is_dense_trainable_and_answers(smollm2):
     assert "Paris" in tokenizer.decode(out[0])
 
 
+def test_the_tiny_model_comes_in_the_dtype_that_is_asked_for():
+    assert load_model("tiny", dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert load_model("tiny")[0].dtype == torch.float32
+
+
 def test_a_saved_policy_loads_plainly(llama, tokenizer, tmp_path):
     save_policy(llama, tokenizer, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
+import train
 from config import Config
 from lm.cache import CachedConversations
 from lm.logprobs import sequence_logprobs
@@ -17,7 +18,7 @@ from lm.sampler import Sampler
 from runlog import memory, metrics
 from runlog.counting import Count, Shells
 from runlog.passes import Passes
-from runlog.plan import GIB, Plan, advice, line, told
+from runlog.plan import GIB, Plan, _changes, advice, line, told
 from tiny.loading import load_config
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
@@ -173,12 +174,14 @@ def test_advice_is_enough_or_the_best_there_is():
     assert advice(plan, plan.peak).startswith("--gradient-checkpointing is enough")
     assert advice(plan, plan.peak / 100).startswith("first --")
     least = dict.fromkeys(("token_budget", "rollout_budget", "context_limit", "skill_context_limit"), 64)
+    least["skill_tokens"] = 32
     sparse = Plan(Config(**least, lora_rank=1, gradient_checkpointing=True), libraries=GIB)
     assert "smaller model" in advice(sparse, 1)
 
 
 def test_offload_is_no_advice_on_a_cpu():
     settings = {"context_limit": 64, "skill_context_limit": 64, "rollout_budget": 64, "token_budget": 64}
+    settings["skill_tokens"] = 32
     config = Config(**settings, gradient_checkpointing=True, algo="grpo")
     assert "--offload" in advice(Plan(config), 0.99 * Plan(config).peak)
     assert "--offload" not in advice(Plan(config, libraries=0.0), 0.99 * Plan(config).peak)
@@ -261,6 +264,22 @@ def test_advice_leaves_out_what_the_run_refuses(settings, monkeypatch):
     monkeypatch.setattr(memory, "there", lambda: 0.2 * GIB)
     told = line(Config(**settings), tiny_model(WORDS, seed=0), 2)
     assert "WARNING" in told and "--shard" not in told
+
+
+def test_a_resumed_run_is_told_of_what_it_may_change(monkeypatch):
+    monkeypatch.setattr(memory, "there", lambda: 0.2 * GIB)
+    run = Config(frozen_dtype="float32", offload=True, gradient_checkpointing=True)
+    first, resumed = (
+        {flag for _, change in _changes(Plan(c)) for flag in change} for c in (run, replace(run, resume=True))
+    )
+    assert first - resumed == {"lora_rank", "frozen_dtype"}
+    assert "token_budget" in resumed
+
+
+def test_a_model_that_is_not_there_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--plan", "--model", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match=r"^train\.py: no model '.*nothing': it is neither a folder here nor .*"):
+        train.main()
 
 
 def test_a_teacher_is_planned_for_the_environment_of_the_run(monkeypatch):

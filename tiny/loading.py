@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 import lm.loading
 from tiny.coldstart import PREFIX, cold_started
 from tiny.warmstart import tiny_model, tiny_tokenizer, warm_started
@@ -11,7 +13,8 @@ def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32"):
     """-> (model, tokenizer). `tiny`: the laptop model, warm-started for `env`.
     `cold:NAME`: what lm/loading.py knows by NAME, after its cold start for `env` (trained on first use, then kept)."""
     if name == "tiny":
-        return warm_started(env)
+        model, tokenizer = warm_started(env)
+        return lm.loading.rounded(model, getattr(torch, dtype)), tokenizer
     return lm.loading.load_model(cold_started(name, env) if name.startswith(PREFIX) else name, dtype=dtype)
 
 

@@ -39,12 +39,12 @@ def measured(model, tokenizer, settings: ColdStart, games: int) -> str:
     told = script(settings.env)
     style = {"prompt": settings.prompt, "context": settings.context, "context_limit": settings.context_limit}
     limits = {"max_steps": told.MAX_STEPS, "max_new_tokens": RESPONSE[settings.prompt]}
-    config = Config(model=settings.model, env=settings.env, **style, **limits, eval_games=games)
+    how = {"mixed_precision": settings.mixed_precision, "eval_games": games}
+    config = Config(model=settings.model, env=settings.env, **style, **limits, **how)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    autocast = {"dtype": torch.bfloat16, "enabled": settings.mixed_precision == "bf16"}
-    with torch.autocast(model.device.type, **autocast):
-        results = evaluate(model, Encoder(tokenizer, config.context), config)
-        played = [trajectory for split in results.values() for trajectory in split]
+    results = evaluate(model, Encoder(tokenizer, config.context), config)
+    played = [trajectory for split in results.values() for trajectory in split]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
         return f"{format_table(results, columns_of(config))}\n{skills_of(played, model, tokenizer, config)}"
 
 

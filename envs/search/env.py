@@ -118,7 +118,7 @@ def read_action(action: str) -> tuple[str, str] | None:
 class SearchEnv:
     """The environment of envs/__init__.py. A task is a string, "search/SPLIT/NUMBER".
 
-    `questions`: see search_questions.load_questions. `retriever`: "generate", a JSON-lines corpus for BM25, the URL of
+    `questions`: see questions.load_questions. `retriever`: "generate", a JSON-lines corpus for BM25, the URL of
     a retrieval server, or any object with Retriever's `search`. It is opened at the first search, and shared by all
     environments of the process.
     """
