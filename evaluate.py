@@ -206,8 +206,10 @@ def main(argv: list[str] | None = None) -> None:
 
     config = parse_args(argv, base=settings_of_run(argv), **ASKED)
     try:
+        for split in eval_splits(config):  # what is missing is missed before a model is loaded
+            games_of(config, split)
         model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     results = evaluate(model, Encoder(tokenizer, config.context, date_of_run(config.model)), config)

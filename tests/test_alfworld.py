@@ -42,6 +42,8 @@ HISTORY = [("o1", "a1"), ("o2", "a2"), ("o3", "a3")]
 def test_first_window_prompt_is_the_authors():
     prompt = AlfworldEnv().build_prompt("window", "look at bowl.", [], "Your task is to: look at bowl.", ACTIONS)
     assert fill(prompt) == FIRST.format(observation="Your task is to: look at bowl.")
+    later = AlfworldEnv(history=0).build_prompt("window", "look at bowl.", HISTORY, "o4", ACTIONS)
+    assert fill(later) == FIRST.format(observation="o4")
 
 
 def test_later_window_prompt_is_the_authors_and_shows_the_last_steps():
@@ -78,6 +80,7 @@ def test_chat_has_the_episode_slot_in_its_opening_only_and_a_step_slot_in_every_
         ("<think>hm</think> go to bed 1 and then look around", "go to bed 1 and then look around"[-30:], False),
         ("<think>看</think><action>look</action>", "look", False),
         ("<think>a</think><action>x</action><action>y</action>", "x", True),
+        ("no </action> yet <think>a</think><action>look</action>", "", True),  # the first of each tag, as the authors
     ],
 )
 def test_official_parser(response, action, valid):
@@ -203,6 +206,17 @@ def test_games_not_marked_as_solvable_are_left_out_counted_and_named(lay_out, ca
         "1 with 'movable' in their name (movable-a/trial_1)"
     )
     assert len(caplog.records) == 1  # though it was listed three times
+
+
+def test_the_first_held_out_official_games_are_of_all_types(lay_out):
+    kinds = ["look_at_obj_in_light", "pick_and_place_simple", "pick_two_obj_and_place"]
+    folder = lay_out({f"{kind}-Mug-None-Desk-{i}": {"solvable": True} for kind in kinds for i in range(3)})
+    (folder / "json_2.1.1" / "train").rename(folder / "json_2.1.1" / "valid_seen")
+    games = AlfworldEnv(data=str(folder)).tasks("valid_seen", 4)
+    assert [Path(game).parts[-3] for game in games] == [
+        *(f"{kind}-Mug-None-Desk-0" for kind in kinds),
+        f"{kinds[0]}-Mug-None-Desk-1",
+    ]
 
 
 def test_a_split_with_nothing_to_play_says_what_was_left_out(lay_out):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate as evaluate_module
 from config import Config, parse_args
 from data import Trajectory
 from envs.alfworld import TASK_TYPES
@@ -134,6 +135,12 @@ def test_games_are_played_in_the_runs_precision(precision, llama, tokenizer, mon
         evaluate(llama, Encoder(tokenizer, "chat"), config, ["valid_unseen"])
     evaluate(llama, Encoder(tokenizer, "chat"), config, ["valid_unseen"])
     assert seen == [precision == "bf16"] * 2
+
+
+def test_data_that_are_missing_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("tiny.loading.load_model", None)  # before a model is loaded
+    with pytest.raises(SystemExit, match=r"^evaluate\.py: no game\.tw-pddl under"):
+        evaluate_module.main(["--env-options", f"data={tmp_path}"])
 
 
 def test_templates_are_told_the_day_of_the_run(tmp_path):

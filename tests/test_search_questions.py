@@ -47,7 +47,7 @@ def test_search_r1_parquet(tmp_path):
 
 def test_processed_files_keep_answers_in_reward_model(tmp_path):
     rows = [{"question": "q?", "reward_model": {"ground_truth": {"target": ["a"]}}, "data_source": "searchR1_nq"}]
-    assert load_questions(write(tmp_path / "x.jsonl", rows), "train") == (Question("q?", ("a",), "nq"),)
+    assert load_questions(write(tmp_path / "x.jsonl", rows), "test") == (Question("q?", ("a",), "nq"),)
 
 
 def test_without_a_data_source_the_file_names_it(tmp_path):
@@ -70,7 +70,7 @@ def test_held_out_questions_alternate_between_data_sets(tmp_path):
 
 def test_a_number_is_one_answer_and_may_name_the_data_set(tmp_path):
     rows = [{"question": "how many?", "golden_answers": 42, "data_source": 7}]
-    assert load_questions(write(tmp_path / "q.jsonl", rows), "train") == (Question("how many?", ("42",), "7"),)
+    assert load_questions(write(tmp_path / "q.jsonl", rows), "test") == (Question("how many?", ("42",), "7"),)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,19 @@ def test_a_number_is_one_answer_and_may_name_the_data_set(tmp_path):
 )
 def test_bad_rows_are_named(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        load_questions(write(tmp_path / "q.jsonl", rows), "train")
+        load_questions(write(tmp_path / "q.jsonl", rows), "test")
+
+
+def test_of_one_file_nothing_is_held_out_so_nobody_trains_on_it(tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"question": "q?", "golden_answers": ["a"]}])
+    with pytest.raises(ValueError, match=r"q\.jsonl is one file, of which nothing is held out"):
+        load_questions(path, "train")
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "q?", "golden_answers": ["a"]}\n{"question": \n')
+    with pytest.raises(ValueError, match=r"q\.jsonl cannot be read as json"):
+        load_questions(str(tmp_path / "q.jsonl"), "test")
 
 
 def test_missing_files_are_named(tmp_path):

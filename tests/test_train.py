@@ -559,3 +559,11 @@ def test_a_checkpoint_of_an_older_version_is_refused_by_name(random_tiny, tmp_pa
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"000000.pt is of an older version"):
         train(replace(c, iterations=2, resume=True))
+
+
+def test_held_out_data_that_are_missing_are_missed_before_training(random_tiny, tmp_path):
+    folder = tmp_path / "official" / "json_2.1.1" / "train" / "look_at_obj_in_light-Mug-None-DeskLamp-1" / "trial_1"
+    folder.mkdir(parents=True)
+    (folder / "game.tw-pddl").write_text(json.dumps({"solvable": True}))
+    with pytest.raises(FileNotFoundError, match=r"no game\.tw-pddl under .*valid_seen"):
+        Run(config(tmp_path, "run", model="smollm2", prompt="official", env_options={"data": str(folder.parents[3])}))

@@ -22,6 +22,7 @@ from typing import Literal
 from data import Prompt
 from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
 from envs.alfworld.games import generate_games
+from envs.order import alternating
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
 
 warn_once = lru_cache(logging.getLogger(__name__).warning)  # a folder is listed before every evaluation
@@ -112,6 +113,11 @@ def marked_solvable(path: Path) -> bool:
 
 def shortened(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def type_of(game: str) -> str:
+    """The task type of an official game file, from the name of its task's folder: look_at_obj_in_light-Mug-None-..."""
+    return Path(game).parts[-3].partition("-")[0]
 
 
 def split_of(game: str) -> str:
@@ -207,7 +213,8 @@ class AlfworldEnv:
             return [game for game in self.games if split_of(game) == split][:count]
         if self.generated:
             return cached_games(self.size, split, count or GENERATED[split])
-        return list_games(self.data, split)[:count]
+        games = list_games(self.data, split)
+        return (games if split == "train" else alternating(games, type_of))[:count]
 
     def build_prompt(
         self, style: str, task: str, history: list[tuple[str, str]], observation: str, admissible: list[str]
@@ -218,7 +225,7 @@ class AlfworldEnv:
             return compact_prompt(style, task, history, observation, self.history)
         actions = "\n ".join(f"'{action}'" for action in admissible if action != "help")
         actions = f"Your admissible actions of the current situation are: [{actions}].\n\n"
-        if not history:  # the first observation names the task
+        if not history or (style == "window" and not self.history):  # the first observation names the task
             opening = f"\n{ROLE}\nYour current observation is: {observation}\n"
             return (opening, EPISODE_SLOT, actions, STEP_SLOT, f"{YOUR_TURN}{REASON} {CHOOSE}")
         if style == "chat":
@@ -228,17 +235,19 @@ class AlfworldEnv:
         return (opening, EPISODE_SLOT, past + actions, STEP_SLOT, f"{YOUR_TURN}{REASON}{CHOOSE}")
 
     def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
-        """ "official": as the authors parse (projection.py): the text between <action> tags, lower case; valid if both
-        tags and a <think> block are there and no Chinese characters are; else the last 30 characters, invalid.
+        """ "official": as the authors parse (projection.py): the text between the first <action> and the first
+        </action>, lower case; valid if a <think> block is there and no Chinese characters are; without both tags the
+        last 30 characters, invalid.
         "compact": the whole response, valid if it is admissible, in compact words or the engine's own."""
         if self.prompt == "compact":
             action = response.strip()
             return action, action in admissible or action in self.commands.values()
-        found = re.search(r"<action>(.*?)</action>", response, re.DOTALL | re.IGNORECASE)
-        if found is None:
-            return response[-30:].lower(), False
+        text = response.lower()
+        start, end = text.find("<action>"), text.find("</action>")
+        if start == -1 or end == -1:
+            return text[-30:], False
         thought = "<think>" in response and "</think>" in response
-        return found.group(1).strip().lower(), thought and not re.search(r"[\u4e00-\u9fff]", response)
+        return text[start + len("<action>") : end].strip(), thought and not re.search(r"[\u4e00-\u9fff]", response)
 
     def analysis_prompt(self) -> str | None:
         return COMPACT_ANALYSIS if self.prompt == "compact" else None

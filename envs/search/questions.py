@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 
+from envs.order import alternating
 from envs.search.facts import SPLITS, generated_questions
 
 GENERATE = "generate"
@@ -29,11 +28,11 @@ class Question:
 def load_questions(source: str, split: str) -> tuple[Question, ...]:
     """The questions of one split, in a fixed order.
 
-    `source` is "generate"; a folder with SPLIT.parquet, SPLIT.jsonl or SPLIT.json; one such file, for every split; or
-    a hub id such as PeterJinGo/nq_hotpotqa_train. Columns: `question`, and `golden_answers` or
-    `reward_model.ground_truth.target`; `data_source`, or else the file or folder names it. Splits other than
-    train alternate between their data sources, so that the first N questions tell about all of them alike. Raises
-    ValueError or FileNotFoundError with what to do.
+    `source` is "generate"; a folder with SPLIT.parquet, SPLIT.jsonl or SPLIT.json; one such file, for every split but
+    train, since nothing would be held out; or a hub id such as PeterJinGo/nq_hotpotqa_train. Columns: `question`, and
+    `golden_answers` or `reward_model.ground_truth.target`; `data_source`, or else the file or folder names it. Splits
+    other than train alternate between their data sources, so that the first N questions tell about all of them alike.
+    Raises ValueError or FileNotFoundError with what to do.
     """
     if source == GENERATE:
         if split not in SPLITS:
@@ -46,7 +45,7 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
     questions = [_question(row, f"{name}, row {i}", Path(source).stem) for i, row in enumerate(_rows(source, split))]
     if not questions:
         raise ValueError(f"{name} holds no question")
-    return tuple(questions if split == "train" else _alternating(questions))
+    return tuple(questions if split == "train" else alternating(_shuffled(questions), lambda q: q.source))
 
 
 def _rows(source: str, split: str):
@@ -58,7 +57,14 @@ def _rows(source: str, split: str):
         kind = FORMATS.get(found[0].suffix.removeprefix("."))
         if kind is None:
             raise ValueError(f"{found[0]}: questions come as one of {', '.join(FORMATS)}")
-        rows = datasets.load_dataset(kind, data_files=str(found[0]), split="train")
+        if split == "train" and path.is_file():
+            raise ValueError(
+                f"{path} is one file, of which nothing is held out: give a folder with train and test files"
+            )
+        try:
+            rows = datasets.load_dataset(kind, data_files=str(found[0]), split="train")
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{found[0]} cannot be read as {kind}: {error.__cause__ or error}") from None
     elif path.is_dir() or path.suffix.removeprefix(".") in FORMATS:
         raise FileNotFoundError(f"no questions at {' or '.join(map(str, files))}")
     else:
@@ -84,10 +90,5 @@ def _question(row: Mapping, place: str, default_source: str) -> Question:
     return Question(question.strip(), answers, source.removeprefix("searchR1_"))  # as some processed files tag it
 
 
-def _alternating(questions: list[Question]) -> list[Question]:
-    """Shuffled by a fixed seed, then one question of each data source in turn."""
-    by_source: dict[str, list[Question]] = defaultdict(list)
-    for question in Random(0).sample(questions, len(questions)):
-        by_source[question.source].append(question)
-    rounds = itertools.zip_longest(*(by_source[source] for source in sorted(by_source)))
-    return [question for turn in rounds for question in turn if question is not None]
+def _shuffled(questions: list[Question]) -> list[Question]:
+    return Random(0).sample(questions, len(questions))

@@ -31,7 +31,7 @@ INDEX_VERSION = 1  # of what `_build` writes; part of the index folder's name
 SERVE_HINT = "start one with `python -m envs.search serve --corpus FILE --port 8000`, or set --env-options retriever"
 
 
-class RetrieverError(RuntimeError):
+class RetrieverError(OSError):
     """A search could not be carried out. Never an empty result: that would be a wrong reward."""
 
 
@@ -183,13 +183,15 @@ class HttpRetriever:
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                return self._read(self._post(body), len(queries), k)
+                answer = self._post(body)
             except urllib.error.HTTPError as error:
                 if error.code < 500:
                     raise RetrieverError(f"the retrieval server at {self.url} refused a search: {error}") from error
                 problem = error
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off, no HTTP
                 problem = error
+            else:
+                return self._read(answer, len(queries), k)
         raise RetrieverError(
             f"the retrieval server at {self.url} did not answer in {self.tries} tries of {self.timeout:g} s "
             f"(last: {problem}); {SERVE_HINT}"

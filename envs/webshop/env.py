@@ -10,6 +10,7 @@ responses `<think>...</think><action>...</action>`. "compact": compact.py, respo
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import lru_cache
 from typing import Literal
@@ -20,8 +21,10 @@ from envs.webshop import compact
 from envs.webshop.catalogue import generate_catalogue
 from envs.webshop.data import ALIASES, SPLITS, Shop, load_shop, sizes
 from envs.webshop.pages import SEPARATOR, Session
-from envs.webshop.rewards import nouns, reward
+from envs.webshop.rewards import nouns, reward, tagger
 from envs.webshop.search import Index, cached_index
+
+log = logging.getLogger(__name__)
 
 GENERATED = "cache/webshop"
 LONGEST_PROMPT = 20_000  # characters; the authors show no history in a longer one
@@ -42,6 +45,11 @@ CHOOSE = (
 def open_shop(data: str, goals: str) -> tuple[Shop, Index, list[str]]:
     """The catalogue of one folder (or the generated one), its search index, its asins in order: once a process."""
     shop = load_shop(generate_catalogue(GENERATED) if data == "generate" else data, goals)
+    if data != "generate" and tagger() is None:
+        log.warning(
+            "spaCy's en_core_web_sm is not installed: the reward finds a title's nouns without it, and may differ from "
+            "the official one"
+        )
     return shop, cached_index(shop.products.values()), list(shop.products)
 
 
