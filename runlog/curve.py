@@ -27,7 +27,7 @@ def plot_curve(folder: str | Path, *more: str | Path) -> Path:
             [m["iteration"] + 1 for m in metrics],
             [100 * m["train/success"] for m in metrics],
             alpha=0.35,
-            label=f"{label}train (T 1.0)",
+            label=f"{label}train",
         )
         for split in evaluations[0]["success"] if evaluations else []:
             axis.plot(

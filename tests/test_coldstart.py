@@ -243,6 +243,21 @@ def test_loss_falls_and_a_stopped_cold_start_goes_on_exactly(start, tmp_path, mo
     assert not (tmp_path / "stopped" / "checkpoint.pt").exists()
 
 
+def test_a_stopped_cold_start_goes_on_with_its_own_day(start, tmp_path, monkeypatch):
+    """Some templates print it: another day would make other demonstrations."""
+    days, original = [], tiny.coldstart.batches_of
+    monkeypatch.setattr(tiny.coldstart, "batches_of", lambda *a: (days.append(a[-1]), original(*a))[1])
+    settings = ColdStart(model=start, games=1)
+    write_record(tmp_path, {"settings": asdict(settings), "losses": [], "date": "2026-01-02"})
+    assert cold_start(settings, tmp_path)["date"] == "2026-01-02"
+    assert days == ["2026-01-02"]
+    template = TEMPLATES["llama-3.2"]
+    tokenizer = byte_tokenizer(template)
+    demonstrator = Demonstrator(tokenizer, 0, date="2026-01-02")
+    [game] = demonstrator.script.games(1)
+    assert "02 Jan 2026" in tokenizer.decode(demonstrator.sequences(game)[0].ids)
+
+
 def test_the_folder_is_a_plain_model(start, tmp_path):
     out = tmp_path / "cold"
     cold_start(ColdStart(model=start, games=2, lora_rank=4), out)

@@ -15,6 +15,7 @@ what an environment says.
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
@@ -43,8 +44,8 @@ def setting(default, help: str, choices: tuple[str, ...] | None = None):
 
 @dataclass
 class ColdStart:
-    """What a cold start is a function of (on a CPU bit for bit, with as many threads). Raises ValueError for a value
-    out of range."""
+    """What a cold start is a function of (on a CPU bit for bit, with as many threads; and of its day, which is in its
+    record, where the chat template prints one). Raises ValueError for a value out of range."""
 
     model: str = setting("smollm2", "'smollm2', a folder or a hub id: an instruct model")
     env: str = setting("alfworld", "environment", ENVIRONMENTS)
@@ -108,14 +109,15 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
     on from its checkpoint, made every `save_every` steps. Raises ValueError for a folder that holds another one."""
     if save_every < 1:
         raise ValueError(f"save_every must be positive, not {save_every}")
-    record = read_record(folder) or {"settings": asdict(settings), "losses": []}
+    today = datetime.date.today().isoformat()
+    record = read_record(folder) or {"settings": asdict(settings), "losses": [], "date": today}
     if record["settings"] != asdict(settings):
         raise ValueError(f"{folder} holds a cold start with other settings (see its {RECORD}): take another folder")
     if "seconds" in record:
         return record
     model, tokenizer = lm.loading.load_model(settings.model)
     model, optimizer = prepared(model, settings)
-    batches = batches_of(tokenizer, settings)
+    batches = batches_of(tokenizer, settings, record.get("date"))
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder, record)
     losses, seconds = resumed(folder / CHECKPOINT, model, optimizer)
@@ -154,10 +156,10 @@ def prepared(model, settings: ColdStart) -> tuple:
     return model, torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
 
 
-def batches_of(tokenizer, settings: ColdStart) -> list:
-    """The demonstrations in batches, in the order in which they are learnt."""
+def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
+    """The demonstrations in batches, in the order in which they are learnt. `date`: see Encoder."""
     style = {"prompt": settings.prompt, "context": settings.context, "context_limit": settings.context_limit}
-    demonstrator = Demonstrator(tokenizer, settings.seed, settings.env, **style)
+    demonstrator = Demonstrator(tokenizer, settings.seed, settings.env, **style, date=date)
     sequences = demonstrations(demonstrator, games=settings.games, plays=1)
     if not sequences:
         raise ValueError(f"no demonstration fits in {settings.context_limit} tokens")

@@ -79,10 +79,11 @@ class Demonstrator:
         prompt: str = "compact",
         context: str = "chat",
         context_limit: int | None = None,
+        date: str | None = None,  # see Encoder
     ):
         self.tokenizer, self.rng, self.script = tokenizer, random.Random(seed), script(env)
         self.encoder, self.env = (
-            Encoder(tokenizer, context),
+            Encoder(tokenizer, context, date),
             make_env(env, prompt=prompt, max_steps=self.script.MAX_STEPS, history=HISTORY),
         )
         self.prompt, self.context_limit = prompt, context_limit

@@ -34,7 +34,7 @@ RESPONSE = {"compact": 24, "official": 96}  # most tokens of an action: the scri
 SKILL_TOKENS = 160  # of an answer with skills: the scripts' longest has 92
 
 
-def measured(model, tokenizer, settings: ColdStart, games: int) -> str:
+def measured(model, tokenizer, settings: ColdStart, games: int, date: str | None = None) -> str:
     """Held-out success, and how often the skills that the model writes of these episodes are right."""
     told = script(settings.env)
     style = {"prompt": settings.prompt, "context": settings.context, "context_limit": settings.context_limit}
@@ -42,13 +42,13 @@ def measured(model, tokenizer, settings: ColdStart, games: int) -> str:
     how = {"mixed_precision": settings.mixed_precision, "eval_games": games}
     config = Config(model=settings.model, env=settings.env, **style, **limits, **how)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    results = evaluate(model, Encoder(tokenizer, config.context), config)
+    results = evaluate(model, Encoder(tokenizer, config.context, date), config)
     played = [trajectory for split in results.values() for trajectory in split]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-        return f"{format_table(results, columns_of(config))}\n{skills_of(played, model, tokenizer, config)}"
+        return f"{format_table(results, columns_of(config))}\n{skills_of(played, model, tokenizer, config, date)}"
 
 
-def skills_of(trajectories: list[Trajectory], model, tokenizer, config: Config) -> str:
+def skills_of(trajectories: list[Trajectory], model, tokenizer, config: Config, date: str | None) -> str:
     write = model_writer(
         model,
         tokenizer,
@@ -57,6 +57,7 @@ def skills_of(trajectories: list[Trajectory], model, tokenizer, config: Config) 
         context_limit=config.context_limit,
         prefill="",
         rollout_budget=config.rollout_budget,
+        date=date,
     )
     torch.manual_seed(0)
     told = {"max_step_skills": config.max_step_skills, "template": environment(config)().analysis_prompt()}
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(record['losses'])} steps in {record['seconds']} s, peak memory {peak_mib(trained_on):.0f} MiB")
     print(f"loss {first[0]:.2f} at first, {last:.3f} in the end (mean of the last {SHOWN} steps), nats a token")
     if games:
-        print(measured(model, tokenizer, settings, games))
+        print(measured(model, tokenizer, settings, games, record.get("date")))
 
 
 if __name__ == "__main__":

@@ -199,8 +199,10 @@ def show_update(run: Run, batch: Batch, step, row: int, updated: dict[str, float
 
 def walk(config: Config) -> None:
     """Plays one iteration and prints it. Raises ValueError where no step is guided, or A_skill is another one."""
-    if config.shift_base != "old" or config.centred or config.divergence != "sampled":
-        raise ValueError("it shows the shift of the paper: no --shift-base, --centred or --divergence")
+    if config.shift_base != "old" or config.centred or config.divergence != "sampled" or config.skill_clip is not None:
+        raise ValueError("it shows the shift of the paper: no --shift-base, --centred, --divergence or --skill-clip")
+    if (config.normalize, config.group_over, config.invalid_penalty) != ("mean_std", "steps", 0.0):
+        raise ValueError("it shows one outcome advantage: no other --normalize, --group-over or --invalid-penalty")
     run = Recorded(config)
     start = json.loads(Path(config.out, "start.json").read_text())
     print(f"model {config.model}, weights {start['weights'][:12]}, seed {config.seed}")
