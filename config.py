@@ -245,6 +245,10 @@ class Config:
         self._check_writer()
         method = METHODS[self.algo]
         method.check(self)
+        if self.shift_base == "other" and not method.own_skills:
+            raise ValueError(
+                f"--shift-base other compares with another task's skill: --algo {self.algo} has no own ones"
+            )
         if not method.shifts and self.levels and (self.centred or self.shift_base != "old"):
             raise ValueError(f"--algo {self.algo} learns from no shift: --centred and --shift-base would do nothing")
         if not method.weighs and self.levels and (self.skill_clip is not None or self.skill_iterations):

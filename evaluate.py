@@ -57,6 +57,12 @@ def eval_splits(config: Config) -> tuple[str, ...]:
     return getattr(environment(config)(), "held_out", HELD_OUT)
 
 
+def held_out_games(config: Config) -> dict[str, list]:
+    """Held-out split -> its games. Raises what `games_of` raises for data that are missing, which is best asked before
+    hours of work."""
+    return {split: games_of(config, split) for split in eval_splits(config)}
+
+
 def columns_of(config: Config) -> dict[str, str]:
     """Task type -> column of the table; empty: the types' own names."""
     return getattr(environment(config)(), "columns", {})
@@ -206,8 +212,7 @@ def main(argv: list[str] | None = None) -> None:
 
     config = parse_args(argv, base=settings_of_run(argv), **ASKED)
     try:
-        for split in eval_splits(config):  # what is missing is missed before a model is loaded
-            games_of(config, split)
+        held_out_games(config)
         model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")

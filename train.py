@@ -27,7 +27,7 @@ from baselines.divergences import distances
 from baselines.method import lambdas
 from config import Config, parse_args
 from data import Batch, Guidance, Skills, Trajectory
-from evaluate import environment, eval_splits, evaluate_everywhere, games_of
+from evaluate import environment, evaluate_everywhere, games_of, held_out_games
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.logprobs import sequence_logprobs
@@ -156,8 +156,7 @@ class Run:
         self.accelerator = accelerator_of(config)
         self.offload = Offload(self.accelerator.device, config.offload)
         self.make_env, self.games = environment(config), games_of(config, "train")
-        for split in eval_splits(config):  # what is missing is missed now, not after the last iteration
-            games_of(config, split)
+        held_out_games(config)
         needed = 2 if config.exchanges else 1
         if min(config.tasks, len(self.games)) < needed * self.accelerator.num_processes:
             raise ValueError(

@@ -31,6 +31,9 @@ class Method:
     weighs = True  # whether it does so by lambda
     one_teacher = False  # whether a token can have but one, so that no step may be guided by two skills
     needs_others = False  # whether `skills` takes those of other tasks
+    # whether the skills are about the trajectory itself: else --shift-base other measures nothing, as the other task's
+    # skill may be the one about this very task, and words that say nothing are the same for all
+    own_skills = True
     loss_weight = 0.0  # of `loss`; 0: there is no such term
     matches_states = False  # whether `matched` is the whole loss
 

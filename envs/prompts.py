@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from data import Prompt, Slot
 
 EPISODE_SLOT = Slot(
@@ -27,6 +29,18 @@ def past_steps(history: list[tuple[str, str]], limit: int) -> str:
         f"{len(recent)} observations and the corresponding actions you took: {shown}\n"
         f"You are now at step {len(history) + 1} and your current observation is: "
     )
+
+
+def tagged_action(response: str, last: int) -> tuple[str, bool]:
+    """As the authors parse (projection.py of ALFWorld and WebShop): the text between the first <action> and the first
+    </action>, lower case; valid if a <think> block is there and no Chinese characters are. Without both tags the `last`
+    characters, invalid."""
+    text = response.lower()
+    start, end = text.find("<action>"), text.find("</action>")
+    if start == -1 or end == -1:
+        return text[-last:], False
+    thought = "<think>" in response and "</think>" in response
+    return text[start + len("<action>") : end].strip(), thought and not re.search(r"[\u4e00-\u9fff]", response)
 
 
 def compact_prompt(style: str, task: str, history: list[tuple[str, str]], observation: str, limit: int) -> Prompt:

@@ -32,7 +32,7 @@ import torch
 
 from baselines.controls import Placebo
 from config import Config, parse_args
-from evaluate import date_of_run, environment, eval_splits, games_of, play
+from evaluate import date_of_run, environment, held_out_games, play
 from experiments.estimates import bootstrap_interval
 from experiments.runs import ROOT, commit, settings, write_result
 from experiments.tables import markdown
@@ -79,7 +79,7 @@ def told_by(config: Config, games: list[str]) -> Kinds:
 
 def measure(config: Config, temperatures: list[float]) -> dict[str, dict[str, list[list]]]:
     """Kind -> temperature -> [game, whether it was won], of the games that have a skill of that kind."""
-    games = [game for split in eval_splits(config) for game in games_of(config, split)]
+    games = [game for split in held_out_games(config).values() for game in split]
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder, won = Encoder(tokenizer, config.context, date_of_run(config.model)), {}

@@ -33,8 +33,13 @@ def area(results: list[dict]) -> np.ndarray:
 
 def episodes_to_reach(run: dict, goal: float) -> float:
     """Episodes played until the first evaluation whose success, mean of the splits, is at least `goal`; inf: never."""
-    point, an_iteration = points_to_reach(curves([run]), goal), run["episodes"] / len(run["train"])
-    return point if np.isinf(point) else run["curve"][int(point)]["iteration"] * an_iteration
+    point = points_to_reach(curves([run]), goal)
+    return point if np.isinf(point) else episodes_played(run)[int(point)]
+
+
+def episodes_played(run: dict) -> list[float]:
+    """Until each of a run's evaluations."""
+    return [point["iteration"] * (run["episodes"] / len(run["train"])) for point in run["curve"]]
 
 
 def curves(results: list[dict]) -> np.ndarray:
@@ -150,8 +155,7 @@ def _lead(ours: list[dict], theirs: list[dict], values: Callable[[list[dict]], n
 
 def by_episodes(results: dict[str, list[dict]]) -> str:
     """One row an arm: success at each evaluation, mean of the splits."""
-    run = next(iter(results.values()))[0]
-    played = [round(point["iteration"] * run["episodes"] / len(run["train"])) for point in run["curve"]]
+    played = [round(episodes) for episodes in episodes_played(next(iter(results.values()))[0])]
     rows = [[arm, *(f"{100 * interquartile_mean(at):.1f}" for at in curves(runs).T)] for arm, runs in results.items()]
     return markdown(["success after episodes, IQM, %", *map(str, played)], rows)
 

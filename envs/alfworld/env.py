@@ -21,9 +21,10 @@ from typing import Literal
 
 from data import Prompt
 from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
+from envs.alfworld.files import named_type
 from envs.alfworld.games import generate_games
 from envs.order import alternating
-from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
+from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps, tagged_action
 
 warn_once = lru_cache(logging.getLogger(__name__).warning)  # a folder is listed before every evaluation
 
@@ -113,11 +114,6 @@ def marked_solvable(path: Path) -> bool:
 
 def shortened(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def type_of(game: str) -> str:
-    """The task type of an official game file, from the name of its task's folder: look_at_obj_in_light-Mug-None-..."""
-    return Path(game).parts[-3].partition("-")[0]
 
 
 def split_of(game: str) -> str:
@@ -214,7 +210,7 @@ class AlfworldEnv:
         if self.generated:
             return cached_games(self.size, split, count or GENERATED[split])
         games = list_games(self.data, split)
-        return (games if split == "train" else alternating(games, type_of))[:count]
+        return (games if split == "train" else alternating(games, named_type))[:count]
 
     def build_prompt(
         self, style: str, task: str, history: list[tuple[str, str]], observation: str, admissible: list[str]
@@ -235,19 +231,12 @@ class AlfworldEnv:
         return (opening, EPISODE_SLOT, past + actions, STEP_SLOT, f"{YOUR_TURN}{REASON}{CHOOSE}")
 
     def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
-        """ "official": as the authors parse (projection.py): the text between the first <action> and the first
-        </action>, lower case; valid if a <think> block is there and no Chinese characters are; without both tags the
-        last 30 characters, invalid.
+        """ "official": see `tagged_action`.
         "compact": the whole response, valid if it is admissible, in compact words or the engine's own."""
         if self.prompt == "compact":
             action = response.strip()
             return action, action in admissible or action in self.commands.values()
-        text = response.lower()
-        start, end = text.find("<action>"), text.find("</action>")
-        if start == -1 or end == -1:
-            return text[-30:], False
-        thought = "<think>" in response and "</think>" in response
-        return text[start + len("<action>") : end].strip(), thought and not re.search(r"[\u4e00-\u9fff]", response)
+        return tagged_action(response, 30)
 
     def analysis_prompt(self) -> str | None:
         return COMPACT_ANALYSIS if self.prompt == "compact" else None

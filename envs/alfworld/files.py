@@ -244,19 +244,24 @@ def task_type(path: str, goal: Goal) -> str:
     """From traj_data.json beside the file, else from a folder's name, else from the goal."""
     folder = Path(path).parent
     try:
-        candidates = [json.loads((folder / "traj_data.json").read_text(encoding="utf-8")).get("task_type")]
+        told = json.loads((folder / "traj_data.json").read_text(encoding="utf-8")).get("task_type")
     except (OSError, ValueError, AttributeError):
-        candidates = []  # the file is a convenience, the game can be played without it
-    candidates += [name.split("-")[0] for name in (folder.name, folder.parent.name)]
-    for candidate in candidates:
-        if candidate in TASK_TYPES:
-            return candidate
+        told = None  # the file is a convenience, the game can be played without it
+    if known := told if told in TASK_TYPES else named_type(path):
+        return known
     if goal.lamp:
         return "look_at_obj_in_light"
     if goal.count > 1:
         return "pick_two_obj_and_place"
     changes = (("isclean", TASK_TYPES[2]), ("ishot", TASK_TYPES[3]), ("iscool", TASK_TYPES[4]))
     return next((kind for need, kind in changes if need in goal.needs), TASK_TYPES[0])
+
+
+def named_type(path: str) -> str:
+    """The task type in the name of a game's folder or the one above: look_at_obj_in_light-Mug-...; "" where none is."""
+    folder = Path(path).parent
+    kinds = (name.split("-")[0] for name in (folder.name, folder.parent.name))
+    return next((kind for kind in kinds if kind in TASK_TYPES), "")
 
 
 def compile_goal(formula: Formula, names: dict[str, str], slot: dict[str, int]) -> Callable[[State], bool]:

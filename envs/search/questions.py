@@ -45,7 +45,9 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
     questions = [_question(row, f"{name}, row {i}", Path(source).stem) for i, row in enumerate(_rows(source, split))]
     if not questions:
         raise ValueError(f"{name} holds no question")
-    return tuple(questions if split == "train" else alternating(_shuffled(questions), lambda q: q.source))
+    if split == "train":
+        return tuple(questions)
+    return tuple(alternating(Random(0).sample(questions, len(questions)), lambda question: question.source))
 
 
 def _rows(source: str, split: str):
@@ -88,7 +90,3 @@ def _question(row: Mapping, place: str, default_source: str) -> Question:
         raise ValueError(f"{place}: a row needs a 'question' and at least one golden answer")
     source = str(row.get("data_source") or default_source)
     return Question(question.strip(), answers, source.removeprefix("searchR1_"))  # as some processed files tag it
-
-
-def _shuffled(questions: list[Question]) -> list[Question]:
-    return Random(0).sample(questions, len(questions))

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Literal
 
 from data import Prompt
-from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps
+from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps, tagged_action
 from envs.webshop import compact
 from envs.webshop.catalogue import generate_catalogue
 from envs.webshop.data import ALIASES, SPLITS, Shop, load_shop, sizes
@@ -164,19 +164,12 @@ class WebshopEnv:
         return (opening, EPISODE_SLOT, now, STEP_SLOT, f"{YOUR_TURN}{REASON}\n{CHOOSE}")
 
     def parse_action(self, response: str, admissible: list[str]) -> tuple[str, bool]:
-        """ "official": as the authors parse (projection.py): the text between the first <action> tags, lower case;
-        valid if a <think> block is there and no Chinese characters are; else the last 20 characters, invalid.
+        """ "official": see `tagged_action`.
         "compact": the whole response, valid if it is admissible or a search, which every page takes."""
         if self.prompt == "compact":
             action = response.strip()
             return action, compact.is_search(action) or (action in admissible and action != compact.SEARCH)
-        text = response.lower()
-        start, end = text.find("<action>"), text.find("</action>")
-        if start == -1 or end == -1:
-            return text[-20:], False
-        thought = "<think>" in response and "</think>" in response
-        action = text[start + len("<action>") : end].strip()
-        return action, thought and not re.search(r"[\u4e00-\u9fff]", response)
+        return tagged_action(response, 20)
 
     def analysis_prompt(self) -> str | None:
         return COMPACT_ANALYSIS if self.prompt == "compact" else None
