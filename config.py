@@ -249,10 +249,9 @@ class Config:
             raise ValueError(
                 f"--shift-base other compares with another task's skill: --algo {self.algo} has no own ones"
             )
-        if not method.shifts and self.levels and (self.centred or self.shift_base != "old"):
-            raise ValueError(f"--algo {self.algo} learns from no shift: --centred and --shift-base would do nothing")
-        if not method.weighs and self.levels and (self.skill_clip is not None or self.skill_iterations):
-            raise ValueError(f"--algo {self.algo} has no lambda: --skill-clip and --skill-iterations would do nothing")
+        for name in method.idle:
+            if getattr(self, name) != getattr(Config, name):
+                raise ValueError(f"--algo {self.algo} does not use A_skill as OPID does: {flag(name)} would do nothing")
         self._check_routing()
 
     def _check_routing(self) -> None:

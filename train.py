@@ -434,9 +434,8 @@ class Run:
                 states, new, rows, columns = states_and_logprobs(self.policy, micro, config.temperature)
                 exact = distances(self.policy, states, batch.teachers, (rows.cpu(), columns.cpu()), config)  # (N,)
             else:
-                new, rows, columns = sequence_logprobs(
-                    self.policy, micro, config.temperature
-                )  # (N,) log pi_theta(y | h)
+                # (N,) log pi_theta(y | h)
+                new, rows, columns = sequence_logprobs(self.policy, micro, config.temperature)
         at = rows.cpu(), columns.cpu()
         old, advantages = batch.old_logprobs[at].to(device), batch.advantages[at].to(device)  # (N,)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from baselines.method import Config, Method
+from baselines.method import LAMBDA, SHIFT, Config, Method
 from data import Batch, Level
 from router import LEVELS
 
@@ -20,7 +20,7 @@ class Distilled(Method):
 
     whole = False
     one_teacher = True
-    shifts = weighs = False
+    idle = SHIFT + LAMBDA
     kind: str
     release_weight = 0.01  # of the SDAR release's ALFWorld scripts
 

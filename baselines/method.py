@@ -20,6 +20,10 @@ def lambdas(config: Config, iteration: int) -> dict[Level, float]:
     return {"episode": fade * config.episode_weight, "step": fade * config.step_weight}
 
 
+SHIFT = ("centred", "shift_base")  # the settings of A_skill
+LAMBDA = ("skill_clip", "skill_iterations")  # and those of how it enters A
+
+
 class Method:
     """OPID. Another method is a subclass that overrides the hooks where it differs, and a line in METHODS.
 
@@ -27,8 +31,7 @@ class Method:
     """
 
     whole = True  # whether `--divergence` may take the sampled token's place
-    shifts = True  # whether A_skill enters what is learnt
-    weighs = True  # whether it does so by lambda
+    idle: tuple[str, ...] = ()  # settings of A_skill and its weight that would do nothing
     one_teacher = False  # whether a token can have but one, so that no step may be guided by two skills
     needs_others = False  # whether `skills` takes those of other tasks
     # whether the skills are about the trajectory itself: else --shift-base other measures nothing, as the other task's

@@ -9,24 +9,22 @@ import torch
 from torch import Tensor
 
 from advantage import skill_advantage, where_scored
-from baselines.method import Config, Grpo
+from baselines.method import SHIFT, Config, Grpo
 from data import Batch
 from lm.loading import frozen
 from lm.obstacles import check_model, check_positions
 from lm.states import states_obstacle
 from tiny.loading import load_model
 
-SHIFTED = ("centred", "shift_base", "skill_iterations")  # what changes a skill's shift, and not a teacher's
-
 
 class Opd(Grpo):
     whole = True
+    idle = (*SHIFT, "skill_iterations")  # --skill-clip bounds the teacher's shift, too
 
     @staticmethod
     def check(config: Config) -> None:
         if config.teacher is None:
             raise ValueError("--algo opd needs --teacher, the larger model")
-        refuse(config, *SHIFTED)
 
     def load(self, tokenizer, device) -> dict[str, Any]:
         return {"teacher": frozen_teacher(self.config, tokenizer, device)}
@@ -43,14 +41,6 @@ class Opd(Grpo):
 
     def teachers(self, states: dict[str, Any], iteration: int) -> list[tuple[float, Any]]:
         return [(1.0, states["teacher"])]
-
-
-def refuse(config: Config, *names: str) -> None:
-    """Raises ValueError where one of these settings, all of them about a skill's shift, is not at its default."""
-    for name in names:
-        if getattr(config, name) != getattr(type(config), name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--algo {config.algo} learns from a teacher, not from skills: {flag} would do nothing")
 
 
 def teacher_shift(teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

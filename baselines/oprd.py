@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baselines.method import Config, Method
-from baselines.opd import SHIFTED, frozen_teacher, refuse, teacher_shift
+from baselines.method import LAMBDA, SHIFT, Config, Method
+from baselines.opd import frozen_teacher, teacher_shift
 from data import Batch, Level
 from lm.packing import Sequence, micro_batches, pack
 from lm.states import layer_states
@@ -32,7 +32,7 @@ class Oprd(Method):
     whole = False
     one_teacher = True
     matches_states = True
-    shifts = weighs = False
+    idle = SHIFT + LAMBDA
     loss_weight = 1.0  # logged as loss/distill; `distance` holds --oprd-weight
 
     def __init__(self, config: Config):
@@ -45,8 +45,6 @@ class Oprd(Method):
             raise ValueError("--algo oprd reads hidden states of whole models: no --shard")
         if config.teacher is None and config.scorer == "old":
             raise ValueError("--algo oprd reads its teacher in each step: --scorer reference or ema, or --teacher")
-        if config.teacher is not None:
-            refuse(config, *SHIFTED, "skill_clip")
 
     @staticmethod
     def levels(config: Config) -> tuple[Level, ...]:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from advantage import linear_decay
-from baselines.method import Config, Method
+from baselines.method import LAMBDA, Config, Method
 from data import Batch, Level
 from router import LEVELS
 
 
 class Rlsd(Method):
     whole = False
-    weighs = False
+    idle = LAMBDA
     one_teacher = True
 
     @staticmethod
