@@ -111,7 +111,7 @@ def outcome_of(method: Method, trajectories: list[Trajectory]) -> tuple[Tensor, 
     outcome = outcome_advantage(returns, group, owner, normalize=config.normalize, over=config.group_over)  # (B,)
     silent = silent_groups(groups, rewards).values()
     outcome, metrics = method.outcome(outcome, trajectories)
-    return outcome, {"advantage/silent_groups": sum(silent) / len(silent)} | metrics
+    return outcome, {"advantage/silent_groups": sum(silent) / max(1, len(silent))} | metrics
 
 
 def make_batch(
@@ -233,10 +233,10 @@ class Run:
                 episode_skills=self.method.acts_under(),
                 progress=lambda waiting, live: bar.set_postfix(waiting=waiting, live=live),
             )
-        if not (played := [trajectory for trajectory in trajectories if trajectory.steps]):
+        played = [trajectory for trajectory in trajectories if trajectory.steps]
+        if not self._sum(len(played)):  # a process without a share of the tokens goes on with the others
             raise ValueError(
-                f"not one first prompt of this process's {len(mine)} tasks fits: raise --context-limit or lower "
-                "--max-new-tokens"
+                f"not one first prompt of {len(games)} tasks fits: raise --context-limit or lower --max-new-tokens"
             )
         return played, metrics
 

@@ -28,7 +28,7 @@ class Gigpo(Grpo):
             gamma=config.gamma,
             normalize=config.normalize,
         )  # (B,)
-        metrics = {"advantage/state_group_size": len(states) / len(states.unique())}
+        metrics = {"advantage/state_group_size": max(1, len(states)) / max(1, len(states.unique()))}
         return outcome + config.state_weight * relative, metrics
 
 

@@ -248,11 +248,13 @@ def logprob_gap(sampled: list[list[float]], scored: Tensor) -> tuple[float, floa
     """(largest, mean) |log p when sampled - log p when scored| of a token, in nats.
 
     `sampled`: B rows, of a `Sampler(record=True)`; `scored` (B, R): the same tokens' log-probs by the same model at the
-    same temperature, NaN beyond a row's end. Raises ValueError where the two are not about the same tokens.
+    same temperature, NaN beyond a row's end. (0, 0) for no row. Raises ValueError where the two are not about the
+    same tokens.
     """
     if [len(row) for row in sampled] != (~scored.isnan()).sum(1).tolist():
         raise ValueError("what was sampled and what was scored are not the same tokens")
-    gaps = torch.cat([(torch.tensor(row) - scored[i, : len(row)]).abs() for i, row in enumerate(sampled)])  # (tokens,)
+    gaps = [(torch.tensor(row) - scored[i, : len(row)]).abs() for i, row in enumerate(sampled)]
+    gaps = torch.cat(gaps) if gaps else torch.zeros(1)  # (tokens,)
     return gaps.max().item(), gaps.mean().item()
 
 

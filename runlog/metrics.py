@@ -25,7 +25,10 @@ MEANS_OVER = {
     "episodes": ("train/success", "rollout/steps", "skills/parse_rate", "skills/first_parse_rate"),
     "skills": ("skills/step_skills",),
     "groups": ("advantage/silent_groups",),
-    "steps": ("rollout/valid_actions", "rollout/response_tokens", "guided/episode", "guided/step"),
+    "steps": (
+        *("rollout/valid_actions", "rollout/response_tokens", "guided/episode", "guided/step"),
+        "advantage/noise_floor",
+    ),
     "states": ("advantage/state_group_size",),
     "tokens": ("advantage/outcome_abs",),
     "guided tokens": ("advantage/skill_abs", "advantage/skill_mean"),
@@ -60,7 +63,7 @@ def over_processes(metrics: Metrics, sizes: dict[str, float], accelerator) -> Me
     clock's."""
     names = sorted(name for name in metrics if not name.startswith("eval/") and name != "seconds/evaluate")
     shares = [1.0 if name in COUNTS else sizes.get(WEIGHED_BY.get(name), 1.0) for name in names]
-    sums = [metrics[name] * share for name, share in zip(names, shares, strict=True)]
+    sums = [metrics[name] * share if share else 0.0 for name, share in zip(names, shares, strict=True)]  # no NaN * 0
     pairs = torch.tensor([[sums, shares]], dtype=torch.float64, device=accelerator.device)  # (1, 2, names)
     gathered, reduced = accelerator.gather(pairs), {}  # (processes, 2, names)
     for i, name in enumerate(names):

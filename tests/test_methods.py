@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from envs.alfworld import AlfworldEnv, words
 from envs.alfworld.engine import FastEngine, load_game
 from envs.alfworld.expert import shortest_plan
 from lm.encoder import Encoder
+from runlog.metrics import over_processes, sizes_of
 from tests.conftest import SMALL
 from tests.playing import play
+from tests.test_metrics import Process
 from tiny.warmstart import tiny_model
 from train import train
 
@@ -116,6 +119,35 @@ def test_a_level_that_guides_no_step_adds_nothing(how, run, monkeypatch):
     config, (record,) = run("opid", routing="critical-first", **how)
     assert record["skills/parse_rate"] == record["guided/episode"] == record["guided/step"] == 0
     assert not differ(trained(config), trained(run("grpo")[0]))
+
+
+EVERY = [(algo, {}) for algo in METHODS] + [("opid", {"divergence": "reverse"}), ("opid", {"centred": True})]
+EVERY += [("opid", {"shift_base": "other"}), ("opid", {"kl": 0.1}), ("opd", {"divergence": "forward"})]
+
+
+@pytest.mark.parametrize(("algo", "how"), EVERY)
+def test_a_process_without_an_episode_goes_on(algo, how, run, monkeypatch):
+    """Of several processes one may have tasks of which none fits: it tells what the others tell, for nothing."""
+
+    def finish(self, iteration, trajectories, skills, routes, batch, metrics):
+        finished(self, iteration, trajectories, skills, routes, batch, metrics)
+        rng = random.Random(0)
+        none, written = self.write_skills([], rng)
+        ways = self.route([], none)
+        empty, scored = self.rescore([], ways, iteration, self.others([], none, ways, rng))
+        assert empty.mask.numel() == 0 and (written | scored).keys() < metrics.keys()
+        assert not self._step([], empty)
+        theirs, mine = metrics | written | scored | {"episodes": 0}, sizes_of(trajectories, skills, batch, metrics)
+        other = Process()
+        over_processes(theirs, sizes_of([], none, empty, theirs), other)
+        told.append((over_processes(metrics, mine, Process()), over_processes(metrics, mine, Process(other))))
+
+    finished, told = train_module.Run.finish, []
+    monkeypatch.setattr(train_module.Run, "finish", finish)
+    run(algo, **how)
+    ((alone, both),) = told
+    same = [name for name in alone if not name.startswith("seconds/")]
+    assert [both[name] for name in same] == pytest.approx([alone[name] for name in same])
 
 
 def test_the_exact_loss_is_minus_the_mean_of_the_shift(run):

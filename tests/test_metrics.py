@@ -37,3 +37,12 @@ def test_means_over_processes_are_those_of_everything_together():
     assert got["rollout/valid_actions"] == pytest.approx((15 + 2) / 32)
     assert (got["grad_norm"], got["loss/kl"]) == (2.0, 0.25)
     assert got["rollout/logprob_gap"] == 0.5  # the largest
+
+
+def test_a_process_without_a_share_counts_for_nothing_whatever_it_says():
+    other = Process()
+    over_processes(
+        {"advantage/outcome_abs": float("nan"), "guided/step": float("nan")}, {"tokens": 0, "steps": 0}, other
+    )
+    got = over_processes({"advantage/outcome_abs": 0.5, "guided/step": 0.25}, {"tokens": 9, "steps": 3}, Process(other))
+    assert got == {"advantage/outcome_abs": 0.5, "guided/step": 0.25}

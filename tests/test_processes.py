@@ -20,7 +20,7 @@ from runlog import checkpoints
 from tests.sharded import CHECKS
 
 ROOT = Path(__file__).parent.parent
-TASKS, ROLLOUTS, ITERATIONS = 3, 2, 2
+TASKS, ROLLOUTS, ITERATIONS = 3, 2, 3
 FLAGS = f"--tasks {TASKS} --rollouts {ROLLOUTS} --iterations {ITERATIONS} --max-steps 4 --max-new-tokens 6 "
 FLAGS += "--train-games 6 --eval-games 5 --eval-every 0 --invalid-penalty 1 --scorer old --sample-every 1 --clip 0.01 "
 FLAGS += "--lr-halving 0 --episode-weight 1 --step-weight 1"
@@ -58,8 +58,15 @@ def written(event, args):
     if event == "os.rename":
         files.append(os.path.abspath(args[1]))
 
-def note_played(run, *more):
-    trajectories, metrics = rollout(run, *more)
+def build(self, *more):
+    return (*built(self, *more), " look" * 2000) if self.engine.game.path in unfit else built(self, *more)
+
+def note_played(run, iteration, rng):
+    if iteration == 2:  # the task of the second process, the only one it has, does not fit
+        twin = random.Random()
+        twin.setstate(rng.getstate())
+        unfit.append(twin.sample(run.games, run.config.tasks)[1])
+    trajectories, metrics = rollout(run, iteration, rng)
     played.append(sorted({trajectory.game for trajectory in trajectories}))
     return trajectories, metrics
 
@@ -67,9 +74,10 @@ def step(self, action):
     observation, reward, terminated, truncated, info = moved(self, action)
     return observation, reward, terminated, truncated, info | {"won": drawn(action).random() < 0.5}
 
-files, played = [], []
+files, played, unfit = [], [], []
 torch.set_num_threads(1)
-tokenizer, moved = tiny_tokenizer(), AlfworldEnv.step
+tokenizer, moved, built = tiny_tokenizer(), AlfworldEnv.step, AlfworldEnv.build_prompt
+AlfworldEnv.build_prompt = build
 AlfworldEnv.parse_action = lambda self, text, admissible: (text, len(text) % 2 == 0)
 AlfworldEnv.step = step
 train.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=48), tokenizer)
@@ -170,10 +178,12 @@ def test_two_processes_share_the_tasks_without_overlap(runs):
     assert told(one, 0)["processes"] == 1
     for process in (0, 1):
         assert told(two, process)["processes"] == 2
+    shares = []
     for all_played, first, second in zip(*(told(*at)["played"] for at in ((one, 0), (two, 0), (two, 1))), strict=True):
-        assert (len(first), len(second)) == (2, 1)
+        shares.append((len(first), len(second)))
         assert sorted(first + second) == all_played
-        assert len(set(all_played)) == TASKS
+        assert len(set(all_played)) == sum(shares[-1])
+    assert shares == [(2, 1), (2, 1), (2, 0)]
 
 
 def test_each_file_is_written_by_one_process_and_once(runs):
@@ -181,17 +191,17 @@ def test_each_file_is_written_by_one_process_and_once(runs):
     assert told(two, 1)["files"] == []
     names = {Path(file).name for file in told(two, 0)["files"]}
     assert names == {Path(file).name for file in told(one, 0)["files"]}
-    assert {"metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "000001.pt", "policy"} <= names
+    assert {"metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "000002.pt", "policy"} <= names
     assert [Path(file).name for file in told(sharded, 1)["files"]] == ["__1_0.distcp"]
-    assert names - {"000001.pt", "000001.pt.tmp"} < {Path(file).name for file in told(sharded, 0)["files"]}
+    assert names - {"000002.pt", "000002.pt.tmp"} < {Path(file).name for file in told(sharded, 0)["files"]}
     for out in (two, sharded):
-        assert [record["iteration"] for record in lines(out, "metrics.jsonl")] == [0, 1]
-        assert [record["iteration"] for record in lines(out, "evaluations.jsonl")] == [1]
+        assert [record["iteration"] for record in lines(out, "metrics.jsonl")] == [0, 1, 2]
+        assert [record["iteration"] for record in lines(out, "evaluations.jsonl")] == [2]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_make_the_update_of_one(runs, sharded):
-    """Of the same trajectories, of which one process has twice as many as the other: mean over tokens of all."""
+    """Of the same trajectories, of which one process has twice as many as the other, or all: mean over all tokens."""
     one, two = runs[0], runs[1 + sharded]
     expected, first, second = weights(one, 0), weights(two, 0), weights(two, 1)
     start = lines(one, "metrics.jsonl")
@@ -206,7 +216,8 @@ def test_metrics_of_two_processes_are_those_of_one(runs, sharded):
     """Every mean is over all episodes, steps, tokens, ...; processes of unequal shares do not count alike."""
     for one, two in zip(*(lines(out, "metrics.jsonl") for out in (runs[0], runs[1 + sharded])), strict=True):
         assert one.keys() == two.keys()
-        assert one["episodes"] == TASKS * ROLLOUTS
+        assert one["episodes"] == TASKS * ROLLOUTS - one["rollout/too_long"]
+        assert one["rollout/too_long"] == (ROLLOUTS if one["iteration"] == 2 else 0)
         assert 0 < one["skills/parse_rate"] < 1 and 0 < one["train/success"] < 1
         for name in one.keys() - {"memory/peak_mib", "advantage/noise_floor", "rollout/logprob_gap"}:
             if not name.startswith("seconds/"):

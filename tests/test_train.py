@@ -516,7 +516,7 @@ def test_a_task_that_does_not_fit_is_left_out_and_counted(random_tiny, tmp_path,
     record = lines(c.out)[0]
     assert (record["rollout/too_long"], record["episodes"]) == (2, 10)
     monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (" look" * 400,))
-    with pytest.raises(ValueError, match="not one first prompt of this process's 6 tasks fits: raise"):
+    with pytest.raises(ValueError, match="not one first prompt of 6 tasks fits: raise"):
         train(replace(c, out=str(tmp_path / "none")))
 
 
