@@ -341,6 +341,13 @@ class Config:
         return "--shift-base other" if self.levels and self.shift_base == "other" else None
 
     @property
+    def needs_states(self) -> str | None:
+        """The setting that needs whole distributions, hence hidden states; None: the sampled tokens are enough."""
+        if self.divergence != "sampled":
+            return f"--divergence {self.divergence}"
+        return "--centred" if self.levels and self.centred else None
+
+    @property
     def writes_skills(self) -> bool:
         return METHODS[self.algo].writes_skills(self)
 

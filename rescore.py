@@ -74,11 +74,10 @@ def score(
     limits = {"temperature": temperature, "token_budget": token_budget}
     count, longest = len(responses), max(map(len, responses), default=0)
     plain, scored = {}, {}
-    passes = dict(readers)
-    if "step" in guided and not any(model is scorer for model in readers.values()):
-        passes["step"] = scorer
+    ridden = next((name for name, model in readers.items() if model is scorer), "step")  # where step skills ride along
+    passes = readers | {ridden: scorer} if "step" in guided else readers
     for name, model in passes.items():
-        rides = "step" in guided and model is scorer and "step" not in scored
+        rides = "step" in guided and name == ridden
         branches = guided["step"] if rides else [None] * count
         states = None if keep is None else States(model, 2 * count, longest)
         some = {"branches_only": name not in readers, "progress": progress(name), "states": states}

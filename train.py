@@ -174,9 +174,8 @@ class Run:
         # hold different numbers of micro-batches, and `generate` is the model's own.
         self.policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
         check_model(self.policy, config.context_limit)
-        whole = "--centred" if config.levels and config.centred else f"--divergence {config.divergence}"
-        if not whole.endswith("sampled") and (obstacle := states_obstacle(self.policy)):
-            raise ValueError(f"{whole} needs whole distributions, which {config.model} does not give: {obstacle}")
+        if (needs := config.needs_states) and (obstacle := states_obstacle(self.policy)):
+            raise ValueError(f"{needs} needs whole distributions, which {config.model} does not give: {obstacle}")
         self.accelerator.print(line(config, self.policy, self.accelerator.num_processes))
         self.accelerator.print(f"sampling: {sampling_note(self.policy, reuse_cache=config.reuse_cache)}")
         # by the names that --scorer and --skill-writer use; the policy does not change until the update
@@ -266,12 +265,11 @@ class Run:
             return import_writer(config.skill_writer)
         return model_writer(
             self.models[config.skill_writer],
-            self.tokenizer,
+            self.encoder,
             **sampling,
             context_limit=config.skill_context_limit or config.context_limit,
             prefill=config.skill_prefill,
             **config.budgets,
-            date=self.encoder.date,
         )
 
     # ---- 3. routing ----------------------------------------------------------------------------------------------
@@ -348,7 +346,7 @@ class Run:
         scorer = self.models[config.scorer] if guided else None
         how = config.limits | {"progress": lambda name: lambda batches: self._bar(f"score {name}", batches)}
         centred = bool(guided) and config.centred
-        states = {} if centred or config.divergence != "sampled" else None
+        states = {} if config.needs_states else None
         plain, scored = score(readers, scorer, contexts, responses, guided, **how, keep=states)
         bases = dict.fromkeys(scored, plain[base])
         if swapped is not None:
@@ -388,18 +386,17 @@ class Run:
                     taken += [self._step(sequences[part::parts], batch)]
                     bar.update()
         taken = [metrics for metrics in taken if metrics]  # without mini-batches that had no tokens on any process
-        skipped = sum(not math.isfinite(metrics["grad_norm"]) for metrics in taken)
-        if skipped == len(taken):
+        finite = [metrics for metrics in taken if math.isfinite(metrics["grad_norm"])]
+        if not finite:
             raise FloatingPointError(
                 f"every gradient of this iteration was infinite or no number: the last checkpoint in {config.out}/"
                 "checkpoints is from before. Try --resume with a lower --learning-rate"
             )
-        finite = [metrics for metrics in taken if math.isfinite(metrics["grad_norm"])]
         if ema := self.models.get("ema"):
             for slow, fast in zip(ema.parameters(), self.policy.parameters(), strict=True):
                 slow.lerp_(fast.detach().to(slow.device), 1 - config.ema_decay)
         means = {name: sum(metrics[name] / len(finite) for metrics in finite) for name in finite[0]}
-        return means | {"update/skipped": skipped}
+        return means | {"update/skipped": len(taken) - len(finite)}
 
     def _step(self, sequences: list[Sequence], batch: Batch) -> Metrics:
         """One optimizer step -> mean per token of each loss term, clip fraction, gradient norm; nothing where no

@@ -17,6 +17,7 @@ import torch
 
 from data import Step, Trajectory
 from envs.alfworld import AlfworldEnv, cached_games
+from lm.encoder import Encoder
 from lm.writers import model_writer
 from skills import write_skills
 from tiny.loading import load_model
@@ -47,11 +48,12 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
     model.eval()
+    encoder = Encoder(tokenizer, "window")
     games = cached_games("small", "train", args.episodes)
     trajectories = [random_episode(game, i, args.max_steps) for i, game in enumerate(games)]
     for prefill in PREFILLS:
         torch.manual_seed(0)
-        write = model_writer(model, tokenizer, **ANSWERING, prefill=prefill)
+        write = model_writer(model, encoder, **ANSWERING, prefill=prefill)
         skills, metrics = write_skills(trajectories, write, max_step_skills=5, template=None)
         first, after = (100 * metrics[f"skills/{name}"] for name in ("first_parse_rate", "parse_rate"))
         print(f"prefill {prefill!r:<26} parsed at first {first:3.0f}%, after the retry {after:3.0f}%, ", end="")

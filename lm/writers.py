@@ -21,7 +21,7 @@ Writer = Callable[[list[str]], list[str | None]]
 
 def model_writer(
     model,
-    tokenizer,
+    encoder: Encoder,
     *,
     max_new_tokens: int,
     temperature: float,
@@ -29,10 +29,9 @@ def model_writer(
     prefill: str,  # starts the answer, such as '{"episode_summary": "': more answers of small models parse
     rollout_budget: int,  # rows x length of one batch
     token_budget: int | None = None,  # rows x columns of a prompt that are read at a time; None: the whole batch's
-    date: str | None = None,  # see Encoder
 ) -> Writer:
     """Skills from a local model, such as the policy itself."""
-    encoder = Encoder(tokenizer, "window", date)
+    tokenizer = encoder.tokenizer
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "reuse_cache": False}
     sampling |= {"rollout_budget": rollout_budget, "token_budget": token_budget}
     start = tokenizer.encode(prefill, add_special_tokens=False)

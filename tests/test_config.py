@@ -7,6 +7,8 @@ import pytest
 from baselines import METHODS
 from config import RECIPES, Config, flag, parse_args, read_recipe
 
+IDLE = "does not use A_skill as OPID does:"
+
 
 def test_defaults_and_overrides():
     assert parse_args([]) == Config()
@@ -53,11 +55,14 @@ def test_every_flag_is_explained(capsys):
         (["--algo", "sdar", "--routing", "none"], "guides no step"),
         (["--routing", "step", "--step-weight", "0"], "--routing step guides no step with these weights"),
         (["--routing", "episode", "--episode-weight", "0"], "--routing episode guides no step with these weights"),
-        (["--algo", "sdar", "--centred"], "--algo sdar does not use A_skill as OPID does: --centred would do nothing"),
-        (["--algo", "oprd", "--shift-base", "scorer"], "OPID does: --shift-base would do nothing"),
+        (["--algo", "sdar", "--centred"], f"--algo sdar {IDLE} --centred would do nothing"),
+        (["--algo", "oprd", "--shift-base", "scorer"], f"--algo oprd {IDLE} --shift-base would do nothing"),
         (["--algo", "oprd", "--scorer", "old"], "--algo oprd reads its teacher in each step"),
-        (["--algo", "rlsd", "--skill-clip", "1"], "does not use A_skill as OPID does: --skill-clip would do nothing"),
-        (["--algo", "skill-sd", "--skill-iterations", "5"], "OPID does: --skill-iterations would do nothing"),
+        (["--algo", "rlsd", "--skill-clip", "1"], f"--algo rlsd {IDLE} --skill-clip would do nothing"),
+        (
+            ["--algo", "skill-sd", "--skill-iterations", "5"],
+            f"--algo skill-sd {IDLE} --skill-iterations would do nothing",
+        ),
         (["--divergence", "jsd", "--jsd-beta", "1"], "--jsd-beta 0 and 1 measure nothing"),
         (["--skill-clip", "-1"], "--skill-clip must be positive"),
         (["--algo", "rlsd", "--routing", "additive"], "one teacher per token"),
@@ -79,7 +84,7 @@ def test_every_flag_is_explained(capsys):
         (["--skill-context-limit", "-5"], "--skill-context-limit must be positive"),
         (["--skill-context-limit", "96"], "--skill-tokens leaves no room for a transcript in --skill-context-limit"),
         (["--skill-tokens", "1024"], "--skill-tokens leaves no room for a transcript in --context-limit"),
-        (["--algo", "opd", "--teacher", "x", "--centred"], "--centred would do nothing"),
+        (["--algo", "opd", "--teacher", "x", "--centred"], f"--algo opd {IDLE} --centred would do nothing"),
         (["--algo", "opd", "--teacher", "x", "--shift-base", "scorer"], "--shift-base would do nothing"),
         (["--algo", "oprd", "--teacher", "x", "--skill-iterations", "3"], "--skill-iterations would do nothing"),
         (["--algo", "oprd", "--teacher", "x", "--skill-clip", "3"], "--skill-clip would do nothing"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lm import writers
+from lm.encoder import Encoder
 from lm.writers import import_writer, model_writer, openai_writer
 
 # --- a local model ---
@@ -31,7 +32,8 @@ def tokenizer():
     return tokenizer
 
 
-def test_model_writer_prompts_prefills_and_leaves_out_what_does_not_fit(tokenizer, monkeypatch):
+@pytest.mark.parametrize("style", ["window", "chat"])
+def test_model_writer_prompts_prefills_and_leaves_out_what_does_not_fit(style, tokenizer, monkeypatch):
     calls = []
 
     def generate(sampler, contexts):
@@ -42,7 +44,13 @@ def test_model_writer_prompts_prefills_and_leaves_out_what_does_not_fit(tokenize
     monkeypatch.setattr(writers, "Sampler", lambda model, tokenizer, **options: options)
     model = torch.nn.Linear(1, 1)
     write = model_writer(
-        model, tokenizer, max_new_tokens=4, temperature=0.5, context_limit=11, prefill="{ ", rollout_budget=99
+        model,
+        Encoder(tokenizer, style),
+        max_new_tokens=4,
+        temperature=0.5,
+        context_limit=11,
+        prefill="{ ",
+        rollout_budget=99,
     )
     answers = write(["one", "one two one two", "two two two"])
     # user one <end> assistant {      user two two two <end> assistant {      4 new tokens: 11 fit, 12 do not
@@ -67,7 +75,7 @@ def test_model_writer_with_a_real_tiny_model(tokenizer):
     )  # fmt: skip
     write = model_writer(
         LlamaForCausalLM(config),
-        tokenizer,
+        Encoder(tokenizer, "window"),
         max_new_tokens=6,
         temperature=1.0,
         context_limit=30,

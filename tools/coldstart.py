@@ -42,22 +42,22 @@ def measured(model, tokenizer, settings: ColdStart, games: int, date: str | None
     how = {"mixed_precision": settings.mixed_precision, "eval_games": games}
     config = Config(model=settings.model, env=settings.env, **style, **limits, **how)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    results = evaluate(model, Encoder(tokenizer, config.context, date), config)
+    encoder = Encoder(tokenizer, config.context, date)
+    results = evaluate(model, encoder, config)
     played = [trajectory for split in results.values() for trajectory in split]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-        return f"{format_table(results, columns_of(config))}\n{skills_of(played, model, tokenizer, config, date)}"
+        return f"{format_table(results, columns_of(config))}\n{skills_of(played, model, encoder, config)}"
 
 
-def skills_of(trajectories: list[Trajectory], model, tokenizer, config: Config, date: str | None) -> str:
+def skills_of(trajectories: list[Trajectory], model, encoder: Encoder, config: Config) -> str:
     write = model_writer(
         model,
-        tokenizer,
+        encoder,
         max_new_tokens=SKILL_TOKENS,
         temperature=1.0,
         context_limit=config.context_limit,
         prefill="",
         rollout_budget=config.rollout_budget,
-        date=date,
     )
     torch.manual_seed(0)
     told = {"max_step_skills": config.max_step_skills, "template": environment(config)().analysis_prompt()}

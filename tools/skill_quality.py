@@ -91,7 +91,7 @@ def main() -> None:
     print(format_table({"valid_seen": trajectories}, TASK_TYPES))
     write = model_writer(
         model,
-        tokenizer,
+        encoder,
         max_new_tokens=config.skill_tokens,
         temperature=args.temperature,
         context_limit=config.context_limit,
