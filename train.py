@@ -511,7 +511,10 @@ def main() -> None:
         run = Run(config)
     except (ValueError, OSError, ImportError) as error:  # a model, folder, package or setting that cannot be used
         sys.exit(f"train.py: {error}")
-    train(config, run)
+    try:
+        train(config, run)
+    except OSError as error:  # a full disk, a server that is gone
+        sys.exit(f"train.py: {error}: when that is mended go on with --resume")
 
 
 if __name__ == "__main__":

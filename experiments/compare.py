@@ -7,10 +7,10 @@ An arm is a method by its defaults (--methods), or a variant named in experiment
 Every run starts from the same weights, warm-started or those of --model; runs of one seed meet the same tasks in the
 same iteration, and all play the same number of episodes. --at-once runs at a time, one thread each. A finished run is
 one file, experiments/results/NAME.json (config, commit, curve, seconds), and is never made again; its folder, with the
-final policy, stays under --runs. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs, too, and goes on from
-their checkpoints. Seeds are 0 to N - 1, all of them reported: table.md and comparison.png beside the result files.
---report makes these again from the files of the named arms, whatever seeds there are. What is tuned is tuned on other
-seeds (--first-seed 100, in another --results), so that none of those reported was chosen by.
+final policy and the last checkpoint, stays under --runs. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs,
+too, and goes on from their checkpoints. Seeds are 0 to N - 1, all of them reported: table.md and comparison.png beside
+the result files. --report makes these again from the files of the named arms, whatever seeds there are. What is tuned
+is tuned on other seeds (--first-seed 100, in another --results), so that none of those reported was chosen by.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from evaluate import eval_splits, games_of
 from experiments.children import Children
 from experiments.runs import ROOT, commit, fingerprint, settings, write_result
 from experiments.tables import by_episodes, by_type, draw, efficiency, leads, table
-from lm.loading import save_policy, write_whole
+from lm.loading import remove, save_policy, write_whole
+from runlog.checkpoints import saved
 from runlog.metrics import read_lines
 from tiny.loading import load_model
 
@@ -114,7 +115,7 @@ def launch(job: Job, children: Children) -> None:
 
 
 def store(job: Job, version: str) -> None:
-    """The result file of a finished run."""
+    """The result file of a finished run, which then keeps one checkpoint."""
     metrics = read_lines(Path(job.config.out, "metrics.jsonl"))
     evaluations = read_lines(Path(job.config.out, "evaluations.jsonl"))
     result = {
@@ -130,6 +131,8 @@ def store(job: Job, version: str) -> None:
         "signal": {name: [float(f"{m[name]:.4g}") for m in metrics] for name in SIGNAL if name in metrics[0]},
     }
     write_result(job.result, result)
+    for path in saved(Path(job.config.out))[:-1]:  # the last one is enough, now that nothing can cut it off
+        remove(path)
 
 
 def run_all(jobs: list[Job], launch: Callable[[Job], None], at_once: int = 2) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import importlib.util
 import os
 import re
@@ -172,11 +174,33 @@ def save_policy(model, tokenizer, folder: str | Path) -> None:
 
 
 def write_whole(path: Path, write) -> None:
-    """Write a file or folder beside `path`, then put it in place in one step."""
+    """Write a file or folder beside `path`, then put it in place in one step. Where that fails nothing is left of it.
+    Raises OSError (ENOSPC) where the disk is full, whatever the library that writes makes of that."""
     temporary = path.with_name(path.name + ".tmp")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    write(temporary)
+    remove(temporary)  # of a process that was killed
+    with whole_or_nothing(temporary):
+        write(temporary)
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_or_nothing(temporary: Path):
+    """Around what writes a file or folder: see `write_whole`."""
+    try:
+        yield
+    except BaseException as error:  # which PyTorch's distributed checkpoints raise
+        told, left = str(error).lower(), shutil.disk_usage(temporary.parent).free
+        remove(temporary)  # or the disk stays full for its sake
+        if left < 2**20 or any(words in told for words in ("no space left", "quota exceeded")):
+            raise OSError(errno.ENOSPC, "the disk is full", str(temporary.parent)) from error
+        raise
+
+
+def remove(path: Path) -> None:
+    """A file or a folder; nothing where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)  # other processes may be at it, too
+    else:
+        path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from config import Config, changed, flag
 from data import Batch, Guidance, Skills, Trajectory
-from lm.loading import save_policy, write_whole
+from lm.loading import remove, save_policy, write_whole
 from lm.parallel import whole
 from lm.watch import watch
 from runlog import checkpoints
@@ -201,7 +201,7 @@ class RunLog:
             checkpoints.save(self.folder / "checkpoints", iteration, model, optimizer, ema, method)
         if self.accelerator.is_main_process:
             for old in checkpoints.saved(self.folder)[: -self.config.keep_checkpoints]:
-                checkpoints.remove(old)
+                remove(old)
 
     def restore(self, model, optimizer, ema, method) -> None:
         """Load the newest whole checkpoint into all of them, where the run goes on from one."""

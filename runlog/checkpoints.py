@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 
-from lm.loading import write_whole
+from lm.loading import remove, write_whole
 from lm.parallel import like, not_finite, parts_of
 from runlog import shards
 
@@ -25,16 +24,10 @@ def saved(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "checkpoints").glob("*") if names.fullmatch(path.name))
 
 
-def remove(path: Path) -> None:
-    """A checkpoint of either kind."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def set_aside(path: Path) -> None:
     """A damaged checkpoint under a name that is no checkpoint's."""
     aside = path.with_name(path.name + ".damaged")
-    if aside.exists():
-        remove(aside)
+    remove(aside)
     path.rename(aside)
 
 

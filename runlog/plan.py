@@ -1,5 +1,7 @@
 """What a run needs of memory, phase by phase, whether that is there, and what to change first: python train.py --plan
 
+It also says what the run writes to disk (disk.py).
+
 Planned from the model's configuration, no weights loaded. Exact: weights, gradients, optimizer, copies, keys and
 values. What a pass holds besides is counted on tensors without data, by the run's own code (passes.py). All rows are
 taken to be as long as they may be. benchmarks/plan.py compares with what runs really take.
@@ -17,7 +19,7 @@ from transformers import AutoConfig
 from config import LOCAL_WRITERS, RECIPES, Config, flag
 from lm.loading import frozen
 from lm.memory import give_back
-from runlog import FREE, memory
+from runlog import FREE, disk, memory
 from runlog.counting import bytes_of, shell
 from runlog.passes import Pass, Passes
 from tiny.loading import load_config
@@ -201,7 +203,11 @@ def _changes(plan: Plan) -> list[tuple[str, dict]]:
 
 
 def line(config: Config, model, processes: int) -> str:
-    """One line for the start of a run, with a warning where it would run out."""
+    """For the start of a run: one line each for memory and disk, with a warning where it would run out."""
+    return f"{_memory(config, model, processes)}\n{disk.told(config, model)}"
+
+
+def _memory(config: Config, model, processes: int) -> str:
     try:
         plan = Plan(config, model.config, processes=processes, libraries=libraries_of(model))
     except Exception as error:  # an architecture that does not run without data; no reason to refuse it
@@ -232,7 +238,7 @@ def told(config: Config) -> str:
         peak = Plan(config, plan.architecture, processes=count).peak
         card = next((f"fits a GPU of {card} GB" for card in CARDS if peak <= USABLE * card * GIB), "fits no GPU")
         lines += [f"on {count} GPU{'s' * (count > 1)}: {peak / GIB:.1f} GiB each, {card}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, disk.told(config, plan.model)])
 
 
 def libraries_of(*models: nn.Module) -> float | None:

@@ -10,7 +10,6 @@ processes can read it, sharded or not.
 from __future__ import annotations
 
 import json
-import shutil
 import zlib
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import load as load_tensors
 from torch.distributed.checkpoint import save as save_tensors
 
+from lm.loading import remove, whole_or_nothing
+
 PIECE = 2**24  # bytes of a file that are read at a time
 
 
@@ -27,26 +28,32 @@ def save(path: Path, state: dict) -> None:
     """Written beside, then renamed. All processes call it, and the folder has to be one that they share."""
     temporary, rank = path.with_name(path.name + ".tmp"), distributed.get_rank()
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir()
     distributed.barrier()
+    with whole_or_nothing(temporary):
+        _write(temporary, rank, state)
+    if rank == 0:
+        remove(path)  # a damaged one
+        temporary.rename(path)
+    distributed.barrier()
+
+
+def _write(folder: Path, rank: int, state: dict) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in (state["ema"] or {}).items()}
     for i, moments in state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-    save_tensors(tensors, storage_writer=FileSystemWriter(temporary))
-    own = list(temporary.glob(f"__{rank}_*"))
+    save_tensors(tensors, storage_writer=FileSystemWriter(folder))
+    own = list(folder.glob(f"__{rank}_*"))
     if rank == 0:
         rest = {"iteration": state["iteration"], "method": state["method"]}
-        torch.save(rest | {"groups": state["optimizer"]["param_groups"]}, temporary / "rest.pt")
-        own += [temporary / "rest.pt", temporary / ".metadata"]
+        torch.save(rest | {"groups": state["optimizer"]["param_groups"]}, folder / "rest.pt")
+        own += [folder / "rest.pt", folder / ".metadata"]
     sums: list = [None] * distributed.get_world_size()
     distributed.all_gather_object(sums, {file.name: checksum(file) for file in own})
     if rank == 0:
-        (temporary / "index.json").write_text(json.dumps({name: crc for each in sums for name, crc in each.items()}))
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one
-        temporary.rename(path)
-    distributed.barrier()
+        (folder / "index.json").write_text(json.dumps({name: crc for each in sums for name, crc in each.items()}))
 
 
 def intact(path: Path) -> bool:

@@ -86,6 +86,9 @@ def pretend(job):
     metrics = [{"train/success": 0.5, "episodes": 4, "seconds/rollout": 1.5, "seconds/update": 0.5}] * 2
     metrics = [m | {"advantage/skill_abs": 0.123456} for m in metrics]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    for name in ("000000.pt", "000001.pt"):
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "checkpoints" / name).touch()
 
 
 def test_seeds_come_in_order_and_meet_the_same_settings(jobs):
@@ -99,6 +102,7 @@ def test_results_are_stored_once_and_tabulated(jobs):
     run_all(jobs[:3], launch=lambda job: (made.append(job.name), pretend(job)))
     run_all(jobs, launch=lambda job: (made.append(job.name), pretend(job)))
     assert sorted(made) == ["grpo-seed0", "grpo-seed1", "opid-seed0", "opid-seed1"]
+    assert [path.name for job in jobs for path in Path(job.config.out, "checkpoints").iterdir()] == ["000001.pt"] * 4
     found = read_results(jobs)
     stored = found["opid"][1]
     assert (stored["seconds"], stored["episodes"], stored["train"]) == (4.0, 8, [0.5, 0.5])

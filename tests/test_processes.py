@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lm.loading import remove
 from lm.parallel import shard
 from runlog import checkpoints
 from tests.sharded import CHECKS
@@ -279,7 +280,7 @@ def test_damaged_shards_fall_back_to_the_checkpoint_before(checked, damage, tmp_
     else:
         (newest / damage).unlink()
     assert checkpoints.newest_readable(saved) == (newest.with_name("000008.pt"), [newest])
-    checkpoints.remove(newest)
+    remove(newest)
     assert checkpoints.saved(tmp_path) == saved[:1]
 
 

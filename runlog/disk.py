@@ -1,0 +1,42 @@
+"""Room on the disk: what a run writes, and whether that is there before it has played for hours."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from config import Config
+from runlog.counting import bytes_of
+
+GIB = 2**30
+
+
+def most(config: Config, model: nn.Module) -> float:
+    """Bytes of checkpoints and final policy when they are most: a new checkpoint is whole before the oldest goes.
+    What is logged is not counted."""
+    checkpoint = 3 * bytes_of(model, trained=True)  # the weights and AdamW's two moments
+    checkpoint += bytes_of(model) if config.reads("ema") else 0
+    count = -(-config.iterations // config.save_every)
+    kept = min(count, config.keep_checkpoints)
+    return max(min(count, kept + 1) * checkpoint, kept * checkpoint + bytes_of(model))
+
+
+def room(folder: Path) -> float:
+    """Bytes for the run in `folder`, which need not be there yet: what is free, and what its checkpoints take now."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    held = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    return shutil.disk_usage(there).free + held
+
+
+def told(config: Config, model: nn.Module) -> str:
+    """One line, and a warning where the disk would run full."""
+    size, free = most(config, model), room(Path(config.out))
+    line = f"disk: at most {size / GIB:.1f} GiB of checkpoints and policy, {free / GIB:.1f} GiB there"
+    if size <= free:
+        return line
+    fewer = most(replace(config, keep_checkpoints=1), model)
+    keep = f", or keep fewer, with --keep-checkpoints 1 ({fewer / GIB:.1f} GiB)" if fewer <= free else ""
+    return f"{line}\nWARNING: the disk of {config.out} may run full: free some of it, or take another --out{keep}"
