@@ -11,8 +11,6 @@ from torch import nn
 from config import Config
 from runlog.counting import bytes_of
 
-GIB = 2**30
-
 
 def most(config: Config, model: nn.Module) -> float:
     """Bytes of checkpoints and final policy when they are most: a new checkpoint is whole before the oldest goes.
@@ -34,9 +32,13 @@ def room(folder: Path) -> float:
 def told(config: Config, model: nn.Module) -> str:
     """One line, and a warning where the disk would run full."""
     size, free = most(config, model), room(Path(config.out))
-    line = f"disk: at most {size / GIB:.1f} GiB of checkpoints and policy, {free / GIB:.1f} GiB there"
+    line = f"disk: at most {_shown(size)} of checkpoints and policy, {_shown(free)} there"
     if size <= free:
         return line
     fewer = most(replace(config, keep_checkpoints=1), model)
-    keep = f", or keep fewer, with --keep-checkpoints 1 ({fewer / GIB:.1f} GiB)" if fewer <= free else ""
+    keep = f", or keep fewer, with --keep-checkpoints 1 ({_shown(fewer)})" if fewer <= free else ""
     return f"{line}\nWARNING: the disk of {config.out} may run full: free some of it, or take another --out{keep}"
+
+
+def _shown(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
