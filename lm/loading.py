@@ -186,13 +186,15 @@ def write_whole(path: Path, write) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_nothing(temporary: Path):
-    """Around what writes a file or folder: see `write_whole`."""
+def whole_or_nothing(temporary: Path, *, clear: bool = True):
+    """Around what writes a file or folder: see `write_whole`. Of several processes that write a folder together only
+    one is to `clear` it: another, cut off from it, might take away what is in place by now."""
     try:
         yield
     except BaseException as error:  # which PyTorch's distributed checkpoints raise
         told, left = str(error).lower(), shutil.disk_usage(temporary.parent).free
-        remove(temporary)  # or the disk stays full for its sake
+        if clear:  # or the disk stays full for its sake
+            remove(temporary)
         if left < 2**20 or any(words in told for words in ("no space left", "quota exceeded")):
             raise OSError(errno.ENOSPC, "the disk is full", str(temporary.parent)) from error
         raise
@@ -201,6 +203,6 @@ def whole_or_nothing(temporary: Path):
 def remove(path: Path) -> None:
     """A file or a folder; nothing where there is none."""
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)  # other processes may be at it, too
+        shutil.rmtree(path, ignore_errors=True)  # another process may still write into it
     else:
         path.unlink(missing_ok=True)

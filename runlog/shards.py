@@ -31,7 +31,7 @@ def save(path: Path, state: dict) -> None:
         remove(temporary)
         temporary.mkdir()
     distributed.barrier()
-    with whole_or_nothing(temporary):
+    with whole_or_nothing(temporary, clear=rank == 0):
         _write(temporary, rank, state)
     if rank == 0:
         remove(path)  # a damaged one
