@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -38,15 +39,22 @@ FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
 
 
 def accelerator_of(config: Config) -> Accelerator:
-    """The processes, device, precision and tracker of a run."""
+    """The processes, device, precision and tracker of a run. Raises ValueError where accelerate takes each of several
+    processes for a run of its own: all of them would write one folder."""
     # One process may play or evaluate for long after the others have done. One that died is noticed by lm/watch.py.
     patient = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.out,
         kwargs_handlers=[patient],
     )
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # what every launcher sets
+    if accelerator.num_processes < started:
+        raise ValueError(
+            f"accelerate takes each of {started} processes for a run of its own: on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 class RunLog:
