@@ -1,20 +1,47 @@
-"""What enters the update: the outcome advantage, the skill advantage, and their sum. Tensors and numbers only.
+"""What enters the update: the outcome advantage, the skill advantage, and their sum. No model, no gradient.
 
 Shapes: B rows are steps pooled over trajectories, R is the padded response length. NaN marks "not scored" and never
-enters a sum: what is not scored has no skill advantage. Nothing here carries gradient.
+enters a sum: what is not scored has no skill advantage.
 """
 
 from __future__ import annotations
 
+import random
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from config import Config
+from data import Advantages, Batch, Trajectory
+
+if TYPE_CHECKING:
+    from runlog.start import Run
+
+
+def opid_advantages(run: Run, batch: Batch, rng: random.Random) -> Advantages:
+    """A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]."""
+    config, old = run.config, batch.old_logprobs
+    outcome = outcome_advantages(batch.trajectories, config)  # (B,)
+    shifts = {level: skill_advantage(logprobs, old) for level, logprobs in batch.skill_logprobs.items()}  # (B, R) each
+    weights = {"episode": config.episode_weight, "step": config.step_weight}
+    return Advantages(combine(outcome, shifts, weights, batch.mask), outcome, sum_of_scored(shifts, batch.mask))
+
+
+def outcome_advantages(trajectories: list[Trajectory], config: Config) -> Tensor:
+    """A_ep of each step: R(tau), less the step's own penalty, against its group. -> (B,)"""
+    steps = [(i, trajectory, step) for i, trajectory in enumerate(trajectories) for step in trajectory.steps]
+    rewards = torch.tensor([config.success_reward * trajectory.success for _, trajectory, _ in steps])  # (B,) R(tau)
+    penalties = torch.tensor([config.invalid_penalty * (not step.valid) for _, _, step in steps])  # (B,)
+    groups = torch.tensor([trajectory.group for _, trajectory, _ in steps])  # (B,)
+    owners = torch.tensor([i for i, _, _ in steps])  # (B,)
+    return outcome_advantage(rewards - penalties, groups, owners, config.normalize, config.group_over)
 
 
 def outcome_advantage(
     returns: Tensor,  # (B,) R(tau) of the step's trajectory, less the step's own penalty
     group_ids: Tensor,  # (B,) which task
     trajectory_ids: Tensor,  # (B,) which rollout
-    *,
     normalize: str = "mean_std",
     over: str = "steps",
     eps: float = 1e-6,
@@ -24,12 +51,8 @@ def outcome_advantage(
     `over="steps"` takes the group's mean and (sample) std over step rows, as the authors' release does
     (gigpo/core_gigpo.py, compute_mean_std_cross_steps=True), so that a long trajectory weighs more;
     `over="trajectories"` gives each rollout the same weight, split over its steps. A group of one sample has mean 0 and
-    std 1 there, hence the raw return here too. Raises ValueError for an unknown option.
+    std 1 there, hence the raw return here too.
     """
-    if normalize not in ("mean_std", "mean"):
-        raise ValueError(f"normalize must be 'mean_std' or 'mean', not {normalize!r}")
-    if over not in ("steps", "trajectories"):
-        raise ValueError(f"over must be 'steps' or 'trajectories', not {over!r}")
     advantages = torch.zeros_like(returns)  # (B,)
     scores = returns.double()  # in float32 the rounding error of a mean of equal returns is as large as eps
     for group in group_ids.unique():
@@ -47,61 +70,32 @@ def outcome_advantage(
     return advantages
 
 
-def skill_advantage(skill_logprobs: Tensor, base_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """A_skill = (log pi(y | h with skill) - log pi_old(y | h)) * m. All (B, R) -> (B, R).
-
-    `base_logprobs` is the second term. Where the scorer is not the sampling policy, the difference also holds how far
-    the two are apart without any skill, a pull towards the scorer; `--shift-base scorer` takes log pi(y | h) of the
-    scorer instead, and what is left is the skill's own doing.
+def skill_advantage(skill_logprobs: Tensor, base_logprobs: Tensor) -> Tensor:
+    """A_skill, NaN where either side is: not scored. All (B, R) -> (B, R).
 
     Positive where the skill makes the sampled token likelier (praise), negative where it makes it less likely (blame).
-    Exactly 0 off the mask and where either side is NaN, that is, not scored.
     """
     # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m                    (paper: skill advantage)
-    shift = skill_logprobs - base_logprobs  # (B, R)
-    return torch.where(mask.bool() & ~shift.isnan(), shift, torch.zeros_like(shift)).detach()
+    return skill_logprobs - base_logprobs
 
 
-def where_scored(shift: Tensor, logprobs: Tensor) -> Tensor:
-    """A shift with NaN where `logprobs` has it: 0 is what enters a sum, NaN says "not scored". All (B, R) -> (B, R)"""
-    return shift.masked_fill(logprobs.isnan(), float("nan"))
+def combine(outcome: Tensor, shifts: dict[str, Tensor], weights: dict[str, float], mask: Tensor) -> Tensor:
+    """The sum of outcome (B,) and `shifts` (B, R) by level, 0 off the mask. -> (B, R)
 
-
-def combine(
-    outcome: Tensor,  # (B,)
-    episode_shift: Tensor | None,  # (B, R) skill_advantage of the episode-guided steps
-    step_shift: Tensor | None,  # (B, R) skill_advantage of the step-guided steps
-    mask: Tensor,  # (B, R)
-    *,
-    episode_weight: float,
-    step_weight: float,
-    skill_clip: float | None = None,
-) -> Tensor:
-    """A = A_ep + lambda_ep A_skill (episode-guided) + lambda_step A_skill (step-guided), 0 off the mask. -> (B, R)
-
-    A weight of 0 leaves its term out altogether, so that the result is GRPO's bit for bit. `skill_clip` bounds each
-    |A_skill| before weighting (an addition of ours, off by default).
+    A weight of 0 leaves its term out altogether, so that the result is GRPO's bit for bit.
     """
     # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
     advantages = outcome[:, None] * mask.to(outcome.dtype)  # (B, R)
-    for shift, weight in ((episode_shift, episode_weight), (step_shift, step_weight)):
-        if shift is None or weight == 0:
-            continue
-        if skill_clip is not None:
-            shift = shift.clamp(-skill_clip, skill_clip)
-        advantages = advantages + weight * shift
+    for level, weight in weights.items():  # in this order, whichever was scored first: sums of floats depend on it
+        if weight and level in shifts:
+            advantages = advantages + weight * shifts[level].masked_fill(shifts[level].isnan(), 0.0)
     return advantages
 
 
-def sum_of_scored(mask: Tensor, *scores: Tensor) -> Tensor:
-    """The sum of what was scored: NaN where none of `scores` has a value. All (B, R) -> (B, R)"""
-    total = torch.full(mask.shape, float("nan"), device=mask.device)  # (B, R)
-    for score in scores:
-        known = ~score.isnan()  # (B, R)
-        total[known] = total[known].nan_to_num() + score[known]
+def sum_of_scored(shifts: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """The sum of what was scored: NaN where nothing was. All (B, R) -> (B, R)"""
+    total = torch.full(mask.shape, float("nan"))  # (B, R)
+    for shift in shifts.values():
+        known = ~shift.isnan()  # (B, R)
+        total[known] = total[known].nan_to_num() + shift[known]
     return total
-
-
-def linear_decay(iteration: int, iterations: int) -> float:
-    """From 1 at iteration 0 in a line to 0 at `iterations`; always 1 where that is 0."""
-    return max(0.0, 1 - iteration / iterations) if iterations else 1.0

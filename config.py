@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import re
 import tomllib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from baselines import METHODS
-from data import Level, Skills
+from data import Level
 from envs import ENVIRONMENTS, new_words, read_options
 from lm.precision import mixed_precision
+from lm.sampler import Sampling
+from lm.scoring import Limits
 from lm.writers import import_writer
-from router import RULES, asks_for, route
+from router import LEVELS, RULES
 from tiny.coldstart import PREFIX
 
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
     *("token_budget", "rollout_budget", "train_games", "eval_games", "save_every", "keep_checkpoints", "sample_every"),
-    *("skill_context_limit", "temperature", "learning_rate", "max_grad_norm", "kl_clip", "skill_clip"),
+    *("skill_context_limit", "temperature", "learning_rate", "max_grad_norm", "kl_clip"),
 )
 NOT_NEGATIVE = (
     *("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history", "lr_halving"),
-    *("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay", "skill_iterations"),
-    *("state_weight", "gate_beta", "rlsd_clip", "rlsd_iterations", "distill_weight", "top_k"),
+    *("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay"),
 )
-SHARES = ("gamma", "rlsd_mix", "ema_decay", "jsd_beta")  # between 0 and 1
 
-LOCAL_WRITERS = ("policy", "reference", "ema")
-RECIPES = Path(__file__).parent / "recipes"
+LOCAL_WRITERS = ("policy", "reference")
+RECIPES, VARIANTS = Path(__file__).parent / "recipes", Path(__file__).parent / "variants"
 
 
 def group(title: str):
@@ -57,14 +56,14 @@ UPDATE = group("6. update (train.py)")
 ENV = group("environment (envs/)")
 MODEL = group("model")
 RUN = group("run folder and evaluation")
-OTHERS = group("other methods (baselines/): each is read only with the --algo that it names")
+OWN = group("this --algo (variants/)")
 
 
 @dataclass
 class Config:
     """Defaults are the laptop run; recipes/*.toml hold the paper's settings. Units stand in each setting's help."""
 
-    algo: str = FIRST("opid", "training method", tuple(METHODS))
+    algo: str = FIRST("opid", "opid, grpo, or a file of variants/, whose flags --algo NAME --help shows")
     env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
     model: str = FIRST("tiny", "'tiny', 'smollm2', a folder or a hub id; with cold: in front after its cold start")
     iterations: int = FIRST(60, "training iterations")
@@ -97,7 +96,7 @@ class Config:
     invalid_penalty: float = ROLLOUT(0.0, "taken off a step's return for an invalid action (paper: 0.1)")
 
     skill_writer: str = SKILLS(
-        "policy", "who writes: policy (paper), reference, ema, openai, or your own function as package.module:function"
+        "policy", "who writes: policy (paper), reference, openai, or your own function as package.module:function"
     )
     max_step_skills: int = SKILLS(5, "K: most step skills per trajectory")
     skill_tokens: int = SKILLS(96, "most tokens of a skill answer")
@@ -112,23 +111,12 @@ class Config:
     # Not the paper's `old`: at laptop scale the scorer that follows the policy rises and then falls with it
     # (docs/results_before.md); the frozen one cannot drift.
     scorer: str = SCORES(
-        "reference", "the model that scores the skill-augmented context (paper: old)", ("old", "reference", "ema")
+        "reference", "the model that scores the skill-augmented context (paper: old)", ("old", "reference")
     )
-    shift_base: str = SCORES(
-        "old",
-        "what the skill-augmented log-prob is compared with: the sampling policy's (paper), or the scorer's own, both "
-        "of the plain context (the same with --scorer old); other: the scorer's under a skill of another task, so that "
-        "what any skill does cancels",
-        ("old", "scorer", "other"),
-    )
-    centred: bool = SCORES(False, "A_skill less what it is on average over the words that might have been sampled")
-    ema_decay: float = SCORES(0.99, "decay per iteration of the EMA model, for --scorer ema, --skill-writer ema")
     token_budget: int = SCORES(4096, "most padded tokens of a forward pass (micro-batch), in the update too")
 
     normalize: str = ADVANTAGE("mean_std", "outcome advantage: group mean and std, or mean only", ("mean_std", "mean"))
     group_over: str = ADVANTAGE("steps", "what group statistics are taken over", ("steps", "trajectories"))
-    skill_iterations: int = ADVANTAGE(0, "iterations in which both lambdas fall to 0, in a line; 0: they stay (paper)")
-    skill_clip: float | None = ADVANTAGE(None, "bound of |A_skill| per token, in nats; none: unbounded (paper)")
 
     clip: float = UPDATE(0.2, "PPO clip range of the token ratio")
     dual_clip: float | None = UPDATE(
@@ -177,44 +165,6 @@ class Config:
     sample_every: int = RUN(5, "iterations between samples.jsonl records")
     tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
 
-    distill_weight: float | None = OTHERS(
-        None,
-        "sdar, opsd, grpo+opsd, skill-sd: weight c of their loss term; none: the release's 0.01, of skill-sd 0.001",
-    )
-    gate_beta: float = OTHERS(5.0, "sdar, opsd: steepness of the gate sigmoid(beta Delta), per nat")
-    state_weight: float = OTHERS(1.0, "gigpo: weight of the step-relative advantage")
-    gamma: float = OTHERS(0.95, "gigpo: discount per step of the return that state groups compare")
-    rlsd_mix: float = OTHERS(0.5, "rlsd: mu, how far Delta rescales A_ep at first, 0 to 1")
-    rlsd_iterations: int = OTHERS(50, "rlsd: iterations in which mu falls to 0 (the release: 100); 0: it stays")
-    rlsd_clip: float = OTHERS(0.2, "rlsd: bound of the rescaling, 1 - eps to 1 + eps")
-    divergence: str = OTHERS(
-        "sampled",
-        "opid, opd: what draws the policy to scorer or teacher: the shift of sampled tokens (paper), or exactly, as a "
-        "loss, the reverse or forward KL or generalised JSD of whole distributions",
-        ("sampled", "reverse", "forward", "jsd"),
-    )
-    jsd_beta: float = OTHERS(0.5, "jsd: beta, from near 0 (forward KL's direction) to near 1 (reverse KL's)")
-    top_k: int = OTHERS(0, "--divergence: over the k likeliest words alone; 0: over all")
-    top_k_of: str = OTHERS("teacher", "--top-k: whose likeliest words", ("teacher", "student"))
-    top_k_rest: str = OTHERS(
-        "bin",
-        "--top-k: what becomes of the other words: one bin, left out, or left out with the weights held (reverse)",
-        ("bin", "drop", "hold"),
-    )
-    oprd_layers: str = OTHERS(
-        "all", "oprd: layers whose states are matched; even: the first, third, ...", ("last", "all", "even", "odd")
-    )
-    oprd_positions: str = OTHERS("all", "oprd: tokens of a response that count: all, first-K or last-K, as in last-32")
-    oprd_normalize: bool = OTHERS(
-        False, "oprd: states of length 1 (the release), not as they are (the paper's numbers)"
-    )
-    oprd_weight: float = OTHERS(1.0, "oprd: weight of the loss (the release: 1)")
-    teacher: str | None = OTHERS(
-        None,
-        "opd, oprd: the larger model, named as --model is; it must have the same tokenizer. oprd without one: the "
-        "scorer under the skill",
-    )
-
     def __post_init__(self):
         """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""
         self._check_values()
@@ -233,38 +183,12 @@ class Config:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip:
             raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
-        if self.exchanges and self.tasks < 2:
-            raise ValueError(f"{self.exchanges} takes skills from other tasks: --tasks must be at least 2")
         if self.offload and self.shard:
             raise ValueError("--offload is for one card: with --shard every card holds its part of all of it")
-        if self.teacher is not None and self.algo not in ("opd", "oprd"):
-            raise ValueError("--teacher is for opd and oprd")
-        if not re.fullmatch(r"all|(first|last)-[1-9]\d*", self.oprd_positions):
-            raise ValueError(f"--oprd-positions must be all, first-K or last-K, not {self.oprd_positions!r}")
-        self._check_divergence()
         self._check_writer()
-        method = METHODS[self.algo]
-        method.check(self)
-        if self.shift_base == "other" and not method.own_skills:
-            raise ValueError(
-                f"--shift-base other compares with another task's skill: --algo {self.algo} has no own ones"
-            )
-        for name in method.idle:
-            if getattr(self, name) != getattr(Config, name):
-                raise ValueError(f"--algo {self.algo} does not use A_skill as OPID does: {flag(name)} would do nothing")
-        self._check_routing()
-
-    def _check_routing(self) -> None:
-        seen = {"success": True, "logprobs": [[-1.0], [-1.0]]}
-        steps = {0: "at one step"} if self.max_step_skills else {}
-        asked = route(Skills("", "both levels", steps), 2, self.routing, levels=self.levels, **seen)
-        if self.levels and not any(asked) and not any(asks_for(self.routing, name) for name in seen):
-            few = "" if self.max_step_skills else " and --max-step-skills 0"
-            raise ValueError(f"--routing {self.routing} guides no step with these weights{few}: use --algo grpo")
-        METHODS[self.algo](self).check_routes([asked])
 
     def _check_values(self) -> None:
-        hints = typing.get_type_hints(Config)
+        hints = typing.get_type_hints(type(self))
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
@@ -279,27 +203,6 @@ class Config:
         for name in NOT_NEGATIVE:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{flag(name)} must not be negative")
-        for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
-
-    def _check_divergence(self) -> None:
-        if self.divergence == "sampled":
-            if self.top_k:
-                raise ValueError("--top-k is for --divergence reverse, forward or jsd: a sampled shift has one word")
-            return
-        if not METHODS[self.algo].whole:
-            raise ValueError(f"--divergence is for opid and opd: --algo {self.algo} has no shift that it could replace")
-        if self.shift_base != "old" or self.centred or self.skill_clip is not None:
-            raise ValueError(
-                f"--divergence {self.divergence} is exact: --shift-base, --centred, --skill-clip are for samples"
-            )
-        if self.shard:
-            raise ValueError(f"--divergence {self.divergence} needs the teacher's output layer whole: no --shard")
-        if self.divergence == "jsd" and self.jsd_beta in (0, 1):
-            raise ValueError("--jsd-beta 0 and 1 measure nothing: take --divergence forward or reverse")
-        if self.top_k_rest == "hold" and (self.divergence, bool(self.top_k)) != ("reverse", True):
-            raise ValueError("--top-k-rest hold is for --divergence reverse with --top-k")
 
     def _check_writer(self) -> None:
         if not self.writes_skills:
@@ -330,31 +233,22 @@ class Config:
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """The levels of skills that the policy's tokens are re-scored under; none: plain GRPO."""
-        return METHODS[self.algo].levels(self)
+        """The levels of skills that guide steps: those whose lambda is not 0. None: this is GRPO."""
+        given = {"episode": self.episode_weight, "step": self.step_weight}
+        return tuple(level for level in LEVELS if given[level] != 0)
 
     @property
-    def exchanges(self) -> str | None:
-        """The setting by which tasks exchange skills; None: they do not."""
-        if METHODS[self.algo].needs_others:
-            return f"--algo {self.algo}"
-        return "--shift-base other" if self.levels and self.shift_base == "other" else None
+    def sampling(self) -> Sampling:
+        budgets = self.rollout_budget, self.token_budget
+        return Sampling(self.max_new_tokens, self.temperature, self.reuse_cache, *budgets)
 
     @property
-    def needs_states(self) -> str | None:
-        """The setting that needs whole distributions, hence hidden states; None: the sampled tokens are enough."""
-        if self.divergence != "sampled":
-            return f"--divergence {self.divergence}"
-        return "--centred" if self.levels and self.centred else None
+    def limits(self) -> Limits:
+        return Limits(self.temperature, self.token_budget)
 
     @property
     def writes_skills(self) -> bool:
-        return METHODS[self.algo].writes_skills(self)
-
-    @property
-    def budgets(self) -> dict[str, int]:
-        """What bounds the memory of sampling."""
-        return {"rollout_budget": self.rollout_budget, "token_budget": self.token_budget}
+        return bool(self.levels)
 
     @property
     def longest(self) -> int:
@@ -362,20 +256,10 @@ class Config:
         writes = self.writes_skills and self.skill_writer in LOCAL_WRITERS
         return max(self.context_limit, (writes and self.skill_context_limit) or 0)
 
-    @property
-    def limits(self) -> dict[str, float]:
-        """What scoring goes by: the temperature that was sampled at, and the bound of its memory."""
-        return {"temperature": self.temperature, "token_budget": self.token_budget}
-
-    @property
-    def pulled(self) -> bool:
-        """Whether the loss holds the KL term."""
-        return self.kl > 0 and not METHODS[self.algo].matches_states
-
     def reads(self, name: str) -> bool:
-        """Whether a run needs the frozen "reference", or the slow "ema", beside the policy."""
-        pulls, scores = self.pulled and name == "reference", bool(self.levels) and self.scorer == name
-        return pulls or scores or (self.writes_skills and self.skill_writer == name)
+        """Whether a run needs the frozen "reference" beside the policy."""
+        scores = bool(self.levels) and self.scorer == name
+        return (self.kl > 0 and name == "reference") or scores or (self.writes_skills and self.skill_writer == name)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -384,8 +268,8 @@ class Config:
 def changed(before: dict, now: dict) -> list[str]:
     """The settings of `now` that a run with the settings `before` did not have. Of a flag that came later it had the
     default."""
-    had = Config().to_dict() | before
-    return [name for name in now if had[name] != now[name]]
+    had = {f.name: f.default for f in fields(variant_of(now["algo"]).settings)} | before
+    return [name for name in now if had.get(name) != now[name]]
 
 
 def flag(name: str) -> str:
@@ -411,18 +295,18 @@ def _optional(kind: type):
     return read
 
 
-def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
+def read_recipe(name: str, known: set[str], above: tuple[str, ...] = ()) -> dict:
     """A recipe's settings, on top of those of the recipe that it names as its `base`: a name in recipes/ or a path to a
     .toml file. Raises ValueError for one that is not there, holds an unknown setting or is its own base."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        raise ValueError(f"no recipe {name!r}; known: {known}, or a path to a .toml file")
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise ValueError(f"no recipe {name!r}; known: {names}, or a path to a .toml file")
     if name in above:
         raise ValueError(f"recipes are one another's base: {' -> '.join((*above, name))}")
     settings = tomllib.loads(path.read_text())
-    base = read_recipe(settings.pop("base"), (*above, name)) if "base" in settings else {}
-    unknown = settings.keys() - {f.name for f in fields(Config)}
+    base = read_recipe(settings.pop("base"), known, (*above, name)) if "base" in settings else {}
+    unknown = settings.keys() - known
     if unknown:
         raise ValueError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
     return _over(base, settings)
@@ -445,6 +329,24 @@ def _key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
+def variant_of(algo: str):
+    """The Variant that `--algo` names: a file of variants/. Raises ValueError where there is none."""
+    names = sorted(path.stem.replace("_", "-") for path in VARIANTS.glob("[a-z]*.py"))
+    if algo not in names:
+        raise ValueError(f"--algo must be one of {', '.join(names)}, not {algo!r}")
+    return import_module(f"variants.{algo.replace('-', '_')}").VARIANT
+
+
+def settings_of(argv: list[str] | None, base: dict | None) -> type[Config]:
+    """The settings that the command line's --algo has: Config's, and those of its own file in variants/."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--algo", default=(base or {}).get("algo", Config.algo))
+    try:
+        return variant_of(parser.parse_known_args(argv)[0].algo).settings
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def parse_args(
     argv: list[str] | None = None,
     base: dict | None = None,
@@ -455,16 +357,17 @@ def parse_args(
 ) -> Config:
     """The command line -> Config. A flag overrides the recipe, which overrides `base`, which overrides the default.
     Exits with a clear message on an unknown flag, a bad value or an impossible combination."""
+    kind_of = settings_of(argv, base)
     parser = argparse.ArgumentParser(
         prog=program,
         description=about,
         allow_abbrev=False,
         usage=f"{program} [--recipe NAME] [flags]",
     )
-    first = fields(Config)[0].metadata["group"]
-    groups, hints = {first: parser.add_argument_group(first)}, typing.get_type_hints(Config)
+    first = fields(kind_of)[0].metadata["group"]
+    groups, hints = {first: parser.add_argument_group(first)}, typing.get_type_hints(kind_of)
     groups[first].add_argument("--recipe", help="settings to start from: a name in recipes/ or a .toml file")
-    for f in fields(Config):
+    for f in fields(kind_of):
         title, hidden = f.metadata["group"], shown is not None and f.name not in shown
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -488,9 +391,11 @@ def parse_args(
     given |= {"env_options": dict(given["env_options"])} if "env_options" in given else {}
     try:
         recipe = given.pop("recipe", None)
-        settings = _over(_over(base or {}, read_recipe(recipe) if recipe else {}), given)
-        if older := settings.keys() - {f.name for f in fields(Config)}:
+        settings = _over(
+            _over(base or {}, read_recipe(recipe, {f.name for f in fields(kind_of)}) if recipe else {}), given
+        )
+        if older := settings.keys() - {f.name for f in fields(kind_of)}:
             raise ValueError(f"settings of another version: {', '.join(sorted(older))}; name them as flags instead")
-        return Config(**settings)
+        return kind_of(**settings)
     except ValueError as error:
         parser.error(str(error))

@@ -9,12 +9,9 @@ prompt, never a response, so original and skill-augmented scores line up positio
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
-
-if TYPE_CHECKING:
-    from lm.states import States
+from torch import Tensor
 
 Level = Literal["episode", "step"]
 
@@ -81,23 +78,43 @@ class Guidance:
     text: str
 
 
+Route = list[tuple[Guidance, ...]]  # of each step of a trajectory, the skills that guide it
+Contexts = list[list[int] | None]  # B rows of token ids; None: there is no such context
+
+
 @dataclass
 class Batch:
-    """The tensors of one update. B rows are steps pooled over trajectories, R is the longest response.
+    """One iteration's steps, scored. B rows are steps pooled over trajectories, R is the longest response.
 
-    All per-token tensors are response-only and right-padded. NaN means "not computed" (off the mask, or a row that a
-    scorer did not score); 0.0 never does, since as a log-prob it would mean certainty.
+    All per-token tensors are response-only and right-padded. NaN means "not computed" (off the mask, or a row that was
+    not scored); 0.0 never does, since as a log-prob it would mean certainty.
     """
 
-    contexts: list[list[int]]  # B ragged rows of token ids
-    responses: list[list[int]]  # B ragged rows of token ids
-    mask: torch.Tensor  # (B, R) bool, True on response tokens
-    old_logprobs: torch.Tensor  # (B, R) log pi_old(y | h)
-    reference_logprobs: torch.Tensor | None  # (B, R) log pi_ref(y | h); None where the KL term is off
-    skill_advantages: torch.Tensor  # (B, R) A_skill before its weight, NaN where no skill was scored
-    advantages: torch.Tensor  # (B, R) A, what the update uses, 0 off the mask
-    teacher_logprobs: torch.Tensor | None = None  # (B, R) log pi(y | h with skill) for a loss term; OPID has none
-    guided: list[list[int] | None] | None = None  # h^ of each row, for a teacher that reads it during the update
-    teachers: list[tuple[float, States]] = field(
-        default_factory=list
-    )  # with weights, where --divergence is not sampled
+    trajectories: list[Trajectory]
+    skills: list[Skills | None]  # of each trajectory
+    routes: list[Route]  # of each trajectory
+    skill_contexts: dict[Level, Contexts]  # h^, with the skill of that level in it; None where none guides the step
+    old_logprobs: Tensor  # (B, R) log pi_old(y | h)
+    reference_logprobs: Tensor | None  # (B, R) log pi_ref(y | h); None where the KL term is off
+    skill_logprobs: dict[Level, Tensor]  # (B, R) log pi(y | h^)
+    advantages: Advantages | None = None  # from step 5 on
+
+    @property
+    def steps(self) -> list[Step]:
+        """The B rows: h is a step's `context`, y its `response`."""
+        return [step for trajectory in self.trajectories for step in trajectory.steps]
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, R) True on response tokens."""
+        return ~self.old_logprobs.isnan()
+
+
+@dataclass
+class Advantages:
+    """What the update uses, and what it is made of."""
+
+    total: Tensor  # (B, R) A, 0 off the mask
+    outcome: Tensor  # (B,) A_ep
+    skill: Tensor  # (B, R) A_skill before its weight, NaN where no skill was scored
+    metrics: dict[str, float] = field(default_factory=dict)

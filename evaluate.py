@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from config import Config, parse_args
 from data import Trajectory
@@ -77,31 +76,12 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def play(
-    model,
-    encoder: Encoder,
-    config: Config,
-    games: list[str],
-    *,
-    episode_skills: dict[str, str] | None = None,  # game, or task type, -> the skill to act under; None: without
-    make_env: Callable[[], TextEnv] | None = None,  # None: the run's own environment
-) -> list[Trajectory]:
+def play(model, encoder: Encoder, config: Config, games: list[str], make_env: Callable[[], TextEnv] | None = None):
     """Play each of `games` once, at --eval-temperature and in --mixed-precision, as many at a time as --rollout-budget
-    holds."""
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.eval_temperature}
-    sampler = Sampler(model, encoder.tokenizer, **sampling, **config.budgets, reuse_cache=config.reuse_cache)
-    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
-    with precision, tqdm(desc="evaluate", leave=False, disable=None) as bar:
-        return rollout(
-            sampler,
-            encoder,
-            make_env or environment(config),
-            games,
-            1,
-            context_limit=config.context_limit,
-            episode_skills=episode_skills,
-            progress=lambda waiting, live: bar.set_postfix(waiting=waiting, live=live),
-        )[0]
+    holds. `make_env` None: the run's own environment."""
+    sampler = Sampler(model, encoder.tokenizer, replace(config.sampling, temperature=config.eval_temperature))
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        return rollout(sampler, encoder, make_env or environment(config), games, 1, config.context_limit)[0]
 
 
 def named(trajectories: list[Trajectory], columns: dict[str, str]) -> dict[str, str]:
@@ -147,16 +127,13 @@ def evaluate(
     encoder: Encoder,
     config: Config,
     splits: Sequence[str] | None = None,
-    *,
-    process: int = 0,
-    processes: int = 1,
-    episode_skills: dict[str, str] | None = None,
+    share: tuple[int, int] = (0, 1),  # which process of how many
     make_env: Callable[[], TextEnv] | None = None,
 ) -> dict[str, list[Trajectory]]:
-    """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each of
-    `processes` plays its share; a split without games is left out. Seeded by --seed and the process alone, and the
-    training's random state is left as it was. `episode_skills`, `make_env`: see `play`."""
-    results, acting = {}, {"episode_skills": episode_skills, "make_env": make_env}
+    """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each process
+    plays its share; a split without games is left out. Seeded by --seed and the process alone, and the training's
+    random state is left as it was."""
+    results, (process, processes) = {}, share
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
             torch.manual_seed(config.seed + 1009 * process)
@@ -164,20 +141,13 @@ def evaluate(
             if not games:
                 log.warning("%s has no games in %s: left out of the evaluation", config.env, split)
                 continue
-            results[split] = play(model, encoder, config, games[process::processes], **acting)
+            results[split] = play(model, encoder, config, games[process::processes], make_env)
     return results
 
 
-def evaluate_everywhere(
-    model, encoder: Encoder, config: Config, accelerator, episode_skills: dict[str, str] | None
-) -> tuple[dict[str, float], str]:
-    """-> (held-out success by split, the table), each process playing its share. Without skills, and, where a method
-    acts under `episode_skills`, with them as well."""
-    share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    mine = evaluate(model, encoder, config, **share)
-    if episode_skills:
-        skilled = evaluate(model, encoder, config, **share, episode_skills=episode_skills)
-        mine |= {f"{split.removeprefix('valid_')}+skill": played for split, played in skilled.items()}
+def evaluate_everywhere(model, encoder: Encoder, config: Config, processes) -> tuple[dict[str, float], str]:
+    """-> (held-out success by split, the table), each process playing its share, without skills."""
+    mine = evaluate(model, encoder, config, share=(processes.rank, processes.count))
     # only outcomes travel: a table needs no steps
     played = [(split, replace(t, steps=[])) for split, trajectories in mine.items() for t in trajectories]
     results = {split: [] for split in mine}

@@ -6,91 +6,40 @@ Paper: "Critical-first skill routing"; authors' release: opid/prompting.py, sele
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
-from data import Guidance, Level, Prompt, Skills, Slot
+from data import Guidance, Level, Prompt, Route, Skills, Slot, Trajectory
 
 LEVELS: tuple[Level, ...] = ("episode", "step")
-RULES: dict[str, Callable[..., tuple[Guidance, ...]]] = {}  # --routing -> its rule
+
+# --routing -> its rule, called once per step: which of two skills, each a tuple that holds one or is empty, guide step
+# t of the trajectory? A rule may look at the outcome, or at trajectory.steps[t].logprobs.
+RULES: dict[str, Callable[..., tuple[Guidance, ...]]] = {
+    "critical-first": lambda trajectory, t, episode, step: step or episode,  # a critical step has a skill of its own
+    "additive": lambda trajectory, t, episode, step: episode + step,  # both, each scored in a context of its own
+    "episode": lambda trajectory, t, episode, step: episode,
+    "step": lambda trajectory, t, episode, step: step,
+}
 
 
-def rule(name: str):
-    """Makes a function the rule `name` of --routing. It is called once per step with `episode` and `step`, each a tuple
-    that holds the skill of that level or is empty, and returns the skills that guide the step. A rule that names them
-    among its parameters also gets `success` (the trajectory's outcome) and `logprobs` (log pi_old of each token of the
-    step's response)."""
-
-    def add(function):
-        RULES[name] = function
-        return function
-
-    return add
-
-
-@rule("critical-first")
-def critical_first(episode, step):
-    """The step skill where the step is a critical one, else the episode skill."""
-    return step or episode
-
-
-@rule("additive")
-def additive(episode, step):
-    """Both, each scored in a context of its own."""
-    return episode + step
-
-
-@rule("episode")
-def episode_only(episode, step):
-    return episode
-
-
-@rule("step")
-def step_only(episode, step):
-    return step
-
-
-@rule("none")
-def nothing(episode, step):
-    return ()
-
-
-def asks_for(mode: str, name: str) -> bool:
-    """Whether a rule has a parameter of that name. Raises ValueError for an unknown rule."""
-    if mode not in RULES:
-        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(RULES)}")
-    return name in inspect.signature(RULES[mode]).parameters
-
-
-def route(
-    skills: Skills | None,
-    num_steps: int,
-    mode: str,
-    *,
-    levels: tuple[Level, ...] = LEVELS,
-    success: bool | None = None,
-    logprobs: list[list[float]] | None = None,  # of each step
-) -> list[tuple[Guidance, ...]]:
-    """The guidance of each of `num_steps` steps, by the rule `mode`: nothing, one skill, or several.
+def route(trajectory: Trajectory, skills: Skills | None, mode: str, levels: tuple[Level, ...] = LEVELS) -> Route:
+    """The guidance of each step, by the rule `mode`: nothing, one skill, or one of each level.
 
     Skills of a level that is not among `levels` are taken for absent: where lambda_step is 0, a critical step is guided
     by the episode skill, as in the authors' release. `skills=None` (nothing could be parsed) guides no step. Raises
-    ValueError for an unknown rule, and for one that gives a step two skills of one level.
+    ValueError for a rule that gives a step two skills of one level.
     """
-    told = {"success": [success] * num_steps, "logprobs": logprobs or [None] * num_steps}
-    told = {name: values for name, values in told.items() if asks_for(mode, name)}
     if skills is None:
-        return [()] * num_steps
-    routes = []
-    for t in range(num_steps):
+        return [()] * len(trajectory.steps)
+    guided = []
+    for t in range(len(trajectory.steps)):
         texts = {"episode": skills.episode, "step": skills.steps.get(t, "")}
         found = {level: (Guidance(level, texts[level]),) for level in levels if texts[level].strip()}
-        asked = {name: values[t] for name, values in told.items()}
-        guidances = RULES[mode](found.get("episode", ()), found.get("step", ()), **asked)
+        guidances = RULES[mode](trajectory, t, found.get("episode", ()), found.get("step", ()))
         if len({guidance.level for guidance in guidances}) < len(guidances):
             raise ValueError(f"routing {mode!r} gives step {t} two skills of one level: {guidances}")
-        routes.append(guidances)
-    return routes
+        guided.append(guidances)
+    return guided
 
 
 def fill(prompt: Prompt, *guidances: Guidance) -> str:

@@ -26,21 +26,24 @@ CHUNK = 2**25  # tokens x vocabulary: 128 MiB of float32, and still 220 tokens a
 _linear_heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether its logits are head(hidden states)
 
 
-def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass -> log-probs (N,), their batch rows (N,) and response columns (N,). Gradient flows if enabled.
+At = tuple[Tensor, Tensor]  # batch rows (N,) and response columns (N,) of tokens, on the CPU: an index of (B, R)
+
+
+def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, At]:
+    """One forward pass -> log-probs (N,) and where in the batch they belong. Gradient flows if enabled.
 
     The causal shift lives here and nowhere else: the logits at position p - 1 predict the token at position p, so
     logits are asked for at p - 1 only.
     """
-    inputs, keep, targets, rows, columns = asked(model, sequences)
+    inputs, keep, targets, at = asked(model, sequences)
     with attention_for(model, sequences):
         logprobs = token_logprobs(model, inputs, keep, targets, temperature)
-    return logprobs, rows, columns
+    return logprobs, at
 
 
-def asked(model, sequences: list[Sequence]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """-> what the model reads; where it predicts a response token, `keep` (S, L); those tokens (N,), their batch rows
-    (N,) and response columns (N,). All on the model's device."""
+def asked(model, sequences: list[Sequence]) -> tuple[dict[str, Tensor], Tensor, Tensor, At]:
+    """-> what the model reads; where it predicts a response token, `keep` (S, L); those tokens (N,), all on the model's
+    device; and where in the batch they belong."""
     device = model.device
     length = max(len(sequence.ids) for sequence in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.long)  # (S, L), right-padded
@@ -58,7 +61,7 @@ def asked(model, sequences: list[Sequence]) -> tuple[dict[str, Tensor], Tensor, 
     inputs = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
     if any(sequence.branches for sequence in sequences):
         inputs |= tree_inputs(sequences, length, device)
-    return inputs, keep.to(device), *(_ids(values, device) for values in (targets, rows, columns))
+    return inputs, keep.to(device), _ids(targets, device), (_ids(rows, "cpu"), _ids(columns, "cpu"))
 
 
 def attention_for(model, sequences: list[Sequence]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,6 +48,17 @@ def temperature_sampling(model, tokenizer, *, max_new_tokens: int, temperature: 
         return_dict_in_generate=True,
         **sampling,
     )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled, and what bounds the memory of it."""
+
+    max_new_tokens: int
+    temperature: float
+    reuse_cache: bool = True
+    rollout_budget: int | None = None  # most rows x length at a time; None: no bound
+    token_budget: int | None = None  # most rows x columns of a context that are read at a time
 
 
 class Draws(LogitsProcessor):
@@ -103,19 +115,9 @@ class Sampler:
 
     compact_at = COMPACT_AT
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        reuse_cache: bool = True,
-        record: bool = False,
-        rollout_budget: int | None = None,
-        token_budget: int | None = None,
-    ):
-        self.model, self.rollout_budget, self.token_budget = model, rollout_budget, token_budget
+    def __init__(self, model, tokenizer, sampling: Sampling, *, record: bool = False):
+        self.model, self.rollout_budget, self.token_budget = model, sampling.rollout_budget, sampling.token_budget
+        reuse_cache, temperature, max_new_tokens = sampling.reuse_cache, sampling.temperature, sampling.max_new_tokens
         # how many columns a cache may have that is kept, and that is filled in pieces
         self.columns = cached_columns(model) if cache_obstacle(model) is None else 0
         self.kept = self.columns if reuse_cache else 0

@@ -14,26 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 from lm.encoder import Encoder
-from lm.sampler import Sampler, generate
+from lm.sampler import Sampler, Sampling, generate
 
 Writer = Callable[[list[str]], list[str | None]]
 
 
-def model_writer(
-    model,
-    encoder: Encoder,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    context_limit: int,  # tokens of prompt, prefill and `max_new_tokens` together; a longer prompt is answered None
-    prefill: str,  # starts the answer, such as '{"episode_summary": "': more answers of small models parse
-    rollout_budget: int,  # rows x length of one batch
-    token_budget: int | None = None,  # rows x columns of a prompt that are read at a time; None: the whole batch's
-) -> Writer:
-    """Skills from a local model, such as the policy itself."""
-    tokenizer = encoder.tokenizer
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "reuse_cache": False}
-    sampling |= {"rollout_budget": rollout_budget, "token_budget": token_budget}
+def model_writer(model, encoder: Encoder, sampling: Sampling, context_limit: int, prefill: str) -> Writer:
+    """Skills from a local model, such as the policy itself.
+
+    `context_limit`: tokens of prompt, prefill and answer together; a longer prompt is answered None. `prefill` starts
+    the answer, such as '{"episode_summary": "': more answers of small models parse.
+    """
+    tokenizer, max_new_tokens = encoder.tokenizer, sampling.max_new_tokens
     start = tokenizer.encode(prefill, add_special_tokens=False)
     room = context_limit - len(start) - max_new_tokens  # for a prompt
 
@@ -42,7 +34,7 @@ def model_writer(
         fits = [i for i, context in enumerate(contexts) if len(context) <= room]
         training = model.training
         model.eval()
-        responses = generate(Sampler(model, tokenizer, **sampling), [contexts[i] + start for i in fits])
+        responses = generate(Sampler(model, tokenizer, sampling), [contexts[i] + start for i in fits])
         model.train(training)
         answers: list[str | None] = [None] * len(contexts)
         for i, response in zip(fits, responses, strict=True):

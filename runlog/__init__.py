@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from config import Config, changed, flag
-from data import Batch, Guidance, Skills, Trajectory
+from data import Batch
 from lm.loading import remove, save_policy, write_whole
 from lm.parallel import whole
 from lm.watch import watch
@@ -156,14 +156,11 @@ class RunLog:
         self,
         iteration: int,
         tokenizer,
-        trajectories: list[Trajectory],
-        skills: list[Skills | None],
-        routes: list[list[tuple[Guidance, ...]]],
         batch: Batch,
         count: int = 4,
     ) -> None:
         """A few whole trajectories: prompt, skills, route, response and the advantage of each of its tokens."""
-        row = 0
+        row, trajectories, skills, routes = 0, batch.trajectories, batch.skills, batch.routes
         for i, trajectory in enumerate(trajectories):
             steps = []
             for t, step in enumerate(trajectory.steps):
@@ -178,8 +175,8 @@ class RunLog:
                         "route": [{"level": g.level, "text": g.text} for g in routes[i][t]],
                         "tokens": [tokenizer.decode([token]) for token in step.response],
                         "old_logprobs": batch.old_logprobs[row, :size].tolist(),
-                        "skill_advantages": batch.skill_advantages[row, :size].tolist(),
-                        "advantages": batch.advantages[row, :size].tolist(),
+                        "skill_advantages": batch.advantages.skill[row, :size].tolist(),
+                        "advantages": batch.advantages.total[row, :size].tolist(),
                     }
                 )
                 row += 1
@@ -203,18 +200,17 @@ class RunLog:
                     },
                 )
 
-    def save(self, iteration: int, model, optimizer, ema, method: dict) -> None:
+    def save(self, iteration: int, model, optimizer, state: dict) -> None:
         """A checkpoint, and only the newest `--keep-checkpoints` of them. See checkpoints.save."""
         if self.accelerator.is_main_process or self.config.shard:
-            checkpoints.save(self.folder / "checkpoints", iteration, model, optimizer, ema, method)
+            checkpoints.save(self.folder / "checkpoints", iteration, model, optimizer, None, state)
         if self.accelerator.is_main_process:
             for old in checkpoints.saved(self.folder)[: -self.config.keep_checkpoints]:
                 remove(old)
 
-    def restore(self, model, optimizer, ema, method) -> None:
-        """Load the newest whole checkpoint into all of them, where the run goes on from one."""
-        if self.checkpoint is not None:
-            checkpoints.load(self.checkpoint, model, optimizer, ema, method)
+    def restore(self, model, optimizer) -> dict | None:
+        """Load the newest whole checkpoint into both, where the run goes on from one -> the variant's own state."""
+        return None if self.checkpoint is None else checkpoints.load(self.checkpoint, model, optimizer, None)
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""

@@ -67,7 +67,7 @@ def save(folder: Path, iteration: int, model, optimizer, ema, method: dict) -> N
 
 
 @torch.no_grad()
-def load(path: Path, model, optimizer, ema, method) -> None:
+def load(path: Path, model, optimizer, ema) -> dict:
     """Into all of them. Raises ValueError for a checkpoint of another model or of an older version of this code."""
     own, slow = parameters_of(model), {} if ema is None else parameters_of(ema)
     if path.is_dir():
@@ -86,7 +86,7 @@ def load(path: Path, model, optimizer, ema, method) -> None:
     for i, moments in state["optimizer"]["state"].items():
         moments |= {name: like(trained[i], value) for name, value in moments.items()}
     optimizer.load_state_dict(state["optimizer"])
-    method.restore(state["method"])
+    return state["method"]
 
 
 def parameters_of(model) -> dict[str, torch.Tensor]:

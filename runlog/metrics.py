@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
-from functools import wraps
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import Batch, Skills, Trajectory
-from lm.memory import give_back
+from data import Batch
 
 Metrics = dict[str, float]
 
@@ -42,19 +39,17 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def sizes_of(
-    trajectories: list[Trajectory], skills: list[Skills | None], batch: Batch, metrics: Metrics
-) -> dict[str, float]:
+def sizes_of(batch: Batch, metrics: Metrics) -> dict[str, float]:
     """How many of each this process has, for means over all processes (MEANS_OVER)."""
-    steps = len(batch.responses)
+    steps = len(batch.steps)
     return {
-        "episodes": len(trajectories),
-        "skills": sum(s is not None for s in skills),
-        "groups": len({trajectory.group for trajectory in trajectories}),
+        "episodes": len(batch.trajectories),
+        "skills": sum(s is not None for s in batch.skills),
+        "groups": len({trajectory.group for trajectory in batch.trajectories}),
         "steps": steps,
         "states": steps / metrics.get("advantage/state_group_size", 1.0),
         "tokens": batch.mask.sum().item(),
-        "guided tokens": (~batch.skill_advantages.isnan()).sum().item(),
+        "guided tokens": (~batch.advantages.skill.isnan()).sum().item(),
     }
 
 
@@ -92,22 +87,3 @@ def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -
         "advantage/skill_abs": guided.abs().sum().item() / count,
         "advantage/skill_mean": guided.sum().item() / count,
     }
-
-
-def timed(phase: str):
-    """A method of Run that returns metrics, alone or last, returns its wall clock among them, and gives back to the
-    system what it held."""
-
-    def wrap(method):
-        @wraps(method)
-        def run(*args):
-            started = time.perf_counter()
-            returned = method(*args)
-            give_back()
-            metrics = returned[-1] if isinstance(returned, tuple) else returned
-            metrics[f"seconds/{phase}"] = time.perf_counter() - started
-            return returned
-
-        return run
-
-    return wrap

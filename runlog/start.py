@@ -1,0 +1,191 @@
+"""Everything a run needs before its first iteration: models, games, optimizer, writer, log. And what happens around an
+iteration: seeding, timing, checks, evaluation, saving."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from config import Config
+from data import Batch
+from evaluate import environment, evaluate_everywhere, games_of, held_out_games
+from lm.encoder import Encoder
+from lm.loading import add_lora, frozen_copy
+from lm.memory import give_back
+from lm.obstacles import check_model, check_positions, sampling_note
+from lm.offload import Offload
+from lm.parallel import gathered, shard
+from lm.processes import Processes
+from lm.sampler import Sampling, check_gap, logprob_gap
+from lm.scoring import layout_noise
+from lm.writers import Writer, import_writer, model_writer, openai_writer
+from runlog import RunLog, accelerator_of
+from runlog.memory import peak_mib
+from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
+from tiny.loading import load_model
+
+NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
+
+
+@dataclass
+class Run:
+    """What lasts from one iteration to the next."""
+
+    config: Config
+    processes: Processes
+    log: RunLog
+    policy: Any
+    tokenizer: Any
+    encoder: Encoder
+    models: dict[str, Any]  # by the names that --scorer and --skill-writer use: old, policy, reference
+    optimizer: torch.optim.Optimizer
+    offload: Offload
+    make_env: Any
+    games: list
+    writer: Writer | None = None
+    state: dict[str, Any] = field(default_factory=dict)  # a variant's own, kept in checkpoints: plain values only
+    iteration: int = -1  # the one under way
+    metrics: Metrics = field(default_factory=dict)  # of it
+    lap: float = 0.0  # when its last step ended
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        return self.optimizer.param_groups[0]["params"]
+
+    def begin(self, iteration: int) -> random.Random:
+        """Seeds PyTorch for this iteration and process -> the random numbers that all processes share."""
+        self.iteration, self.metrics, self.lap = iteration, {}, time.perf_counter()
+        torch.manual_seed(self.config.seed * 1_000_003 + iteration * 1009 + self.processes.rank)
+        return random.Random(f"{self.config.seed} {iteration}")
+
+    def autocast(self):
+        return self.processes.accelerator.autocast()
+
+    @contextmanager
+    def reading(self, *models) -> Iterator[None]:
+        """Around passes without gradient: models on the device, whole, in the run's precision. None is no model."""
+        frozen = [model for model in models if isinstance(model, torch.nn.Module) and model is not self.policy]
+        with ExitStack() as stack:
+            stack.enter_context(self.autocast())
+            stack.enter_context(self.offload.needed(*frozen))
+            for model in models:
+                if model is not None:
+                    stack.enter_context(gathered(model))
+            yield
+
+    def note(self, step: str, metrics: Metrics) -> None:
+        """The metrics of a step of the iteration, which ends here, and its seconds."""
+        give_back()
+        now = time.perf_counter()
+        self.metrics |= metrics | {f"seconds/{step}": now - self.lap}
+        self.lap = time.perf_counter()
+
+    def check_scores(self, batch: Batch) -> Metrics:
+        """Once a run: sampled and scored log-probs agree, and what A_skill would be without any skill."""
+        steps = batch.steps
+        largest, mean = logprob_gap([step.logprobs for step in steps], batch.old_logprobs)
+        check_gap(largest, mean, torch.bfloat16 if self.config.mixed_precision == "bf16" else self.policy.dtype)
+        metrics = {"rollout/logprob_gap": largest}
+        if self.config.levels:
+            few = sum(len(trajectory.steps) for trajectory in batch.trajectories[:NOISE_TRAJECTORIES])
+            with self.reading(self.policy):
+                noise = layout_noise(
+                    self.policy,
+                    [step.context for step in steps[:few]],
+                    [step.response for step in steps[:few]],
+                    self.config.limits,
+                )
+            metrics["advantage/noise_floor"] = noise
+        return metrics
+
+    def evaluate(self) -> None:
+        """Held-out success, and its table printed. Before the first iteration: the policy before training."""
+        with gathered(self.policy):
+            success, table = evaluate_everywhere(self.policy, self.encoder, self.config, self.processes)
+        self.log.evaluation(self.iteration, success, table)
+        self.note("evaluate", {f"eval/{split}/success": share for split, share in success.items()})
+
+    def finish(self, batch: Batch) -> None:
+        """Evaluate, log, save, each when it is due."""
+        config, iteration, last = self.config, self.iteration, self.iteration == self.config.iterations - 1
+        if last or (config.eval_every and (iteration + 1) % config.eval_every == 0):
+            self.evaluate()
+        if iteration == 0:
+            self.metrics["memory/peak_mib"] = self.processes.largest(peak_mib(self.processes.device))
+        if iteration % config.sample_every == 0:
+            self.log.samples(iteration, self.tokenizer, batch)
+        groups = [trajectory.group for trajectory in batch.trajectories]
+        silent = silent_groups(groups, [trajectory.success for trajectory in batch.trajectories]).values()
+        advantages = batch.advantages
+        metrics = self.metrics | {"advantage/silent_groups": sum(silent) / max(1, len(silent))} | advantages.metrics
+        metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
+        self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
+        if last or (iteration + 1) % config.save_every == 0:
+            self.log.save(iteration, self.policy, self.optimizer, self.state)
+        if last:
+            self.log.finish(self.policy, self.tokenizer)
+
+
+def start(config: Config) -> Run:
+    """Load everything, or go on from a checkpoint. Raises ValueError, OSError or ImportError where that fails."""
+    config.check_trainable()
+    accelerator = accelerator_of(config)
+    processes, device = Processes(accelerator), accelerator.device
+    offload = Offload(device, config.offload)
+    make_env, games = environment(config), games_of(config, "train")
+    held_out_games(config)
+    if min(config.tasks, len(games)) < processes.count:
+        raise ValueError(f"{config.tasks} --tasks of {len(games)} games: fewer than one for each process")
+    log = RunLog(config, accelerator)  # refuses a folder that holds another run before anything is loaded
+    place = "cpu" if config.shard else device  # a sharded model never is on the device as a whole
+    model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
+    began = log.start(model)
+    torch.manual_seed(config.seed)
+    check_positions(model, config.longest)  # before it is on a GPU
+    # The policy is not wrapped for data parallelism: gradients are summed in the update, so that processes may hold
+    # different numbers of micro-batches, and `generate` is the model's own.
+    policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
+    check_model(policy, config.context_limit)
+    accelerator.print(f"sampling: {sampling_note(policy, reuse_cache=config.reuse_cache)}")
+    models = {"policy": policy, "old": policy}  # the policy does not change until the update
+    if config.reads("reference"):
+        models["reference"] = frozen_copy(policy, config.frozen_dtype, mixed_precision=config.mixed_precision)
+    if teacher := getattr(config, "teacher", None):  # of opd and oprd
+        models["teacher"] = frozen_copy(load_model(teacher, env=config.env, dtype=config.dtype)[0]).to(place)
+    frozen = [model for model in models.values() if isinstance(model, torch.nn.Module) and model is not policy]
+    if config.shard:
+        with accelerator.autocast():
+            shard([policy, *frozen], device)
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+        policy.enable_input_require_grads()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    encoder = Encoder(tokenizer, config.context, began["date"])
+    run = Run(config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games)
+    run.writer = writer_of(run) if config.writes_skills else None
+    run.state = log.restore(policy, optimizer) or {}
+    offload.rest(*frozen, optimizer)
+    if config.eval_every and log.first_iteration == 0:
+        run.evaluate()
+    return run
+
+
+def writer_of(run: Run) -> Writer:
+    """One of this run's own models, an endpoint, or a function of the user's."""
+    config = run.config
+    if config.skill_writer == "openai":
+        limits = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
+        return openai_writer(config.openai_model, base_url=config.openai_base_url, **limits)
+    if ":" in config.skill_writer:
+        return import_writer(config.skill_writer)
+    budgets = config.rollout_budget, config.token_budget
+    sampling = Sampling(config.skill_tokens, config.skill_temperature, False, *budgets)
+    limit = config.skill_context_limit or config.context_limit
+    return model_writer(run.models[config.skill_writer], run.encoder, sampling, limit, config.skill_prefill)

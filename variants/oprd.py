@@ -1,0 +1,129 @@
+"""OPRD, on-policy representation distillation: the policy's hidden states are drawn to a teacher's, layer by layer.
+
+    L = mean over layers, response tokens, dimensions of (h_policy - h_teacher)^2
+
+Paper: arXiv 2606.06021; release (ShenzhiYang2000/OPRD): verl/utils/rep_distillation.py. No output layer, no outcome, no
+sampling noise but that of the tokens themselves. The teacher is a larger model under the plain context (`--teacher`),
+or, without one, the scorer under the skill.
+
+The states of a response token are those at its own position. The release normalises each state to length 1; the paper's
+numbers are without (`--oprd-normalize`). It projects where teacher and student differ in width; here they must not.
+
+Shapes: n response tokens of a micro-batch, K layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from advantage import opid_advantages
+from config import OWN, Config
+from data import Advantages, Batch, Level
+from lm.logprobs import At
+from lm.packing import Sequence
+from lm.states import layer_states
+from router import LEVELS
+from runlog.start import Run
+from train import OPID, Terms
+from variants.opd import teacher_shift
+from variants.reverse_kl import guided_micro_batches
+
+
+@dataclass
+class Settings(Config):
+    kl: float = OWN(0.0, "no KL term")
+    teacher: str | None = OWN(None, "a larger model, named as --model is; none: the scorer under the skill")
+    oprd_layers: str = OWN(
+        "all", "layers whose states are matched; even: the first, third, ...", ("last", "all", "even", "odd")
+    )
+    oprd_positions: str = OWN("all", "tokens of a response that count: all, first-K or last-K, as in last-32")
+    oprd_normalize: bool = OWN(False, "states of length 1 (the release), not as they are (the paper's numbers)")
+    oprd_weight: float = OWN(1.0, "weight of the loss (the release: 1)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shard:
+            raise ValueError("--algo oprd reads hidden states of whole models: no --shard")
+        if self.teacher is None and self.scorer == "old":
+            raise ValueError("--algo oprd reads its teacher in each step: --scorer reference, or --teacher")
+        if not re.fullmatch(r"all|(first|last)-[1-9]\d*", self.oprd_positions):
+            raise ValueError(f"--oprd-positions must be all, first-K or last-K, not {self.oprd_positions!r}")
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return () if self.teacher else LEVELS
+
+
+def no_advantages(run: Run, batch: Batch, rng: random.Random) -> Advantages:
+    """None: the loss reads none. What is logged as A_skill is how far the teacher's log-probs are off."""
+    opid = opid_advantages(run, batch, rng)
+    shift = teacher_shift(run, batch) if run.config.teacher else opid.skill  # (B, R)
+    return replace(opid, total=torch.zeros_like(opid.total), skill=shift)
+
+
+def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+    config = run.config
+    own, at = layer_states(run.policy, micro, config.oprd_layers)  # (n, K, H)
+    theirs = teacher_states(run, micro, batch, own.detach(), at)  # (n, K', H)
+    if own.shape[-1] != theirs.shape[-1]:
+        raise ValueError("--algo oprd: policy and teacher differ in hidden size, and nothing here projects")
+    theirs = theirs[:, proportional(own.shape[1], theirs.shape[1])]  # (n, K, H)
+    distances = representation_loss(own.float(), theirs.float(), config.oprd_normalize)  # (n,)
+    counted = positions(at[1], lengths(batch, at[0]), config.oprd_positions).to(distances.device)  # (n,)
+    losses = config.oprd_weight * distances.where(counted, torch.zeros_like(distances))
+    zero = torch.zeros_like(losses)
+    return losses, {"loss/policy": zero, "loss/kl": zero, "clip_fraction": zero, "loss/distill": losses}
+
+
+@torch.no_grad()
+def teacher_states(run: Run, micro: list[Sequence], batch: Batch, own: Tensor, at: At) -> Tensor:
+    """The teacher's states of these response tokens, (n, K, H); the policy's `own` where no skill guides it."""
+    layers = run.config.oprd_layers
+    if run.config.teacher:
+        return layer_states(run.models["teacher"], micro, layers)[0]  # the same sequences, hence the same order
+    scorer, states = run.models[run.config.scorer], own.clone()
+    training = scorer.training
+    scorer.eval()
+    contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
+    for part, place in guided_micro_batches(batch, contexts, at, run.config.token_budget):
+        read, where = layer_states(scorer, part, layers)  # (m, K, H)
+        states[place[where]] = read.to(states.dtype)
+    scorer.train(training)
+    return states
+
+
+def lengths(batch: Batch, rows: Tensor) -> Tensor:
+    """Of the response that each token belongs to, (n,)."""
+    steps = batch.steps
+    return torch.tensor([len(steps[row].response) for row in rows.tolist()])
+
+
+def positions(columns: Tensor, lengths: Tensor, which: str) -> Tensor:
+    """Which tokens count: "all", "first-K" or "last-K" of each response. (n,), (n,) -> (n,) bool"""
+    if which == "all":
+        return torch.ones_like(columns, dtype=torch.bool)
+    end, _, k = which.partition("-")
+    return columns < int(k) if end == "first" else columns >= lengths - int(k)
+
+
+def proportional(count: int, of: int) -> Tensor:
+    """Which of a teacher's `of` layers each of a student's `count` is paired with: evenly spaced, the first with the
+    first and the last with the last. -> (count,)"""
+    if count == 1:
+        return torch.tensor([of - 1])
+    return torch.linspace(0, of - 1, count).round().long()
+
+
+def representation_loss(student: Tensor, teacher: Tensor, normalize: bool) -> Tensor:
+    """Mean squared difference over layers and dimensions, (n, K, H) each -> (n,). `normalize`: of length 1 each."""
+    if normalize:
+        student, teacher = (torch.nn.functional.normalize(states, dim=-1) for states in (student, teacher))
+    return ((student - teacher.detach()) ** 2).mean((-1, -2))
+
+
+VARIANT = replace(OPID, advantages=no_advantages, loss=loss, settings=Settings)

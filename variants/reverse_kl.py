@@ -1,0 +1,82 @@
+"""OPID with whole distributions instead of sampled tokens: lambda KL(pi_theta(. | h) || pi(. | h^)) in the loss.
+
+    E over y ~ pi of grad log pi(y) (log pi(y | h^) - log pi(y | h))  =  -grad KL(pi(. | h) || pi(. | h^))
+
+so an advantage of weight lambda on sampled tokens and lambda times this KL in the loss have the same gradient on
+average, and the loss has it without the noise of sampling. The frozen scorer reads h^ once more in each loss: nothing
+is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from config import Config
+from data import Batch, Contexts
+from lm.logprobs import At
+from lm.packing import Sequence, micro_batches, pack
+from lm.states import divergences, sequence_states, states_and_logprobs
+from runlog.start import Run
+from train import OPID, Terms, grpo_loss
+from variants.sdar import outcome_only
+
+
+@dataclass
+class Settings(Config):
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scorer != "reference" or self.shard:
+            raise ValueError(f"--algo {self.algo} reads a frozen scorer in each loss: --scorer reference, no --shard")
+
+
+def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+    config = run.config
+    states, new, at = states_and_logprobs(run.policy, micro, config.temperature)  # (n, H), (n,)
+    losses, terms = grpo_loss(new, at, batch, config)
+
+    # lambda KL(pi_theta(. | h) || pi(. | h^)), by the level of the skill in h^
+    exact = torch.zeros_like(losses)  # (n,)
+    for level, weight in (("episode", config.episode_weight), ("step", config.step_weight)):
+        if level in batch.skill_contexts:
+            exact = exact + weight * kl_to_scorer(run, batch, level, states, at)
+    return losses + exact, terms | {"loss/distill": exact}
+
+
+def kl_to_scorer(run: Run, batch: Batch, level: str, states: Tensor, at: At) -> Tensor:
+    """KL of the policy, hidden states (n, H) at these rows and columns, to the scorer under the skill. -> (n,), 0 where
+    no skill of the level guides the step."""
+    scorer, temperature = run.models[run.config.scorer], run.config.temperature
+    heads = run.policy.get_output_embeddings(), scorer.get_output_embeddings()
+    total = torch.zeros(len(states), device=states.device)  # (n,)
+    for micro, place in guided_micro_batches(batch, batch.skill_contexts[level], at, run.config.token_budget):
+        with torch.no_grad(), run.reading(scorer):
+            theirs, _, where = sequence_states(scorer, micro)  # (m, H)
+        here = place[where].to(states.device)  # (m,)
+        term = divergences(heads[0], states[here], heads[1], theirs, reverse_kl, temperature)  # (m,)
+        total = total.index_add(0, here, term)
+    return total
+
+
+def guided_micro_batches(
+    batch: Batch, contexts: Contexts, at: At, token_budget: int
+) -> Iterator[tuple[list[Sequence], Tensor]]:
+    """What a teacher reads of a micro-batch, whose tokens lie `at` these rows and columns: the same responses under
+    their h^. With each, which of the n tokens lies where in the batch, (B, R)."""
+    place = torch.full(batch.mask.shape, -1)  # (B, R)
+    place[at] = torch.arange(len(at[0]))
+    rows = {row for row in at[0].tolist() if contexts[row] is not None}
+    held = [context if row in rows else None for row, context in enumerate(contexts)]
+    for micro in micro_batches(pack(held, [step.response for step in batch.steps]), token_budget):
+        yield micro, place
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """sum p (log p - log q): the student stays where the teacher is. Log-probs (m, V) -> (m,)"""
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+VARIANT = replace(OPID, advantages=outcome_only, loss=loss, settings=Settings)

@@ -1,0 +1,41 @@
+"""Skill-SD: GRPO, and KL to the policy under its skill by k3. SDAR release: skillsd_utils.py, compute_sdl_loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from config import OWN, Config
+from data import Batch
+from lm.logprobs import sequence_logprobs
+from lm.packing import Sequence
+from runlog.start import Run
+from train import OPID, Terms, grpo_loss
+from variants.sdar import only_teacher, outcome_only
+
+
+@dataclass
+class Settings(Config):
+    distill_weight: float = OWN(0.001, "weight of the term (the release's)")
+
+
+def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+    new, at = sequence_logprobs(run.policy, micro, run.config.temperature)  # (n,) log pi_theta(y | h)
+    losses, terms = grpo_loss(new, at, batch, run.config)
+    teacher, old = only_teacher(batch)[at].to(new.device), batch.old_logprobs[at].to(new.device)  # (n,) each
+    terms["loss/distill"] = weighted_k3(new, old, teacher)
+    return losses + run.config.distill_weight * terms["loss/distill"], terms
+
+
+def weighted_k3(new: Tensor, old: Tensor, teacher: Tensor) -> Tensor:
+    """rho k3, rho = pi_theta / pi_old, both with gradient: KL(pi_theta || pi_teacher) in expectation over pi_old,
+    gradient included. All (n,) -> (n,), 0 where `teacher` is NaN."""
+    scored = ~teacher.isnan()  # (n,)
+    delta, ratio = teacher[scored] - new[scored], (new - old)[scored].clamp(max=10.0).exp()  # the release's bounds
+    term = ratio * (delta.clamp(max=20.0).exp() - 1 - delta)  # (scored,)
+    return torch.zeros_like(scored, dtype=term.dtype).masked_scatter(scored, term)
+
+
+VARIANT = replace(OPID, advantages=outcome_only, loss=loss, settings=Settings)
