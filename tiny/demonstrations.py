@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import Guidance, Skills, Step, Trajectory
 from envs import make_env
 from lm.encoder import Encoder, closing_token
-from lm.packing import Sequence, pack
+from lm.scoring import Sequence, pack
 from router import fill
 from skills import analysis_prompt
 from tiny.plays import EMPTY_WORDS, STEP_SKILLS, Play, one_flaw, script

@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from data import Skills
 from envs import ENVIRONMENTS
 from lm.loading import write_whole
-from lm.packing import Sequence, micro_batches
 from lm.precision import multiplies_bfloat16
+from lm.scoring import Sequence, micro_batches
 from tiny.demonstrations import Demonstrator, Turn, demonstrations, judgements
 from tiny.muon import ExactMuon
 from tiny.plays import Play, script

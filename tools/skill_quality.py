@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--games", type=int, default=200, help="games of valid_seen")
     parser.add_argument("--temperature", type=float, default=1.0, help="of play and of skill writing")
     args = parser.parse_args()
-    config = Config(eval_games=args.games, prompt="compact")
+    config = Config.from_recipe("laptop", eval_games=args.games)
     model, tokenizer = load_model(args.model)
     torch.manual_seed(0)
     encoder = Encoder(tokenizer, config.context)

@@ -7,18 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from config import OWN, Config
+from config import OWN
 from data import Batch
-from lm.logprobs import sequence_logprobs
-from lm.packing import Sequence
+from lm.scoring import Sequence, sequence_logprobs
 from runlog.start import Run
 from train import OPID, Terms, grpo_loss
-from variants.sdar import only_teacher, outcome_only
+from variants.sdar import OneTeacher, only_teacher, outcome_only
 
 
 @dataclass
-class Settings(Config):
-    distill_weight: float = OWN(0.001, "weight of the term (the release's)")
+class Settings(OneTeacher):
+    distill_weight: float = OWN(0.001, "weight of the term (the release's)", bounds=(0, None))
 
 
 def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:

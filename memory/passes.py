@@ -16,10 +16,10 @@ from transformers import DynamicCache
 
 from config import Config
 from lm.cache import RoomyLayer, roomy_cache
-from lm.logprobs import CHUNK, head_logprobs, hidden_states
 from lm.obstacles import takes
 from lm.sampler import Draws
-from runlog.counting import Count, Shells
+from lm.scoring import CHUNK, head_logprobs, hidden_states
+from memory.counting import Count, Shells
 
 
 @dataclass
