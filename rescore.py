@@ -39,8 +39,8 @@ def rescore(
     h, y = [step.context for step in steps], [step.response for step in steps]  # B of each
     h_skill, metrics = {}, {}  # h^ by the level of the skill in it
     for level in run.levels:
-        h_skill[level], too_long = skill_contexts(run.encoder, trajectories, routes, level, config.context_limit)
-        metrics[f"guided/{level}_too_long"] = too_long
+        found = skill_contexts(run.encoder, trajectories, routes, level, config.context_limit)
+        h_skill[level], metrics[f"guided/{level}_too_long"] = found
 
     temperature, budget = config.temperature, config.token_budget
     plain_logprobs, skill_logprobs = {}, {}  # (B, R) each

@@ -26,9 +26,7 @@ def play(run: Run, games: list, make_env: Callable[[], TextEnv] | None = None) -
         )
     trajectories = [trajectory for trajectory in played if trajectory.steps]
     if not run.processes.sum(len(trajectories)):
-        raise ValueError(
-            f"not one first prompt of {config.tasks} tasks fits: raise --context-limit or lower --max-new-tokens"
-        )
+        raise ValueError("not one first prompt fits: raise --context-limit or lower --max-new-tokens")
     return trajectories, metrics
 
 
@@ -101,9 +99,8 @@ class Episode:
 
     def context(self, encoder: Encoder) -> list[int]:
         """Open the coming turn -> its context ids."""
-        steps = self.trajectory.steps
+        task, steps = self.trajectory.task, self.trajectory.steps
         history = [(step.observation, step.action) for step in steps]
-        task = self.trajectory.task
         self.prompts.append(self.env.build_prompt(encoder.style, task, history, self.observation, self.admissible))
         messages = guided_messages(self.prompts, None, encoder.style)  # no skill: its slots stay empty
         return encoder.context(messages, [step.response for step in steps])

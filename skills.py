@@ -116,10 +116,5 @@ def write_skills(
 
 
 def retry_prompt(prompt: str, answer: str, error: ValueError) -> str:
-    return f"{asked_before(prompt, answer)}\n\nIt cannot be used: {error}. Answer again, with correct JSON only."
-
-
-def asked_before(prompt: str, answer: str) -> str:
-    """What a second prompt begins with."""
     shown = answer if len(answer) <= 1000 else answer[:1000] + " [...]"  # the prompt must still fit
-    return f"{prompt}\n\nEarlier answer:\n{shown}"
+    return f"{prompt}\n\nEarlier answer:\n{shown}\n\nIt cannot be used: {error}. Answer again, with correct JSON only."

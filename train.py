@@ -28,7 +28,7 @@ from memory.plan import describe
 from rescore import rescore
 from rollout import play
 from router import route
-from runlog.start import Run, start
+from runlog.start import Run, one_line, start
 from skills import own_skills
 
 Terms = dict[str, Tensor]  # (n,) each, by the name of their metric
@@ -54,10 +54,7 @@ def train(run: Run, variant: Variant) -> None:
             run.note("skills", metrics)
 
         # 3. Routing: which skill guides which step
-        routes = [
-            route(trajectory, own, config.routing, run.levels)
-            for trajectory, own in zip(trajectories, skills, strict=True)
-        ]
+        routes = [route(tau, own, config.routing, run.levels) for tau, own in zip(trajectories, skills, strict=True)]
 
         # 4. Re-scoring: log pi_old(y | h) of the sampled tokens, and log pi(y | h^), where h^ is h with the skill in it
         batch, metrics = rescore(run, trajectories, skills, routes)
@@ -81,10 +78,8 @@ def opid_advantages(run: Run, batch: Batch) -> Advantages:
     config, mask = run.config, batch.mask
     outcome = outcomes(config, batch.trajectories)  # (B,) A_ep
 
-    # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m, by the level of the skill in h^
-    shifts = {
-        level: skill_advantage(logprobs, batch.old_logprobs, mask) for level, logprobs in batch.skill_logprobs.items()
-    }  # (B, R) each
+    # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m, by the level of the skill in h^: (B, R) each
+    shifts = {level: skill_advantage(new, batch.old_logprobs, mask) for level, new in batch.skill_logprobs.items()}
 
     # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
     weights = {"episode": config.episode_weight, "step": config.step_weight}
@@ -160,8 +155,6 @@ def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
     One token denominator per mini-batch, over all processes. A step whose gradient is not finite is not taken.
     """
     config, processes, optimizer = run.config, run.processes, run.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, run.iteration)
     sequences = pack([step.context for step in batch.steps], [step.response for step in batch.steps])
     parts = max(1, round(processes.sum(len(batch.steps)) / config.mini_batch)) if config.mini_batch else 1
     run.policy.train()
@@ -187,8 +180,8 @@ def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
             optimizer.zero_grad()
     if not taken:
         raise FloatingPointError(
-            f"every gradient of this iteration was infinite or NaN: the last checkpoint in {config.out}/"
-            "checkpoints is from before. Try --resume with a lower --learning-rate"
+            f"every gradient of this iteration was infinite or NaN: the last checkpoint in {config.out}/checkpoints is from "
+            "before. Try --resume with a lower --learning-rate"
         )
     return {name: sum(means[name] / len(taken) for means in taken) for name in taken[0]} | {"update/skipped": skipped}
 
@@ -200,13 +193,6 @@ def mini_batches(sequences: list[Sequence], parts: int, epochs: int, rng: random
         rng.shuffle(sequences)
         dealt += [sequences[part::parts] for part in range(parts)]
     return dealt
-
-
-def learning_rate(config: Config, iteration: int) -> float:
-    """Linear warm-up, then halved every `lr_halving` iterations. It doesn't depend on --iterations, so a run can be
-    prolonged and still is the same run."""
-    decay = 0.5 ** (iteration / config.lr_halving) if config.lr_halving else 1.0
-    return config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup)) * decay
 
 
 # ---- variants --------------------------------------------------------------------------------------------------------
@@ -229,16 +215,12 @@ OPID = Variant(play, own_skills, opid_advantages, opid_loss)
 def main() -> None:
     config = parse_args()
     print(settings_come_from(sys.argv[1:]))
-    try:
+    with one_line(ValueError, OSError, ImportError):  # a model, folder, package or setting that cannot be used
         if config.plan:
             return print(describe(config))
         run = start(config)  # policy, reference, optimizer, games, log; from a checkpoint where there is one
-    except (ValueError, OSError, ImportError) as error:  # a model, folder, package or setting that cannot be used
-        sys.exit(f"train.py: {error}")
-    try:
+    with one_line(OSError, then="when that is mended go on with --resume"):  # a full disk, a server that is gone
         train(run, variant_of(config.algo))
-    except OSError as error:  # a full disk, a server that is gone
-        sys.exit(f"train.py: {error}: when that is mended go on with --resume")
 
 
 if __name__ == "__main__":

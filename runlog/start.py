@@ -4,6 +4,7 @@ iteration: seeding, timing, checks, evaluation, saving."""
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,10 +61,12 @@ class Run:
         return self.optimizer.param_groups[0]["params"]
 
     def begin(self, iteration: int) -> None:
-        """Seeds everything random for this iteration: PyTorch by process, `rng` alike in all."""
+        """Seeds everything random for this iteration, PyTorch by process, `rng` alike in all; and its learning rate."""
         self.iteration, self.metrics, self.lap = iteration, {}, time.perf_counter()
         torch.manual_seed(self.config.seed * 1_000_003 + iteration * 1009 + self.processes.rank)
         self.rng = random.Random(f"{self.config.seed} {iteration}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, iteration)
 
     def sampler(self) -> Sampler:
         """For this iteration's rollouts. It draws a seed from PyTorch's random numbers."""
@@ -139,7 +142,7 @@ class Run:
         groups = [trajectory.group for trajectory in batch.trajectories]
         silent = silent_groups(groups, [trajectory.success for trajectory in batch.trajectories]).values()
         advantages = batch.advantages
-        metrics = self.metrics | {"advantage/silent_groups": sum(silent) / max(1, len(silent))} | advantages.metrics
+        metrics = self.metrics | {"advantage/silent_groups": sum(silent) / max(1, len(silent))}
         metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
         metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
         if iteration == 0 and (warning := learns_nothing(config, metrics)):
@@ -197,6 +200,22 @@ def start(config: Config) -> Run:
     if config.eval_every and log.first_iteration == 0:
         run.evaluate()
     return run
+
+
+def learning_rate(config: Config, iteration: int) -> float:
+    """Linear warm-up, then halved every `lr_halving` iterations. It doesn't depend on --iterations, so a run can be
+    prolonged and still is the same run."""
+    decay = 0.5 ** (iteration / config.lr_halving) if config.lr_halving else 1.0
+    return config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup)) * decay
+
+
+@contextmanager
+def one_line(*errors: type[Exception], then: str = "") -> Iterator[None]:
+    """What the user can mend ends the program in one line, without a traceback."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"train.py: {error}{then and ': '}{then}")
 
 
 def writer_of(run: Run) -> Writer:

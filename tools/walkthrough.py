@@ -27,7 +27,7 @@ from rescore import rescore, skill_context
 from rollout import play
 from router import guided_messages, route
 from runlog.start import Run, start
-from skills import asked_before, own_skills
+from skills import own_skills
 from train import opid_advantages, opid_loss, policy_loss, update
 
 SETTINGS = "--recipe laptop --tasks 4 --rollouts 4 --max-steps 12 --train-games 40 --mini-batch 0"
@@ -94,7 +94,7 @@ def show_skills(run: Run, i: int, skills: Skills, exchanges: list[tuple[str, str
         print(f"the writer ({run.config.skill_writer}) was asked about rollout {i}:\n\n{prompt}")
         print(f"\nand answered:\n\n{answer}\n")
         for again, second in exchanges if answer is not None else ():
-            if again.startswith(asked_before(prompt, answer)):
+            if again.startswith(f"{prompt}\n\nEarlier answer:\n{answer[:1000]}"):
                 print(f"which could not be read; told why and asked again, it answered:\n\n{second}\n")
                 break
     print("read from it:")

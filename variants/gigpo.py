@@ -39,8 +39,8 @@ def advantages(run: Run, batch: Batch) -> Advantages:
     relative = step_relative_advantage(returns, states, config.normalize)  # (B,)
     outcome = outcomes(config, batch.trajectories) + config.state_weight * relative  # (B,)
 
-    metrics = {"advantage/state_group_size": max(1, len(states)) / max(1, len(states.unique()))}
-    return Advantages(combine(outcome, {}, {}, batch.mask), outcome, sum_of_scored({}, {}, batch.mask), metrics)
+    run.metrics["advantage/state_group_size"] = max(1, len(states)) / max(1, len(states.unique()))
+    return Advantages(combine(outcome, {}, {}, batch.mask), outcome, sum_of_scored({}, {}, batch.mask))
 
 
 def state_groups(group_ids: Tensor, observations: list[str]) -> Tensor:
