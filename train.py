@@ -180,8 +180,8 @@ def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
             optimizer.zero_grad()
     if not taken:
         raise FloatingPointError(
-            f"every gradient of this iteration was infinite or NaN: the last checkpoint in {config.out}/checkpoints is from "
-            "before. Try --resume with a lower --learning-rate"
+            f"every gradient of this iteration was infinite or NaN: the last checkpoint in {config.out}/checkpoints is "
+            "from before. Try --resume with a lower --learning-rate"
         )
     return {name: sum(means[name] / len(taken) for means in taken) for name in taken[0]} | {"update/skipped": skipped}
 
