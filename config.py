@@ -261,7 +261,7 @@ class Config:
             raise ValueError(f"--skill-tokens leaves no room for a transcript in {flag(room)}")
 
     def check_trainable(self) -> None:
-        """Raises ValueError for what would train on wrong numbers, or not do what was asked."""
+        """Raises ValueError for what would train on wrong numbers, or not do what was line."""
         if self.dtype == "bfloat16" and not self.lora_rank:
             raise ValueError(
                 "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
@@ -400,7 +400,7 @@ def variant_of(algo: str):
 
 
 def settings_to_save(config: Config, date: str) -> dict:
-    """What a policy says of itself when it is saved. `date`: the day that chat templates were told."""
+    """What a policy says of itself when it is saved. `date`: the day that chat templates print."""
     values = config.to_dict()
     return {
         "base": about_policy(config.model).get("base", config.model),
@@ -421,7 +421,7 @@ def default_recipe(model: str, env: str) -> str:
 
 
 @dataclass
-class Asked:
+class CommandLine:
     """What the command line says before all flags are known: these decide which there are, and their defaults."""
 
     recipe: str | None
@@ -430,7 +430,7 @@ class Asked:
     algo: str | None
 
     @classmethod
-    def read(cls, argv: list[str] | None) -> Asked:
+    def read(cls, argv: list[str] | None) -> CommandLine:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for f in fields(cls):
             parser.add_argument(flag(f.name), nargs="?")
@@ -455,16 +455,16 @@ class Asked:
 
 def settings_come_from(argv: list[str] | None = None) -> str:
     """One line: which settings stand below the flags."""
-    asked = Asked.read(argv)
-    if asked.recipe:
-        return f"settings: recipe {asked.recipe}, and flags"
-    name, _ = asked.starts_from(every_setting())
-    if asked.model is None:
+    line = CommandLine.read(argv)
+    if line.recipe:
+        return f"settings: recipe {line.recipe}, and flags"
+    name, _ = line.starts_from(every_setting())
+    if line.model is None:
         return (
             f"no --model: the laptop recipe, recipes/{name}.toml (--model NAME trains your own by the paper's settings)"
         )
     if name.startswith("laptop"):
-        return f"settings: recipes/{name}.toml, what {asked.model} says of itself, and flags"
+        return f"settings: recipes/{name}.toml, what {line.model} says of itself, and flags"
     return f"settings: the paper's (recipes/{name}.toml) on generated data, and flags"
 
 
@@ -484,15 +484,15 @@ def parse_args(
     """The command line -> Config. A flag overrides the recipe, which overrides what a saved policy says of itself,
     which overrides the default recipe. Exits with a clear message on an unknown flag, a bad value or an impossible
     combination."""
-    asked, parser = (
-        Asked.read(argv),
+    line, parser = (
+        CommandLine.read(argv),
         argparse.ArgumentParser(
             prog=program, description=about, allow_abbrev=False, usage=f"{program} [--recipe NAME] [flags]"
         ),
     )
     try:
-        _, settings = asked.starts_from(every_setting(), saved)
-        kind = variant_of(asked.algo or settings.get("algo", Config.algo)).settings
+        _, settings = line.starts_from(every_setting(), saved)
+        kind = variant_of(line.algo or settings.get("algo", Config.algo)).settings
         add_flags(parser, kind, shown)
         given = vars(parser.parse_args(argv))
         given.pop("recipe", None)
@@ -500,7 +500,7 @@ def parse_args(
         settings = _over(settings, given)
         if others := settings.keys() - {f.name for f in fields(kind)}:
             raise ValueError(
-                f"--algo {asked.algo or settings.get('algo')} has no {', '.join(map(flag, sorted(others)))}"
+                f"--algo {line.algo or settings.get('algo')} has no {', '.join(map(flag, sorted(others)))}"
             )
         return kind(**settings)
     except ValueError as error:

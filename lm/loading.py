@@ -203,10 +203,10 @@ def whole_or_nothing(temporary: Path, *, clear: bool = True):
     try:
         yield
     except BaseException as error:  # which PyTorch's distributed checkpoints raise
-        told, left = str(error).lower(), shutil.disk_usage(temporary.parent).free
+        message, left = str(error).lower(), shutil.disk_usage(temporary.parent).free
         if clear:  # or the disk stays full for its sake
             remove(temporary)
-        if left < 2**20 or any(words in told for words in ("no space left", "quota exceeded")):
+        if left < 2**20 or any(words in message for words in ("no space left", "quota exceeded")):
             raise OSError(errno.ENOSPC, "the disk is full", str(temporary.parent)) from error
         raise
 

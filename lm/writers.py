@@ -144,8 +144,8 @@ def openai_writer(
         if not answered and (others := [error for error in refusals if not _THIS_PROMPT.search(_words(error))]):
             raise RuntimeError(f"{client.base_url} refuses every prompt: {_line(others[0])}") from others[0]
         if refusals:
-            told = f"{client.base_url} refused {len(refusals)} of {len(prompts)} prompts: {_line(refusals[0])}"
-            logging.getLogger(__name__).warning(told)
+            warning = f"{client.base_url} refused {len(refusals)} of {len(prompts)} prompts: {_line(refusals[0])}"
+            logging.getLogger(__name__).warning(warning)
         return [answer if isinstance(answer, str) else None for answer in answers]
 
     return write

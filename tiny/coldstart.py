@@ -9,7 +9,7 @@ write hindsight skills. The same here: supervised, before RL, hindsight skills a
 every demonstration comes from a script that knows the generated games, acting is taught together with writing, skills
 are in a few set phrases, and no larger model is asked for anything.
 
-Only the responses are learnt unless told otherwise: the model has its language already, and should not come to expect
+Only the responses are learnt by default: the model has its language already, and should not come to expect
 what an environment says.
 """
 
@@ -87,8 +87,8 @@ def cold_started(name: str, env: str) -> str:
     record = read_record(folder)
     made = {"model": model, "env": env, "prompt": "compact", "context": "chat"}
     if others := [name for name, value in made.items() if record and record["settings"][name] != value]:
-        told = ", ".join(f"{name} {record['settings'][name]}" for name in others)
-        raise ValueError(f"{folder} holds a cold start of {told}: move it away, or give a folder to --model")
+        found = ", ".join(f"{name} {record['settings'][name]}" for name in others)
+        raise ValueError(f"{folder} holds a cold start of {found}: move it away, or give a folder to --model")
     if "seconds" not in record:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"{folder} is not there yet: run tools/coldstart.py once, in one process, first")

@@ -37,12 +37,12 @@ SETTINGS += " --iterations 1 --eval-games 1 --eval-every 0"
 def recorded(write: Writer, exchanges: list[tuple[str, str | None]]) -> Writer:
     """The same writer; `exchanges` gets what it is asked and what it answers: first of each rollout, then again."""
 
-    def asked(prompts: list[str]) -> list[str | None]:
+    def write_and_keep(prompts: list[str]) -> list[str | None]:
         answers = write(prompts)
         exchanges.extend(zip(prompts, answers, strict=True))
         return answers
 
-    return asked
+    return write_and_keep
 
 
 def title(text: str) -> None:
