@@ -69,6 +69,7 @@ def train(run: Run, variant: Variant) -> None:
         run.note("update", update(run, batch, variant.loss))
 
         run.finish(batch)  # evaluation, log, checkpoint
+    run.log.finish(run.policy, run.tokenizer)  # the final policy, the curve
 
 
 # ---- 5. the advantages -----------------------------------------------------------------------------------------------

@@ -87,14 +87,17 @@ class Run:
 
     @contextmanager
     def reading(self, *models) -> Iterator[None]:
-        """Around passes without gradient: models on the device, whole, in the run's precision. None is no model."""
+        """Around passes without gradient: models on the device, whole, in evaluation mode and the run's precision. None
+        is no model."""
+        models = [model for model in models if model is not None]
         frozen = [model for model in models if isinstance(model, torch.nn.Module) and model is not self.policy]
         with ExitStack() as stack:
             stack.enter_context(self.autocast())
             stack.enter_context(self.offload.needed(*frozen))
             for model in models:
-                if model is not None:
-                    stack.enter_context(gathered(model))
+                stack.enter_context(gathered(model))
+                stack.callback(model.train, model.training)
+                model.eval()
             yield
 
     def note(self, step: str, metrics: Metrics) -> None:
@@ -149,8 +152,6 @@ class Run:
             self.processes.print(warning)
         if last or (iteration + 1) % config.save_every == 0:
             self.log.save(iteration, self.policy, self.optimizer, self.state)
-        if last:
-            self.log.finish(self.policy, self.tokenizer)
 
 
 def start(config: Config) -> Run:

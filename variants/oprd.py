@@ -84,17 +84,15 @@ def oprd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Te
 @torch.no_grad()
 def teacher_states(run: Run, micro: list[Sequence], batch: Batch, own: Tensor, at: At) -> Tensor:
     """The teacher's states of these response tokens, (n, K, H); the policy's `own` where no skill guides it."""
-    layers = run.config.oprd_layers
-    if run.config.teacher:
-        return layer_states(run.models["teacher"], micro, layers)[0]  # the same sequences, hence the same order
-    scorer, states = run.models[run.config.scorer], own.clone()
-    training = scorer.training
-    scorer.eval()
-    contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
-    for part, place in guided_micro_batches(batch, contexts, at, run.config.token_budget):
-        read, where = layer_states(scorer, part, layers)  # (m, K, H)
-        states[place[where]] = read.to(states.dtype)
-    scorer.train(training)
+    config, layers = run.config, run.config.oprd_layers
+    teacher, states = run.models["teacher" if config.teacher else config.scorer], own.clone()
+    with run.reading(teacher):
+        if config.teacher:
+            return layer_states(teacher, micro, layers)[0]  # the same sequences, hence the same order
+        contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
+        for part, place in guided_micro_batches(batch, contexts, at, config.token_budget):
+            read, where = layer_states(teacher, part, layers)  # (m, K, H)
+            states[place[where]] = read.to(states.dtype)
     return states
 
 
