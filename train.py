@@ -142,11 +142,12 @@ def policy_loss(
 def k3(new: Tensor, reference: Tensor, bound: float | None = None) -> Tensor:
     """KL(pi_theta || pi_ref) per token, by Schulman's k3 on sampled tokens. Never negative. (n,) -> (n,)
 
-    `bound`: the most that a token counts; beyond it a token carries no gradient (the release: kl_penalty, 10).
+    Its gradient, (1 - pi_ref / pi_theta) grad log pi_theta, is on average that of KL(pi_ref || pi_theta). `bound`: the
+    most that a token counts; beyond it a token carries no gradient (the release: kl_penalty, 10).
     """
     # KL = exp(d) - 1 - d,  d = log pi_ref(y | h) - log pi_theta(y | h)
-    d = reference - new  # (n,)
-    kl = d.clamp(max=MAX_LOG_RATIO).exp() - 1 - d  # (n,)
+    d = (reference - new).clamp(max=MAX_LOG_RATIO)  # (n,) no gradient beyond
+    kl = d.exp() - 1 - d  # (n,)
     return kl if bound is None else kl.clamp(max=bound)
 
 
