@@ -116,7 +116,7 @@ def test_a_routing_rule(tree):
 
 def test_the_step_skill_in_another_place(tree):
     """Before the list of actions, in the first prompt and in later ones; the plain prompt stays as it is."""
-    metrics, samples = run(tree, "The step skill in another place")
+    metrics, _ = run(tree, "The step skill in another place")
     assert metrics["guided/step"] == pytest.approx(1 / 3)
     script = "from envs.alfworld import AlfworldEnv; from router import fill; from data import Guidance\n"
     script += "for past in ([], [('seen', 'done')]):\n"
