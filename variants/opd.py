@@ -29,11 +29,11 @@ class Settings(GrpoSettings):
     teacher: str | None = OWN(None, "the larger model, named as --model is; it must have the same tokenizer")
     divergence: str = OWN(
         "sampled",
-        "what draws the policy to the teacher: the shift of sampled tokens, or, as a loss, a divergence of whole "
+        "how the policy follows the teacher. sampled: the advantage of sampled tokens; the others: a loss on whole "
         "distributions",
         ("sampled", *DIVERGENCES),
     )
-    jsd_beta: float = OWN(0.5, "jsd: from near 0 (forward's direction) to near 1 (reverse's)", bounds=(0.001, 0.999))
+    jsd_beta: float = OWN(0.5, "of jsd: near 0 it is like forward, near 1 like reverse", bounds=(0.001, 0.999))
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,7 +51,7 @@ class Settings(GrpoSettings):
 
 
 def advantages(run: Run, batch: Batch) -> Advantages:
-    outcome = outcomes(run.config, batch.trajectories)  # (B,) logged, and no more
+    outcome = outcomes(run.config, batch.trajectories)  # (B,) only logged
     shift, shown = teacher_shift(run, batch)  # (B, R) each
     if run.config.divergence != "sampled":
         shift = torch.zeros_like(shift)
@@ -73,7 +73,7 @@ def opd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Ter
 
 
 def teacher_shift(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """log pi_teacher(y | h) - log pi_old(y | h), (B, R): 0 where not scored, as it enters a sum, and NaN, as it is
+    """log pi_teacher(y | h) - log pi_old(y | h), (B, R), twice: where not scored 0, to be added, and NaN, to be
     logged."""
     config, teacher = run.config, run.models["teacher"]
     contexts, responses = [step.context for step in batch.steps], [step.response for step in batch.steps]
@@ -86,8 +86,8 @@ def teacher_shift(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def frozen_teacher(config: Config, tokenizer, device):
-    """`--teacher`, as it is kept: in `--frozen-dtype`, on its device. Raises ValueError where its log-probs, or its
-    distributions where they are asked for, would be wrong."""
+    """Load `--teacher`, frozen, in `--frozen-dtype`, on the device. Raises ValueError where its log-probs would be
+    wrong, or the distributions that `--divergence` needs."""
     teacher = load_teacher(config.teacher, tokenizer, env=config.env, dtype=config.dtype)
     try:
         check_positions(teacher, config.context_limit)
