@@ -261,7 +261,7 @@ class Config:
             raise ValueError(f"--skill-tokens leaves no room for a transcript in {flag(room)}")
 
     def check_trainable(self) -> None:
-        """Raises ValueError for what would train on wrong numbers, or not do what was line."""
+        """Raises ValueError for what would train on wrong numbers, or not do what the flags say."""
         if self.dtype == "bfloat16" and not self.lora_rank:
             raise ValueError(
                 "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
@@ -293,6 +293,12 @@ class Config:
     def further_models(self, tokenizer, device) -> dict:
         """Frozen models that a variant reads beside policy and reference, by name."""
         return {}
+
+    @property
+    def read_in_loss(self) -> tuple[str, ...]:
+        """The frozen models that a variant's loss reads: with --offload they stay on the device for all of the update,
+        since the backward pass may read them again."""
+        return ()
 
     @property
     def longest(self) -> int:
@@ -437,8 +443,8 @@ class CommandLine:
         return cls(**vars(parser.parse_known_args(argv)[0]))
 
     def starts_from(self, known: set[str], parts: tuple[str, ...] = ("acts",)) -> tuple[str | None, dict]:
-        """-> the default recipe where there is no --recipe, and all settings that stand below the flags: that recipe,
-        without data, which are the user's own; `parts` of what the model's folder says of itself; --recipe."""
+        """-> the default recipe, None where --recipe takes its place, and all settings that stand below the flags: that
+        recipe, without data, which are the user's own; `parts` of what the model's folder says of itself; --recipe."""
         recipe = read_recipe(self.recipe, known) if self.recipe else {}
         model = self.model or recipe.get("model", "tiny")
         said = about_policy(model)
@@ -450,22 +456,26 @@ class CommandLine:
         if not name.startswith("laptop"):  # a paper's run: on generated data, in the precision of this machine
             settings = {key: value for key, value in settings.items() if key not in ("env_options", "mixed_precision")}
         settings = _over(settings | {"model": model}, saved)
-        return None if self.recipe else name, _over(settings, recipe)
+        return name, _over(settings, recipe)
 
 
 def settings_come_from(argv: list[str] | None = None) -> str:
     """One line: which settings stand below the flags."""
     line = CommandLine.read(argv)
-    if line.recipe:
-        return f"settings: recipe {line.recipe}, and flags"
     name, _ = line.starts_from(every_setting())
-    if line.model is None:
+    if not (line.model or line.recipe):
         return (
             f"no --model: the laptop recipe, recipes/{name}.toml (--model NAME trains your own by the paper's settings)"
         )
-    if name.startswith("laptop"):
-        return f"settings: recipes/{name}.toml, what {line.model} says of itself, and flags"
-    return f"settings: the paper's (recipes/{name}.toml) on generated data, and flags"
+    below = []
+    if name:
+        file = f"recipes/{name}.toml"
+        below.append(file if name.startswith("laptop") else f"the paper's ({file}) on generated data")
+    if line.model and about_policy(line.model):
+        below.append(f"what {line.model} says of itself")
+    if line.recipe:
+        below.append(f"recipe {line.recipe}")
+    return f"settings: {', '.join(below)}, and flags"
 
 
 def every_setting() -> set[str]:
@@ -492,16 +502,15 @@ def parse_args(
     )
     try:
         _, settings = line.starts_from(every_setting(), saved)
-        kind = variant_of(line.algo or settings.get("algo", Config.algo)).settings
+        algo = line.algo or settings.get("algo", Config.algo)
+        kind = variant_of(algo).settings
         add_flags(parser, kind, shown)
         given = vars(parser.parse_args(argv))
         given.pop("recipe", None)
         given |= {"env_options": dict(given["env_options"])} if "env_options" in given else {}
         settings = _over(settings, given)
         if others := settings.keys() - {f.name for f in fields(kind)}:
-            raise ValueError(
-                f"--algo {line.algo or settings.get('algo')} has no {', '.join(map(flag, sorted(others)))}"
-            )
+            raise ValueError(f"--algo {algo} has no {', '.join(map(flag, sorted(others)))}")
         return kind(**settings)
     except ValueError as error:
         parser.error(str(error))

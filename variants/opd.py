@@ -42,6 +42,10 @@ class Settings(GrpoSettings):
         if self.divergence != "sampled" and self.shard:
             raise ValueError(f"--divergence {self.divergence} needs the teacher's output layer whole: no --shard")
 
+    @property
+    def read_in_loss(self) -> tuple[str, ...]:
+        return () if self.divergence == "sampled" else ("teacher",)
+
     def check_model(self, model) -> None:
         if self.divergence != "sampled" and (obstacle := states_obstacle(model)):
             raise ValueError(f"--divergence {self.divergence} needs whole distributions of both models: {obstacle}")
@@ -64,7 +68,7 @@ def opd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Ter
         return opid_loss(run, micro, batch)
     states, new, at = states_and_logprobs(run.policy, micro, config.temperature)  # (n, H), (n,)
     losses, terms = grpo_loss(new, at, batch, config)
-    with torch.no_grad(), run.reading(teacher):
+    with torch.no_grad():
         theirs, _, _ = sequence_states(teacher, micro)  # (n, H): the same sequences, hence the same order
     measure = partial(divergence, config.divergence, beta=config.jsd_beta)
     heads = run.policy.get_output_embeddings(), teacher.get_output_embeddings()

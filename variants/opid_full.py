@@ -37,6 +37,10 @@ class Settings(Config):
         if self.shard:
             raise ValueError(f"--algo {self.algo} reads whole distributions of a frozen scorer: no --shard")
 
+    @property
+    def read_in_loss(self) -> tuple[str, ...]:
+        return (self.scorer,)
+
     def check_model(self, model) -> None:
         if obstacle := states_obstacle(model):
             raise ValueError(
@@ -65,7 +69,7 @@ def distance_to_scorer(run: Run, batch: Batch, level: str, states: Tensor, at: A
     heads = run.policy.get_output_embeddings(), scorer.get_output_embeddings()
     total = torch.zeros(len(states), device=states.device)  # (n,)
     for micro, place in guided_micro_batches(batch, batch.skill_contexts[level], at, config.token_budget):
-        with torch.no_grad(), run.reading(scorer):
+        with torch.no_grad():
             theirs, _, where = sequence_states(scorer, micro)  # (m, H)
         here = place[where].to(states.device)  # (m,)
         term = divergences(heads[0], states[here], heads[1], theirs, measure, config.temperature)  # (m,)

@@ -56,6 +56,10 @@ class Settings(OneTeacher):
     def levels(self) -> tuple[Level, ...]:
         return () if self.teacher else LEVELS
 
+    @property
+    def read_in_loss(self) -> tuple[str, ...]:
+        return ("teacher" if self.teacher else self.scorer,)
+
     def further_models(self, tokenizer, device) -> dict:
         return {"teacher": frozen_teacher(self, tokenizer, device)} if self.teacher else {}
 
@@ -86,13 +90,12 @@ def teacher_states(run: Run, micro: list[Sequence], batch: Batch, own: Tensor, a
     """The teacher's states of these response tokens, (n, K, H); the policy's `own` where no skill guides it."""
     config, layers = run.config, run.config.oprd_layers
     teacher, states = run.models["teacher" if config.teacher else config.scorer], own.clone()
-    with run.reading(teacher):
-        if config.teacher:
-            return layer_states(teacher, micro, layers)[0]  # the same sequences, hence the same order
-        contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
-        for part, place in guided_micro_batches(batch, contexts, at, config.token_budget):
-            read, where = layer_states(teacher, part, layers)  # (m, K, H)
-            states[place[where]] = read.to(states.dtype)
+    if config.teacher:
+        return layer_states(teacher, micro, layers)[0]  # the same sequences, hence the same order
+    contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
+    for part, place in guided_micro_batches(batch, contexts, at, config.token_budget):
+        read, where = layer_states(teacher, part, layers)  # (m, K, H)
+        states[place[where]] = read.to(states.dtype)
     return states
 
 
