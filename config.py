@@ -75,8 +75,8 @@ OWN = group("this --algo (variants/)")
 
 @dataclass
 class Config:
-    """The defaults are the authors' ALFWorld run (examples/opid_trainer/run_alfworld_opid_guide.sh). recipes/*.toml hold
-    what differs from it, each line with its reason. Each setting's help says its unit."""
+    """The defaults are the authors' ALFWorld run (examples/opid_trainer/run_alfworld_opid_guide.sh). What differs from
+    it stands in recipes/*.toml, each line with its reason. Each setting's help says its unit."""
 
     algo: str = FIRST("opid", "opid, grpo, or a file of variants/, whose flags --algo NAME --help shows")
     env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
@@ -97,7 +97,9 @@ class Config:
     resume: bool = FIRST(False, "go on from the newest checkpoint in --out")
     plan: bool = FIRST(False, "print the estimated peak memory of this run, without loading weights, and exit")
 
-    context: str = ROLLOUT("window", "chat: one growing conversation; window: each step is a prompt of its own", ("chat", "window"))
+    context: str = ROLLOUT(
+        "window", "chat: one growing conversation; window: each step is a prompt of its own", ("chat", "window")
+    )
     context_limit: int = ROLLOUT(2560, "most tokens of prompt and response together (2048 and 512)")
     max_new_tokens: int = ROLLOUT(512, "most tokens of a response")
     temperature: float = ROLLOUT(1.0, "sampling temperature of training rollouts")
@@ -119,7 +121,9 @@ class Config:
     )
     max_step_skills: int = SKILLS(5, "K: most step skills per trajectory")
     skill_tokens: int = SKILLS(1024, "most tokens of a skill answer")
-    skill_context_limit: int | None = SKILLS(12288, "most tokens of a skill prompt and its answer; none: --context-limit")
+    skill_context_limit: int | None = SKILLS(
+        12288, "most tokens of a skill prompt and its answer; none: --context-limit"
+    )
     skill_temperature: float = SKILLS(1.0, "temperature of skill writing; 0: greedy")
     skill_prefill: str = SKILLS("", "text that every skill answer of a local model starts with, such as '{'")
     openai_base_url: str | None = SKILLS(None, "endpoint for --skill-writer openai; none: the library's default")
@@ -134,7 +138,9 @@ class Config:
     )
     token_budget: int = SCORES(16384, "most padded tokens of a forward pass (micro-batch), in the update too")
 
-    normalize: str = ADVANTAGE("mean_std", "how A_ep is taken against its group: mean and std, or mean only", ("mean_std", "mean"))
+    normalize: str = ADVANTAGE(
+        "mean_std", "how A_ep is taken against its group: mean and std, or mean only", ("mean_std", "mean")
+    )
     group_over: str = ADVANTAGE("steps", "what a group's mean and std are taken over", ("steps", "trajectories"))
 
     clip: float = UPDATE(0.2, "PPO clip range of the token ratio")
@@ -169,8 +175,8 @@ class Config:
     )
     frozen_dtype: str = MODEL(
         "auto",
-        "dtype of frozen models (reference, teacher). auto: bfloat16 for the weights that --mixed-precision bf16 rounds "
-        "before each use, so no number changes",
+        "dtype of frozen models (reference, teacher). auto: bfloat16 for the weights that --mixed-precision bf16 "
+        "rounds before each use, so no number changes",
         ("auto", "float32", "bfloat16"),
     )
     offload: bool = MODEL(False, "keep reference and optimizer state in host memory while they are not needed")
@@ -444,8 +450,8 @@ class CommandLine:
         return cls(**vars(parser.parse_known_args(argv)[0]))
 
     def starts_from(self, known: set[str], parts: tuple[str, ...] = ("acts",)) -> tuple[str | None, dict]:
-        """-> the default recipe's name (None where --recipe takes its place), and all settings below the flags. From low
-        to high: the default recipe, but for its data; `parts` of what a saved policy says of itself; --recipe."""
+        """-> the default recipe's name (None where --recipe takes its place), and all settings below the flags. From
+        low to high: the default recipe, but for its data; `parts` of what a saved policy says of itself; --recipe."""
         recipe = read_recipe(self.recipe, known) if self.recipe else {}
         model = self.model or recipe.get("model", "tiny")
         said = about_policy(model)
