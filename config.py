@@ -192,6 +192,10 @@ class Config:
     sample_every: int = RUN(5, "iterations between samples.jsonl records")
     tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
 
+    # The frozen models that a variant's loss reads: with --offload they stay on the device for all of the update, since
+    # the backward pass may read them again. No setting, hence no type.
+    read_in_loss = ()
+
     def __post_init__(self):
         """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""
         self._check_values()
@@ -299,12 +303,6 @@ class Config:
     def further_models(self, tokenizer, device) -> dict:
         """Frozen models that a variant reads beside policy and reference, by name."""
         return {}
-
-    @property
-    def read_in_loss(self) -> tuple[str, ...]:
-        """The frozen models that a variant's loss reads: with --offload they stay on the device for all of the update,
-        since the backward pass may read them again."""
-        return ()
 
     @property
     def longest(self) -> int:
