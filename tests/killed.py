@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-import train
-from config import parse_args
+import runlog.start
+from config import parse_args, variant_of
 from envs.alfworld import AlfworldEnv
 from tiny.warmstart import tiny_model, tiny_tokenizer
+from train import train
 
 EVERY = 5  # of the kills is in the middle of writing a checkpoint
 FLAGS = "--algo grpo --tasks 2 --rollouts 2 --max-steps 2 --max-new-tokens 4 --train-games 4 --eval-games 1 "
@@ -45,7 +46,8 @@ def processes(count: int, out: Path, more: list[str], cut_off: bool = False) -> 
                 with open(out.parent / f"{out.name}.log{rank}", "a") as log:
                     os.dup2(log.fileno(), 1)
                     os.dup2(log.fileno(), 2)
-                train.train(parse_args([*FLAGS.split(), "--out", str(out), *more]))
+                config = parse_args([*FLAGS.split(), "--out", str(out), *more])
+                train(runlog.start.start(config), variant_of(config.algo))
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -85,7 +87,7 @@ def main(folder: Path, kills: int, count: int, more: list[str]) -> None:
     torch.set_num_threads(1)
     AlfworldEnv.parse_action = lambda self, text, admissible: (text, len(text) % 2 == 0)
     tokenizer = tiny_tokenizer()
-    train.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=24), tokenizer)
+    runlog.start.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=24), tokenizer)
     started = time.time()
     assert ended(processes(count, folder / "whole", more), 300), (folder / "whole.log0").read_text()[-2000:]
     first, *_, last = ((folder / "whole" / name).stat().st_mtime for name in ("start.json", "samples.jsonl"))

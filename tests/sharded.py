@@ -11,28 +11,30 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import distributed
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import lm.logprobs
-import lm.parallel
+import lm.processes
+import lm.scoring
 from data import Guidance
 from envs.alfworld import AlfworldEnv, generate_games
 from lm.encoder import Encoder
 from lm.loading import AdapterOff, add_lora, frozen_copy, save_policy
 from lm.obstacles import unwrapped
-from lm.packing import Sequence, micro_batches
-from lm.parallel import clip_gradients, even, gathered, is_sharded, shard, sum_gradients, whole
+from lm.processes import clip_gradients, even, gathered, is_sharded, shard, sum_gradients, whole
 from lm.sampler import Sampler
-from lm.states import expected_shift
-from rescore import guided_contexts, score
+from lm.scoring import Sequence, micro_batches
+from rescore import rescore
 from runlog import checkpoints
 from tests.playing import play
+from tests.settings import laptop
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -97,8 +99,8 @@ def backward(model, ranks: range, bf16: bool) -> None:
     batches = [batch for rank in ranks for batch in micro_batches(sequences_of(rank), 10)]
     for batch in even(batches, model):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logprobs, rows, columns = lm.logprobs.sequence_logprobs(model, batch, 1.0)
-        assert torch.zeros(3, 20)[rows, columns].shape == logprobs.shape  # of none, too
+            logprobs, at = lm.scoring.sequence_logprobs(model, batch, 1.0)
+        assert torch.zeros(3, 20)[at].shape == logprobs.shape  # of none, too
         (-logprobs.sum() / tokens).backward()
 
 
@@ -108,7 +110,7 @@ def update(make: Callable, **how) -> Callable[[Path], None]:
 
 def updates(make: Callable, *, chunk: int, checkpointing: bool, bf16: bool) -> None:
     """The gradients, their norm, and three steps of AdamW, by a sharded model and by one that is not."""
-    lm.logprobs.CHUNK = chunk  # logits that are alive at a time
+    lm.scoring.CHUNK = chunk  # logits that are alive at a time
     own, one, mine = make(), make(), range(distributed.get_rank(), distributed.get_rank() + 1)
     shard([own], CPU)
     for model in (own, one):
@@ -161,8 +163,8 @@ def bucket_sums(folder: Path) -> None:
     shapes = [(3, 5), (7,), (), (2, 2, 2), (40,), (4,)]
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     parameters.insert(3, torch.nn.Parameter(torch.zeros(6, dtype=torch.bfloat16)))
-    lm.parallel.BUCKET = 100  # bytes
-    parts = list(lm.parallel.buckets(parameters, 100))
+    lm.processes.BUCKET = 100  # bytes
+    parts = list(lm.processes.buckets(parameters, 100))
     assert [[p.numel() for p in part] for part in parts] == [[15, 7, 1], [6], [8], [40], [4]]
     for i, parameter in enumerate(parameters):
         if (i + rank) % 3:  # of some no process, of some not every one has a gradient
@@ -177,65 +179,68 @@ def bucket_sums(folder: Path) -> None:
 
 
 def scores_and_samples(folder: Path) -> None:
-    """Policy, reference (its adapters off) and EMA score plain contexts, episode skills and step-skill branches; each
-    process has tokens of its own, and samples more or fewer of them than the others."""
+    """Policy, reference (its adapters off) and a frozen copy score plain contexts, episode skills and step-skill
+    branches; each process has tokens of its own, and samples more or fewer of them than the others."""
     tokenizer, rank = tiny_tokenizer(), distributed.get_rank()
     encoder = Encoder(tokenizer, "chat")
     torch.manual_seed(0)
-    plain = {"old": tiny_model(len(tokenizer), seed=0, width=48), "ema": tiny_model(len(tokenizer), seed=1, width=48)}
+    plain = {"old": tiny_model(len(tokenizer), seed=0, width=48), "copy": tiny_model(len(tokenizer), seed=1, width=48)}
     plain["policy"] = add_lora(tiny_model(len(tokenizer), seed=2, width=48), 4)
     own = {name: copy.deepcopy(model).requires_grad_(name == "policy") for name, model in plain.items()}
     for models in (plain, own):
         models["reference"] = AdapterOff(models["policy"])
     shard(own.values(), CPU)
-    with gathered(own["ema"]):  # by a process that has nothing to do
-        assert not is_sharded(own["ema"].parameters())
-    assert is_sharded(own["ema"].parameters())
+    with gathered(own["copy"]):  # by a process that has nothing to do
+        assert not is_sharded(own["copy"].parameters())
+    assert is_sharded(own["copy"].parameters())
     assert sum(p.to_local().numel() for p in own["old"].parameters()) < 0.6 * plain["old"].num_parameters()
     games = generate_games(folder / f"games{rank}", "train", 2, 0, size="small")
     limits = {"max_new_tokens": 6, "context_limit": 4096}
     env = lambda: AlfworldEnv(prompt="compact", max_steps=3 + 2 * rank)
     trajectories, _ = play(plain["old"].eval(), encoder, env, games, 1, **limits)
-    steps = [step for trajectory in trajectories for step in trajectory.steps]
     routes = [
         [(Guidance("step" if i % 2 else "episode", "look in bed"),) for i in range(len(t.steps))] for t in trajectories
     ]
-    guided = {
-        level: guided_contexts(encoder, trajectories, routes, level, context_limit=4096)[0]
-        for level in ("episode", "step")
-    }
-    rows = [step.context for step in steps], [step.response for step in steps]
-    options = {"temperature": 1.0, "token_budget": 4096, "progress": lambda name: iter}
-    for scorer in ("old", "ema", "reference"):
-        scores = [score(models, models[scorer], *rows, guided, **options) for models in (own, plain)]
-        for part in (0, 1):
-            for name, values in scores[1][part].items():
-                assert values.isfinite().any()
-                close(scores[0][part][name].nan_to_num(), values.nan_to_num())
-    expected = []
-    for models in (own, plain):
-        score(models, models["ema"], *rows, guided, **options, keep=(keep := {}))
-        expected += [expected_shift(keep["old"], keep[level], keep["old"], 1.0) for level in ("episode", "step")]
-    for ours, theirs in zip(expected[:2], expected[2:], strict=True):
-        assert theirs.isfinite().any()
-        close(ours.nan_to_num(), theirs.nan_to_num())
+    none = [None] * len(trajectories)
+    for scorer, reference in (("old", "reference"), ("reference", "reference"), ("reference", "copy")):
+        batches = []
+        for models in (own, plain):
+            config = laptop(scorer=scorer, context_limit=4096, kl=0.1)
+            known = models | {"reference": models[reference]}
+            reading = lambda *models: all_gathered(models)
+            stub = SimpleNamespace(config=config, models=known, encoder=encoder, levels=config.levels, reading=reading)
+            batches.append(rescore(stub, trajectories, none, routes)[0])
+            assert is_sharded(own[reference].parameters())
+        ours, theirs = (
+            [
+                batch.old_logprobs,
+                batch.reference_logprobs,
+                *(batch.skill_logprobs[level] for level in ("episode", "step")),
+            ]
+            for batch in batches
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert b.isfinite().any() and torch.equal(a.isnan(), b.isnan())
+            close(a.nan_to_num(), b.nan_to_num())
+    contexts = [step.context for trajectory in trajectories for step in trajectory.steps]
     for name in plain:
         said = []
         for models in (own, plain):
             torch.manual_seed(rank)
             sampler = Sampler(models[name], tokenizer, max_new_tokens=4 + 3 * rank, temperature=1.0)
             with gathered(models[name]):
-                said.append([sampler([0, 1], rows[0][:2]) for _ in range(1 + rank)])  # nobody waits for the other
+                said.append([sampler([0, 1], contexts[:2]) for _ in range(1 + rank)])  # nobody waits for the other
         assert said[0] == said[1]
         assert is_sharded(own[name].parameters())
         assert not unwrapped(own[name])._get_fsdp_state()._comm_ctx.post_forward_order
-    with torch.no_grad():  # as the update does it
-        for slow, fast in zip(own["ema"].parameters(), own["old"].parameters(), strict=True):
-            slow.lerp_(fast.detach(), 0.25)
-        for slow, fast in zip(plain["ema"].parameters(), plain["old"].parameters(), strict=True):
-            slow.lerp_(fast, 0.25)
-    for a, b in zip(own["ema"].parameters(), plain["ema"].parameters(), strict=True):
-        close(a, b)
+
+
+@contextmanager
+def all_gathered(models):
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(gathered(model))
+        yield
 
 
 def frozen_in_less(folder: Path) -> None:
@@ -247,7 +252,7 @@ def frozen_in_less(folder: Path) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         shard([less], CPU)
         with gathered(less):
-            scores = [lm.logprobs.sequence_logprobs(model, sequences, 1.0)[0] for model in (less, whole_one)]
+            scores = [lm.scoring.sequence_logprobs(model, sequences, 1.0)[0] for model in (less, whole_one)]
     assert torch.equal(*scores)
 
 
@@ -265,25 +270,18 @@ def final_policies(folder: Path) -> None:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-class Methodical:
-    """A method with a state."""
-
-    def restore(self, state: dict) -> None:
-        self.state = state
-
-
 def trainee(seed: int, sharded: bool):
-    """(model, optimizer that has taken a step with seed 0 and none with others, EMA model)"""
-    model, ema = qwen(seed), qwen(seed + 1).requires_grad_(False)
+    """(model, optimizer that has taken a step with seed 0 and none with others)"""
+    model = qwen(seed)
     if sharded:
-        shard([model, ema], CPU)
+        shard([model], CPU)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if seed == 0:
         ranks = range(distributed.get_rank(), distributed.get_rank() + 1) if sharded else range(3)
         backward(model, ranks, False)
         optimizer.step()
         optimizer.zero_grad()
-    return model, optimizer, ema
+    return model, optimizer
 
 
 def save_both(folder: Path) -> None:
@@ -298,13 +296,11 @@ def save_both(folder: Path) -> None:
 
 def loads(path: Path, sharded: bool) -> None:
     """A checkpoint of any kind, into models that are sharded or not: the numbers of `trainee(0)`."""
-    expected, (model, optimizer, ema), method = trainee(0, False), trainee(5, sharded), Methodical()
-    checkpoints.load(path, model, optimizer, ema, method)
-    assert method.state == {"seen": {3: "x"}}
-    for own, other in ((model, expected[0]), (ema, expected[2])):
-        for a, b in zip(own.parameters(), other.parameters(), strict=True):
-            assert hasattr(a, "full_tensor") == sharded
-            close(a, b)
+    expected, (model, optimizer) = trainee(0, False), trainee(5, sharded)
+    assert checkpoints.load(path, model, optimizer) == {"seen": {3: "x"}}
+    for a, b in zip(model.parameters(), expected[0].parameters(), strict=True):
+        assert hasattr(a, "full_tensor") == sharded
+        close(a, b)
     states = [each.state_dict() for each in (optimizer, expected[1])]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     assert states[0]["state"].keys() == states[1]["state"].keys()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lm.loading import remove
-from lm.parallel import shard
+from lm.processes import shard
 from runlog import checkpoints
 from tests.sharded import CHECKS
 
@@ -30,19 +30,24 @@ FLAGS += "--lr-halving 0 --episode-weight 1 --step-weight 1"
 # numbers, so that one process and two play the same episodes. SGD in place of AdamW, whose first step is the gradient's
 # sign: what differs in the ninth digit of a gradient of nearly 0 would differ in the first digit there.
 SCRIPT = """
-import evaluate, hashlib, json, os, random, sys, torch, train
-from config import parse_args
+import evaluate, hashlib, json, os, random, sys, torch
+from runlog import start as starting
+from config import parse_args, variant_of
 from envs.alfworld import AlfworldEnv
 from tiny.warmstart import tiny_model, tiny_tokenizer
+from dataclasses import replace
+from train import train
 
 def drawn(*seed):
     return random.Random(hashlib.sha256(repr(seed).encode()).hexdigest())
 
-class Scripted(train.Sampler):
+class Scripted(starting.Sampler):
     rollouts = ROLLOUTS
 
     def __call__(self, keys, contexts):
-        self.recorded = None  # nothing is sampled from the model
+        self.recorded = self.recorded or {}  # nothing is sampled from the model
+        for key in keys:
+            self.recorded.setdefault(key, []).append([])
         draws = [drawn(key % self.rollouts, context) for key, context in zip(keys, contexts, strict=True)]
         return [[draw.randrange(9, 200) for _ in range(draw.randint(1, 6))] for draw in draws]
 
@@ -62,12 +67,12 @@ def written(event, args):
 def build(self, *more):
     return (*built(self, *more), " look" * 2000) if self.engine.game.path in unfit else built(self, *more)
 
-def note_played(run, iteration, rng):
-    if iteration == 2:  # the task of the second process, the only one it has, does not fit
-        twin = random.Random()
-        twin.setstate(rng.getstate())
-        unfit.append(twin.sample(run.games, run.config.tasks)[1])
-    trajectories, metrics = rollout(run, iteration, rng)
+def note_played(run, games):
+    if run.iteration == 2:  # the task of the second process, the only one it has, does not fit
+        drawn = random.Random(f"{config.seed} 2").sample(run.games, run.config.tasks)
+        assert all(game in drawn for game in games)
+        unfit.append(drawn[1])
+    trajectories, metrics = opid.play(run, games)
     played.append(sorted({trajectory.game for trajectory in trajectories}))
     return trajectories, metrics
 
@@ -81,28 +86,27 @@ tokenizer, moved, built = tiny_tokenizer(), AlfworldEnv.step, AlfworldEnv.build_
 AlfworldEnv.build_prompt = build
 AlfworldEnv.parse_action = lambda self, text, admissible: (text, len(text) % 2 == 0)
 AlfworldEnv.step = step
-train.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=48), tokenizer)
-train.model_writer = lambda *a, **k: writer
-train.Sampler, evaluate.Sampler = Scripted, HeldOut
-train.logprob_gap, train.check_gap = lambda *a: (0.1 + 0.2 * int(os.environ["RANK"]), 0.0), lambda *a: None
+starting.load_model = lambda *a, **k: (tiny_model(len(tokenizer), seed=0, width=48), tokenizer)
+starting.model_writer = lambda *a, **k: writer
+starting.Sampler, evaluate.Sampler = Scripted, HeldOut
+starting.logprob_gap, starting.check_gap = lambda *a: (0.1 + 0.2 * int(os.environ["RANK"]), 0.0), lambda *a: None
 torch.optim.AdamW = lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr)
 config = parse_args(sys.argv[1:])
-run, rollout = train.Run(config), train.Run.rollout
-train.Run.rollout = note_played
+run, opid = starting.start(config), variant_of("opid")
 sys.addaudithook(written)
-share, finish = run.accelerator, train.RunLog.finish
+share, finish = run.processes, starting.RunLog.finish
 
 def keep(log, model, tokenizer):
     shards = dict(model.named_parameters())
     weights = {name: p.full_tensor() if config.shard else p for name, p in shards.items()}
-    torch.save({name: p.detach().clone() for name, p in weights.items()}, f"{config.out}.weights{share.process_index}")
+    torch.save({name: p.detach().clone() for name, p in weights.items()}, f"{config.out}.weights{share.rank}")
     finish(log, model, tokenizer)
 
-train.RunLog.finish = keep
-train.train(config, run)
+starting.RunLog.finish = keep
+train(run, replace(opid, play=note_played))
 inside = [file for file in files if file.startswith(os.path.abspath(config.out) + os.sep)]
-told = {"processes": share.num_processes, "files": inside, "played": played}
-with open(f"{config.out}.told{share.process_index}", "w") as file:
+told = {"processes": share.count, "files": inside, "played": played}
+with open(f"{config.out}.told{share.rank}", "w") as file:
     json.dump(told, file)
 """.replace("ROLLOUTS", str(ROLLOUTS))
 
@@ -312,14 +316,14 @@ DYING = (
     + """
 import time
 
-def rollout(run, *more):
+def play(run, games):
     if os.environ["RANK"] == "1":
         time.sleep(1)
         DEATH
     BUSY
 
-train.Run.rollout = rollout
-train.train(parse_args(sys.argv[1:]))
+config = parse_args(sys.argv[1:])
+train(starting.start(config), replace(variant_of("opid"), play=play))
 """
 )
 
@@ -333,7 +337,7 @@ def dying(folder: Path, death: str, busy: str) -> list[str]:
 
 def test_a_process_that_dies_ends_those_of_its_machine(tmp_path):
     """One that waits for it would wait for half an hour."""
-    script = dying(tmp_path, "raise ValueError('it went wrong')", "run.accelerator.wait_for_everyone()")
+    script = dying(tmp_path, "raise ValueError('it went wrong')", "run.processes.accelerator.wait_for_everyone()")
     started = time.monotonic()
     failed = launch(2, *script, check=False)
     assert failed.returncode != 0 and time.monotonic() - started < 90
