@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import train as train_module
-from config import parse_args
+import runlog.start as start_module
+from config import parse_args, variant_of
 from envs.alfworld import AlfworldEnv
 from lm.encoder import Encoder
 from lm.loading import frozen_copy
-from lm.logprobs import sequence_logprobs
-from lm.packing import pack
-from lm.sampler import Sampler, check_gap, logprob_gap
+from lm.obstacles import check_gap, logprob_gap
+from lm.processes import Offload
+from lm.sampler import Sampler
+from lm.scoring import pack, sequence_logprobs
 from rescore import response_logprobs, tree_logprobs
 from rollout import rollout
+from runlog.start import start
 from train import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +84,7 @@ def test_chunks_of_logits_give_the_same_numbers_and_gradients(model, played, mon
     sequences = pack(contexts, responses)[:3]
     found = []
     for chunk in (2**25, 3000):
-        monkeypatch.setattr("lm.logprobs.CHUNK", chunk)
+        monkeypatch.setattr("lm.scoring.CHUNK", chunk)
         model.zero_grad()
         logprobs = sequence_logprobs(model, sequences, 1.0)[0]
         logprobs.sum().backward()
@@ -104,29 +106,36 @@ FLAGS = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6
 FLAGS += "--mini-batch 8 --learning-rate 1e-3 --save-every 1 --invalid-penalty 1 --iterations 2"
 
 
-@pytest.mark.parametrize("more", ["", "--mixed-precision bf16 --gradient-checkpointing", "--scorer ema --offload"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "--mixed-precision bf16 --gradient-checkpointing",
+        "--scorer reference --offload",
+        "--algo opid-full --offload",
+    ],
+)
 def test_a_run_trains_and_goes_on(more, tmp_path, monkeypatch, llama, tokenizer, own_precision):
     if DEVICE.type == "cpu":
         more = more.replace("--offload", "")
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
-    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    monkeypatch.setattr(start_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+    monkeypatch.setattr(start_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
     argv = [*FLAGS.split(), *more.split(), "--out", str(tmp_path / "run")]
-    start = [p.detach().clone() for p in llama.parameters()]
-    train(parse_args(argv))
-    log = train(parse_args([*argv, "--resume", "--iterations", "3"]))
-    records = [json.loads(line) for line in Path(log.folder, "metrics.jsonl").read_text().splitlines()]
+    before = [p.detach().clone() for p in llama.parameters()]
+    for further in ([], ["--resume", "--iterations", "3"]):
+        config = parse_args([*argv, *further])
+        train(start(config), variant_of(config.algo))
+    records = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records] == [0, 1, 2]
     assert all(record["grad_norm"] > 0 and record["advantage/skill_abs"] > 0 for record in records)
     trained = torch.load(tmp_path / "run/checkpoints/000002.pt", weights_only=True)["model"].values()
-    assert any(not torch.equal(a, b.cpu()) for a, b in zip(start, trained, strict=True))
+    assert any(not torch.equal(a, b.cpu()) for a, b in zip(before, trained, strict=True))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU's memory is counted for the whole process")
 def test_offloaded_weights_leave_the_gpu():
-    from lm.offload import Offload
-
     model = torch.nn.Linear(2048, 2048).to(DEVICE)  # 16 MiB
     offload = Offload(DEVICE, wanted=True)
     before = torch.cuda.memory_allocated()
