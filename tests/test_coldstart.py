@@ -32,6 +32,7 @@ from tiny.supervised import demonstration_loss, latest, shuffled_batches
 from tiny.warmstart import TinyDemonstrator, key_of, tiny_model, tiny_tokenizer, warm_start
 from tools.coldstart import main
 from tools.skill_quality import agreement
+from variants.skill_grpo import UnderSkill
 
 ENVS = ("alfworld", "search", "webshop")
 # A hash of the demonstrations of four games, and the losses of the first training steps of a small model on them. They
@@ -108,15 +109,10 @@ def test_demonstrations_are_what_a_rollout_shows(env, prompt, context, template)
             play = demonstrator.play(game, demonstrator.flaws(), skill=skill)
             shown = everything(demonstrator, play)
             task_type = make_env(env, prompt=prompt).reset(options={"game": game})[1]["task_type"]
-            [episode], _ = rollout(
-                Reciter([response for _, response in shown.values()]),
-                encoder,
-                lambda: make_env(env, prompt=prompt, max_steps=told.MAX_STEPS, history=HISTORY),
-                [game],
-                1,
-                context_limit=10**6,
-                episode_skills={task_type: skill} if skill else None,
-            )
+            responses = Reciter([response for _, response in shown.values()])
+            acting = make_env(env, prompt=prompt, max_steps=told.MAX_STEPS, history=HISTORY)
+            acting = UnderSkill(acting, {task_type: skill} if skill else {})
+            [episode], _ = rollout(responses, encoder, lambda made=acting: made, [game], 1, context_limit=10**6)
             assert [(step.context, step.response) for step in episode.steps] == list(shown.values())
             assert episode.success == play.success
             possible = [t for t, step in enumerate(episode.steps) if step.valid]
