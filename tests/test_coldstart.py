@@ -103,14 +103,14 @@ def test_demonstrations_are_what_a_rollout_shows(env, prompt, context, template)
             Demonstrator(tokenizer, 0, env, prompt=prompt)
         return
     demonstrator = Demonstrator(tokenizer, 0, env, prompt=prompt, context=context)
-    told, encoder, slips = demonstrator.script, Encoder(tokenizer, context), 0
-    for game in told.games(12):
+    scripted, encoder, slips = demonstrator.script, Encoder(tokenizer, context), 0
+    for game in scripted.games(12):
         for skill in ("", "do this [and] that"):
             play = demonstrator.play(game, demonstrator.flaws(), skill=skill)
             shown = everything(demonstrator, play)
             task_type = make_env(env, prompt=prompt).reset(options={"game": game})[1]["task_type"]
             responses = Reciter([response for _, response in shown.values()])
-            acting = make_env(env, prompt=prompt, max_steps=told.MAX_STEPS, history=HISTORY)
+            acting = make_env(env, prompt=prompt, max_steps=scripted.MAX_STEPS, history=HISTORY)
             acting = UnderSkill(acting, {task_type: skill} if skill else {})
             [episode], _ = rollout(responses, encoder, lambda made=acting: made, [game], 1, context_limit=10**6)
             assert [(step.context, step.response) for step in episode.steps] == list(shown.values())
@@ -277,8 +277,8 @@ def test_another_cold_start_is_not_mixed_up_with_this_one(start, tmp_path):
 def test_only_responses_are_learnt_unless_told_otherwise(start):
     model, tokenizer = load_pretrained(start)
     demonstrator = Demonstrator(tokenizer, 0)
-    told = demonstrator.sequences(demonstrator.script.games(1)[0])
-    sequences = [Sequence(s.ids, s.responses) for s in told]  # none that weighs more
+    given = demonstrator.sequences(demonstrator.script.games(1)[0])
+    sequences = [Sequence(s.ids, s.responses) for s in given]  # none that weighs more
     scored = [sequence.ids[a : a + n] for sequence in sequences for _, a, n in sequence.responses]
     by_hand, everywhere = [], []
     for sequence in sequences:
@@ -287,9 +287,10 @@ def test_only_responses_are_learnt_unless_told_otherwise(start):
         everywhere.append(logprobs)
         by_hand += [logprobs[a - 1 : a - 1 + n] for _, a, n in sequence.responses]
     assert torch.cat(by_hand).shape[0] == sum(map(len, scored))
-    told = {"autocast": False}
-    assert demonstration_loss(model, sequences, 0.0, **told).item() == pytest.approx(-torch.cat(by_hand).mean().item())
-    assert demonstration_loss(model, sequences, 1.0, **told).item() == pytest.approx(
+    assert demonstration_loss(model, sequences, 0.0, autocast=False).item() == pytest.approx(
+        -torch.cat(by_hand).mean().item()
+    )
+    assert demonstration_loss(model, sequences, 1.0, autocast=False).item() == pytest.approx(
         -torch.cat(everywhere).mean().item()
     )
 
@@ -393,16 +394,19 @@ def test_weights_are_named_by_what_they_depend_on(monkeypatch):
 
 def test_share_of_right_skills_by_object_place_and_order():
     names = {"object": {"pen", "cup"}, "place": {"desk", "shelf", "drawer"}}
-    told = ["for pen first look in drawer or shelf then take pen then move pen to desk", "for pen never stop find pen"]
+    known = [
+        "for pen first look in drawer or shelf then take pen then move pen to desk",
+        "for pen never stop find pen",
+    ]
 
     def right(text: str) -> list[bool]:
-        return list(agreement(text, told, names).values())
+        return list(agreement(text, known, names).values())
 
-    assert right(told[0]) == right(told[1]) == [True, True, True, True]
-    assert right(told[0].replace("drawer or shelf", "desk")) == [True, True, True, True]  # a guess, and no matter
-    assert right(told[0].replace("pen", "cup")) == [False, True, True, False]
-    assert right(told[0].replace("to desk", "to shelf")) == [True, False, True, False]
-    assert right(told[0].replace("then take", "and take")) == [True, True, False, False]
+    assert right(known[0]) == right(known[1]) == [True, True, True, True]
+    assert right(known[0].replace("drawer or shelf", "desk")) == [True, True, True, True]  # a guess, and no matter
+    assert right(known[0].replace("pen", "cup")) == [False, True, True, False]
+    assert right(known[0].replace("to desk", "to shelf")) == [True, False, True, False]
+    assert right(known[0].replace("then take", "and take")) == [True, True, False, False]
 
 
 def test_the_command_prints_losses_success_and_skills(start, tmp_path, capsys):

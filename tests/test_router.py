@@ -96,8 +96,8 @@ _guidances = st.lists(st.builds(Guidance, st.sampled_from(["episode", "step"]), 
 
 @given(st.lists(_words | _slots, max_size=6).map(tuple), _guidances)
 def test_fuzz_a_prompt_differs_by_its_skills_and_by_nothing_else(prompt, guidances):
-    told, slots = [g.level for g in guidances], [piece.level for piece in prompt if isinstance(piece, Slot)]
-    if len(set(told)) < len(told) or not set(told) <= set(slots):
+    levels, slots = [g.level for g in guidances], [piece.level for piece in prompt if isinstance(piece, Slot)]
+    if len(set(levels)) < len(levels) or not set(levels) <= set(slots):
         with pytest.raises(ValueError, match=r"two skills of one level|this prompt has no"):
             fill(prompt, *guidances)
         return

@@ -96,7 +96,7 @@ def test_skills_parse_and_round_trip(env, words_of):
         assert parse_skills(words_of.decode(ids), len(play.turns), 5) == skills
 
 
-def told(env: str) -> list[tuple[Play, set[str]]]:
+def advised(env: str) -> list[tuple[Play, set[str]]]:
     """Plays with all that is said to the player: the episode skill, the step skills."""
     plays = [p for flaw in script(env).FLAWS for p in plays_of(env, {flaw})] + plays_of(env, set(), hinted=0.5)
     return [(p, {script(env).hindsight(p).episode, *p.advice_in_words, *p.hints.values()}) for p in plays]
@@ -104,10 +104,10 @@ def told(env: str) -> list[tuple[Play, set[str]]]:
 
 def test_skills_name_nothing_that_only_hindsight_knows():
     golden = {words(q.question): q.golden_answers for q in load_questions(GENERATE, "train")}
-    for play, texts in told("search"):
+    for play, texts in advised("search"):
         for text in texts:
             assert not any(f" {words(answer)} " in f" {text} " for answer in golden[play.task]), text
-    for play, texts in told("webshop"):
+    for play, texts in advised("webshop"):
         goal = read_goal(play.task)
         named = {*goal.attributes, *goal.options.values()}
         for text in texts:
@@ -147,10 +147,10 @@ def test_the_tiny_model_refuses_words_that_it_does_not_know(env):
 @pytest.mark.parametrize("name", ["laptop-search", "laptop-webshop"])
 def test_recipes_hold_the_longest_response_and_prompt(name):
     config = Config.from_recipe(name)
-    told = script(config.env)
-    assert config.max_steps == told.MAX_STEPS
+    known = script(config.env)
+    assert config.max_steps == known.MAX_STEPS
     demonstrator = TinyDemonstrator(tiny_tokenizer(config.env), 0, config.env)
-    for game in told.games(N):
+    for game in known.games(N):
         *acting, writing = demonstrator.sequences(game)
         sizes = [size for sequence in acting for _, _, size in sequence.responses]
         assert max(sizes) <= config.max_new_tokens

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from data import Guidance, Slot
 from envs import make_env
 from envs.webshop import VOCABULARY, WebshopEnv, load_shop
-from envs.webshop.compact import wanted_words, lacks, price_words, shown, task_words
+from envs.webshop.compact import lacks, price_words, shown, task_words, wanted_words
 from envs.webshop.expert import TITLE, Shopper
 from envs.webshop.pages import Session
 from lm.encoder import Encoder

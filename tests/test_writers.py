@@ -200,8 +200,8 @@ def test_a_prompt_that_the_endpoint_refuses_is_one_failed_answer(name, key, capl
 
     with server(answer) as url:
         assert openai_writer("m", base_url=url, retries=0, **OPTIONS)(["p", "bad", "p"]) == ["ok", None, "ok"]
-    (told,) = [record.getMessage() for record in caplog.records if record.name == "lm.writers"]
-    assert "refused 1 of 3 prompts" in told and url in told and (message or code[0]) in told
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "lm.writers"]
+    assert "refused 1 of 3 prompts" in line and url in line and (message or code[0]) in line
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSALS if name not in ("a proxy", "in words of its own", "TGI")])
