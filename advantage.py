@@ -34,11 +34,11 @@ def outcome_advantage(
     scores = returns.double()  # in float32 the rounding error of a mean of equal returns is as large as eps
     for group in group_ids.unique():
         rows = group_ids == group  # (B,)
-        samples = trajectory_ids[rows] if over == "trajectories" else torch.arange(int(rows.sum()))  # (steps of g,)
-        _, sample, sizes = samples.unique(return_inverse=True, return_counts=True)
+        unit = trajectory_ids[rows] if over == "trajectories" else torch.arange(int(rows.sum()))  # (steps of g,)
+        _, unit, sizes = unit.unique(return_inverse=True, return_counts=True)  # a unit is what counts once
         mean, std = torch.zeros(()), torch.ones(())
         if len(sizes) > 1:
-            shares = 1 / (sizes[sample] * len(sizes)).double()  # (steps of g,) sum to 1, and equally over samples
+            shares = 1 / (sizes[unit] * len(sizes)).double()  # (steps of g,) sum to 1, and equally over units
             mean = (shares * scores[rows]).sum()
             # Not the std of per-trajectory returns: where those are equal, a step's own penalty would be divided by 0.
             std = ((shares * (scores[rows] - mean) ** 2).sum() * len(sizes) / (len(sizes) - 1)).sqrt()
@@ -72,7 +72,7 @@ def combine(outcome: Tensor, shifts: dict[str, Tensor], weights: dict[str, float
 
 
 def sum_of_scored(shifts: dict[str, Tensor], logprobs: dict[str, Tensor], mask: Tensor) -> Tensor:
-    """A_skill over all levels, for logs and reports: NaN where no level's log-prob is known. All (B, R) -> (B, R)"""
+    """A_skill over all levels, for logs and reports: NaN where no level was scored (`shifts` are 0 there). -> (B, R)"""
     known = torch.stack([torch.zeros_like(mask), *(~scores.isnan() for scores in logprobs.values())]).any(0)  # (B, R)
     total = sum(shifts.values(), torch.zeros(mask.shape))  # (B, R)
     return total.masked_fill(~(known & mask), float("nan"))

@@ -38,6 +38,7 @@ OFFICIAL_ANSWER = 24  # tokens: the tags of an official answer around a command,
 # that messages and docs recommend where memory, the context limit or a NaN gradient stopped a run.
 FREE = {
     *("out", "resume", "plan", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"),
+    "strict",
     *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
     *("skill_context_limit", "learning_rate", "max_grad_norm"),
 }
@@ -191,6 +192,7 @@ class Config:
     keep_checkpoints: int = RUN(2, "newest checkpoints to keep")
     sample_every: int = RUN(5, "iterations between samples.jsonl records")
     tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
+    strict: bool = RUN(False, "a warning that nothing is learnt ends the run")
 
     # The frozen models that a variant's loss reads: with --offload they stay on the device for all of the update, since
     # the backward pass may read them again. No setting, hence no type.
@@ -426,9 +428,11 @@ def default_recipe(model: str, env: str) -> str:
     """The recipe for flags that are not given: the laptop's for its own models, else the paper's run of `env`."""
     base = about_policy(model).get("base", model)
     if base == "tiny" or base.startswith(PREFIX):
-        kind = "laptop" if base == "tiny" else "laptop-smollm2"
-        return kind if env == "alfworld" else f"{kind}-{env}"
-    return f"{env}-qwen2.5-3b"
+        usual = "laptop" if base == "tiny" else "laptop-smollm2"
+        own = f"{usual}-{env}"
+    else:
+        usual, own = "alfworld-qwen2.5-3b", f"{env}-qwen2.5-3b"
+    return own if (RECIPES / f"{own}.toml").is_file() else usual  # an environment of one's own takes ALFWorld's
 
 
 @dataclass

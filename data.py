@@ -94,7 +94,7 @@ class Batch:
     skills: list[Skills | None]  # of each trajectory
     routes: list[Route]  # of each trajectory
     skill_contexts: dict[Level, Contexts]  # h^, with the skill of that level in it; None where none guides the step
-    old_logprobs: Tensor  # (B, R) log pi_old(y | h)
+    old_logprobs: Tensor  # (B, R) log pi_old(y | h), NaN beyond a response's end
     reference_logprobs: Tensor | None  # (B, R) log pi_ref(y | h); None where the KL term is off
     skill_logprobs: dict[Level, Tensor]  # (B, R) log pi(y | h^)
     advantages: Advantages | None = None  # from step 5 on

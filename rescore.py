@@ -21,18 +21,13 @@ if TYPE_CHECKING:
 
 
 def rescore(
-    run: Run,
-    trajectories: list[Trajectory],
-    skills: list[Skills | None],
-    routes: list[Route],
-    *,
-    plain: bool = True,
+    run: Run, trajectories: list[Trajectory], skills: list[Skills | None], routes: list[Route], *, plain: bool = True
 ) -> tuple[Batch, dict[str, float]]:
     """What each step's tokens are worth: log pi(y | h) of the policy and the reference, log pi(y | h^) of the scorer.
 
     A step skill changes the end of a context, so it is scored as a branch of the plain contexts, in the same pass
     where the scorer reads them anyway. An episode skill changes all that follows the task: a pass of its own.
-    `plain=False`: the plain contexts are not scored, their log-probs are None or NaN.
+    `plain=False`: log-probs under h are left out (None or NaN), and there is no mask.
     """
     config = run.config
     steps = [step for trajectory in trajectories for step in trajectory.steps]
@@ -41,30 +36,32 @@ def rescore(
     for level in run.levels:
         found = skill_contexts(run.encoder, trajectories, routes, level, config.context_limit)
         h_skill[level], metrics[f"guided/{level}_too_long"] = found
-
     temperature, budget = config.temperature, config.token_budget
-    plain_logprobs, skill_logprobs = {}, {}  # (B, R) each
+    logprobs, skill_logprobs = {}, {}  # (B, R) each
+
+    # log pi_old(y | h) and log pi_ref(y | h), with the step skills' log pi(y | h^) as branches of the scorer's pass
     for name in ("old", "reference"):
-        needed = plain and (name == "old" or config.kl > 0)
-        branched = name == config.scorer and "step" in h_skill
-        if needed or branched:
-            branches, model = h_skill["step"] if branched else [None] * len(steps), run.models[name]
+        reads_plain = plain and (name == "old" or config.kl > 0)
+        has_branches = name == config.scorer and "step" in h_skill
+        if reads_plain or has_branches:
+            branches, model = h_skill["step"] if has_branches else [None] * len(steps), run.models[name]
             with run.reading(model):
-                plain_logprobs[name], step_logprobs = tree_logprobs(
-                    model, h, y, branches, temperature=temperature, token_budget=budget, branches_only=not needed
+                logprobs[name], under_skill = tree_logprobs(
+                    model, h, y, branches, temperature=temperature, token_budget=budget, branches_only=not reads_plain
                 )
-            if branched:
-                skill_logprobs["step"] = step_logprobs
+            if has_branches:
+                skill_logprobs["step"] = under_skill
+
+    # log pi(y | h^) under the episode skill
     if "episode" in h_skill:
         scorer, contexts = run.models[config.scorer], h_skill["episode"]
         with run.reading(scorer):
-            skill_logprobs["episode"] = response_logprobs(
-                scorer, contexts, y, temperature=temperature, token_budget=budget
-            )
+            scores = response_logprobs(scorer, contexts, y, temperature=temperature, token_budget=budget)
+        skill_logprobs["episode"] = scores
 
-    for level, logprobs in skill_logprobs.items():
-        metrics[f"guided/{level}"] = (~logprobs.isnan()).any(1).float().mean().item()
-    old, reference = plain_logprobs.get("old"), plain_logprobs.get("reference") if config.kl > 0 else None
+    for level, scores in skill_logprobs.items():
+        metrics[f"guided/{level}"] = (~scores.isnan()).any(1).float().mean().item()
+    old, reference = logprobs.get("old"), logprobs.get("reference") if config.kl > 0 else None
     return Batch(trajectories, skills, routes, h_skill, old, reference, skill_logprobs), metrics
 
 

@@ -68,7 +68,7 @@ def rollout(
         if live and (prefetch := getattr(episodes[live[0]].env, "prefetch", None)):
             prefetch(texts)
         for i, response, text in zip(live, responses, texts, strict=True):
-            logprobs = sampler.recorded[i][-1] if sampler.recorded is not None else None
+            logprobs = sampler.recorded[i][-1] if sampler.recorded is not None else None  # of this turn
             episodes[i].act(contexts[i], response, text, logprobs)
         going = [i for i in live if not episodes[i].done]
         bar.update(len(contexts) - len(going))

@@ -49,7 +49,7 @@ def train(run: Run, variant: Variant) -> None:
 
         # 2. Skills: what each finished episode teaches; None where no answer could be read
         skills = [None] * len(trajectories)
-        if run.levels:  # of skills whose lambda is not 0; without one this is GRPO
+        if run.levels:  # of skills that count, their lambda not 0; without one this is GRPO
             skills, metrics = variant.skills(run, trajectories)
             run.note("skills", metrics)
 
@@ -80,11 +80,10 @@ def opid_advantages(run: Run, batch: Batch) -> Advantages:
     outcome = outcomes(config, batch.trajectories)  # (B,) A_ep
 
     # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m, by the level of the skill in h^: (B, R) each
-    shifts = {level: skill_advantage(new, batch.old_logprobs, mask) for level, new in batch.skill_logprobs.items()}
+    shifts = {level: skill_advantage(under, batch.old_logprobs, mask) for level, under in batch.skill_logprobs.items()}
 
     # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
-    weights = {"episode": config.episode_weight, "step": config.step_weight}
-    total = combine(outcome, shifts, weights, mask)  # (B, R)
+    total = combine(outcome, shifts, {"episode": config.episode_weight, "step": config.step_weight}, mask)  # (B, R)
     return Advantages(total, outcome, sum_of_scored(shifts, batch.skill_logprobs, mask))
 
 
@@ -154,7 +153,8 @@ def k3(new: Tensor, reference: Tensor, bound: float | None = None) -> Tensor:
 def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
     """One optimizer step per mini-batch -> the means over steps of each loss term per token, and of the gradient norm.
 
-    One token denominator per mini-batch, over all processes. A step whose gradient is not finite is not taken.
+    A mini-batch has about `--mini-batch` rows, and one token denominator over all processes. A step whose gradient is
+    not finite is not taken.
     """
     config, processes, optimizer = run.config, run.processes, run.optimizer
     sequences = pack([step.context for step in batch.steps], [step.response for step in batch.steps])
@@ -202,7 +202,7 @@ def mini_batches(sequences: list[Sequence], parts: int, epochs: int, rng: random
 
 @dataclass(frozen=True)
 class Variant:
-    """A method: four functions, and its flags. OPID's stand above; a file of variants/ replaces some of them."""
+    """A method: four functions, and its flags. OPID's stand above; a file of variants/ replaces some (see rlsd.py)."""
 
     play: Callable  # (run, games) -> trajectories, metrics
     skills: Callable  # (run, trajectories) -> the skills that guide each trajectory, metrics

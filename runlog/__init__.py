@@ -125,6 +125,7 @@ class RunLog:
             "success": f"{100 * metrics['train/success']:.0f}%",
             "steps": f"{metrics['rollout/steps']:.1f}",
             "parsed": f"{100 * metrics['skills/parse_rate']:.0f}%" if "skills/parse_rate" in metrics else "-",
+            "guided": f"{100 * metrics['guided/tokens']:.0f}%",
             "|A_ep|": f"{metrics['advantage/outcome_abs']:.2f}",
             "|A_skill|": f"{metrics['advantage/skill_abs']:.3f}",
             **({"noise": f"{metrics['advantage/noise_floor']:.0e}"} if "advantage/noise_floor" in metrics else {}),

@@ -21,13 +21,14 @@ from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
 from lm.obstacles import check_gap, check_model, check_positions, logprob_gap, sampling_note
 from lm.processes import Offload, Processes, gathered, give_back, shard
-from lm.sampler import Sampler
+from lm.sampler import Sampler, end_of_turn_ids
 from lm.scoring import layout_noise
 from lm.writers import Writer, import_writer, model_writer, openai_writer
 from memory.machine import peak_mib
 from memory.plan import planned
-from runlog import RunLog, accelerator_of
-from runlog.metrics import Metrics, advantage_metrics, learns_nothing, silent_groups, sizes_of
+from runlog import RunLog, accelerator_of, silence
+from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
+from runlog.silence import shares, silences
 from tiny.loading import load_model
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
@@ -153,11 +154,23 @@ class Run:
         advantages = batch.advantages
         metrics = self.metrics | {"advantage/silent_groups": sum(silent) / max(1, len(silent))}
         metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
+        ends = set(end_of_turn_ids(self.policy, self.tokenizer))
+        metrics |= shares(batch, ends, self.tokenizer.unk_token_id)
         metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
-        if iteration == 0 and (warning := learns_nothing(config, metrics)):
-            self.processes.print(warning)
+        if iteration % silence.EVERY == 0 or last:
+            self.warn(silences(config, metrics))
         if last or (iteration + 1) % config.save_every == 0:
             self.log.save(iteration, self.policy, self.optimizer, self.state)
+
+    def warn(self, found: dict[str, str]) -> None:
+        """Says what is wrong, and since when. With --strict that ends the run."""
+        before = self.state.get("silent", {})
+        self.state["silent"] = {kind: before.get(kind, self.iteration) for kind in found}
+        for kind, words in found.items():
+            since = self.state["silent"][kind]
+            self.processes.print(f"WARNING (since iteration {since}): {words}")
+        if found and self.config.strict:
+            sys.exit(f"train.py: --strict, and nothing is learnt: {', '.join(found)}")
 
 
 def start(config: Config) -> Run:

@@ -201,8 +201,8 @@ def show_update(run: Run, batch: Batch, step, row: int, updated: dict[str, float
 
 def walk(config: Config) -> None:
     """Plays one iteration and prints it. Raises ValueError where no step is guided, or A_skill is another one."""
-    if config.algo != "opid":
-        raise ValueError("it shows the shift of the paper: --algo opid")
+    if config.algo != "opid" or not config.levels:
+        raise ValueError("it shows the shift of the paper: --algo opid, and a weight that is not 0")
     if (config.normalize, config.group_over, config.invalid_penalty) != ("mean_std", "steps", 0.0):
         raise ValueError("it shows one outcome advantage: no other --normalize, --group-over or --invalid-penalty")
     run, exchanges = start(config), []
