@@ -44,8 +44,8 @@ FREE = {
 }
 
 # The settings that a saved policy keeps in opid.json, beside its weights: how it acts, and how it was evaluated.
-ACTS = ("env", "env_options", "prompt", "context", "history", "context_limit", "max_new_tokens", "max_steps")
-ACTS += ("max_step_skills", "skill_tokens", "skill_context_limit", "skill_prefill")
+ACTS = ("env", "env_options", "template_options", "prompt", "context", "history", "context_limit", "max_new_tokens")
+ACTS += ("max_steps", "max_step_skills", "skill_tokens", "skill_context_limit", "skill_prefill")
 EVALUATED = ("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "dtype", "mixed_precision", "seed")
 
 
@@ -170,6 +170,9 @@ class Config:
     prompt: str = ENV("official", "prompt style: the authors', or short ones for small models", ("official", "compact"))
     history: int = ENV(5, "how many past steps a 'window' prompt shows")
 
+    template_options: dict[str, str] = MODEL(  # noqa: RUF009
+        {}, "variables of the chat template, such as enable_thinking=true reasoning_effort=low"
+    )
     dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
     mixed_precision: str = MODEL(
         "auto", "autocast of matrix products; auto: bf16 where the device has it in hardware", ("no", "bf16", "auto")
@@ -516,7 +519,7 @@ def parse_args(
         add_flags(parser, kind, shown)
         given = vars(parser.parse_args(argv))
         given.pop("recipe", None)
-        given |= {"env_options": dict(given["env_options"])} if "env_options" in given else {}
+        given |= {name: dict(given[name]) for name in ("env_options", "template_options") if name in given}
         settings = _over(settings, given)
         if others := settings.keys() - {f.name for f in fields(kind)}:
             raise ValueError(f"--algo {algo} has no {', '.join(map(flag, sorted(others)))}")

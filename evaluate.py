@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 HELD_OUT = ("valid_seen", "valid_unseen")
 FLAGS = (
-    *("model", "env", "env_options", "prompt", "history", "context", "context_limit", "max_new_tokens", "max_steps"),
+    *("model", "env", "env_options", "template_options", "prompt", "history", "context", "context_limit"),
+    *("max_new_tokens", "max_steps"),
     *("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "dtype", "mixed_precision", "seed"),
 )  # that evaluation reads; of a run's policy the run's own settings are the defaults
 
@@ -178,7 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    results = evaluate(model, Encoder(tokenizer, config.context, about_policy(config.model).get("date")), config)
+    date = about_policy(config.model).get("date")
+    results = evaluate(model, Encoder(tokenizer, config.context, date, config.template_options), config)
     print(format_table(results, columns_of(config)))
 
 

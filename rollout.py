@@ -64,7 +64,7 @@ def rollout(
         live = [i for i in live if not episodes[i].cut]
         responses = sampler(live, [contexts[i] for i in live]) if live else []
         # judged together with what the template itself began the answer with, such as <think>
-        texts = [encoder.began + encoder.tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+        texts = [encoder.began + encoder.decode(response) for response in responses]
         if live and (prefetch := getattr(episodes[live[0]].env, "prefetch", None)):
             prefetch(texts)
         for i, response, text in zip(live, responses, texts, strict=True):

@@ -12,7 +12,10 @@ from jinja2 import TemplateError
 USER, ANSWER, NEXT = "quxuser", "quxanswer", "quxnext"
 # What a template may spell in plain text to say who speaks: [INST], <<SYS>>, <|user|>, ### Response:, USER:
 MARKER = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[[^\[\]\s]+\]|#{2,} *[A-Za-z][\w ]*:?|(?<!\w)[A-Za-z][\w ]{0,40}:")
-THOUGHT = re.compile(r"</?think(ing)?>")  # asked for by the prompts themselves, so never taken for a marker
+# What prompts ask for, and answers are read by: never taken for a marker or a control token, though some fine-tuned
+# tokenizers register them as special.
+TAG = re.compile(r"</?(think|thinking|action|search|answer|information)>")
+CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")  # gpt-oss: analysis, commentary, final
 NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 OPENED = re.compile(r"<(\w+)>\s*$")
 
@@ -30,19 +33,21 @@ class Encoder:
     stay text and no observation can forge a turn.
 
     `date` (ISO, such as "2025-01-31"; None: today's) is what templates that print one get, so that all prompts of a run
-    have the same. `began` is what the template itself begins an answer with (`<think>`), "" for most: a response is to
-    be judged as `began + text`.
+    have the same. `options`: further variables of the template, such as {"enable_thinking": "true"}. `began` is what
+    the template itself begins an answer with (`<think>`), "" for most: a response is to be judged as `began + text`.
     """
 
-    def __init__(self, tokenizer, style: str, date: str | None = None):
+    def __init__(self, tokenizer, style: str, date: str | None = None, options: dict[str, str] | None = None):
         if style not in ("window", "chat"):
             raise ValueError(f"context style must be 'window' or 'chat', not {style!r}")
         self.tokenizer, self.style = tokenizer, style
         self.date = date or datetime.date.today().isoformat()
-        self._template = dated(tokenizer.get_chat_template(), self.date)
+        self._template, self._options = dated(tokenizer.get_chat_template(), self.date), options or {}
+        self._control = {id for token, id in _ids_of_special(tokenizer).items() if not TAG.fullmatch(token.strip())}
         self._marker = re.compile("(?!)")  # while the template is looked at, nothing is broken up
         self.began = self._template_begins()
         spelled = {*special_tokens(tokenizer), *self._role_markers(), *self._other_tokens()} - {self.began.strip()}
+        spelled = {token for token in spelled if not TAG.fullmatch(token.strip())}
         self._marker = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))) or "(?!)")
         self.extends = self._template_extends()
         self._opening = lru_cache(maxsize=4096)(self._encode_opening)
@@ -53,8 +58,8 @@ class Encoder:
         if self.style == "window":
             return self._opening(messages[-1])
         if not self.extends:
-            texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-            return self._ids(self._render(_conversation(messages, [self.began + text for text in texts])))
+            answers = [self.began + self.decode(response) for response in responses]
+            return self._ids(self._render(_conversation(messages, answers)))
         ids = list(self._opening(messages[0]))
         for response, message in zip(responses, messages[1:], strict=True):
             turn, closed = self._turn(message)
@@ -62,9 +67,19 @@ class Encoder:
             ids += response + (turn[closed:] if response[-1:] == turn[closed - 1 : closed] else turn)
         return ids
 
+    def decode(self, response: list[int]) -> str:
+        """The text of an answer: without control tokens, with tags. Of a template with channels the final one alone."""
+        if "<|channel|>" in self._template:
+            written = self.tokenizer.decode(response)
+            channels = list(CHANNEL.finditer(written))
+            if channels:  # none: cut off before the first
+                last = channels[-1]
+                return written[last.end() :].partition("<|")[0] if last[1] == "final" else ""
+        return self.tokenizer.decode([token for token in response if token not in self._control])
+
     def _render(self, conversation: list[dict]) -> str:
         conversation = [turn | {"content": self._as_text(turn["content"])} for turn in conversation]
-        return render(self.tokenizer, conversation, self._template)
+        return render(self.tokenizer, conversation, self._template, options=self._options)
 
     def _as_text(self, content: str) -> str:
         content = content.encode(errors="replace").decode()  # half a surrogate pair is no text for a tokenizer
@@ -79,9 +94,10 @@ class Encoder:
         """The opened tag at the end of a prompt, with the white space after it; "" where there is none."""
         prompt = self._render(_conversation([USER], []))
         opened = OPENED.search(prompt)
-        if opened is None or opened[0].strip() in special_tokens(self.tokenizer) or opened[1] in ("assistant", "model"):
+        if opened is None or opened[1] in ("assistant", "model"):
             return ""
-        return opened[0]
+        tag = opened[0].strip()
+        return "" if tag in special_tokens(self.tokenizer) and not TAG.fullmatch(tag) else opened[0]
 
     def _role_markers(self) -> set[str]:
         """What the template spells in plain text to say who speaks."""
@@ -96,13 +112,13 @@ class Encoder:
             markers |= around - set(self._markers_in(opening))
         except (TemplateError, ValueError):  # a template without such a role raises, or leaves the message out
             pass
-        return {marker for marker in markers if not THOUGHT.fullmatch(marker)} - {self.began.strip()}
+        return {marker for marker in markers if not TAG.fullmatch(marker)} - {self.began.strip()}
 
     def _other_tokens(self) -> set[str]:
         """Tokens that the template itself writes though they count as text, such as Qwen's <tool_call>."""
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         written = {token for token in added if token in self._template and MARKER.fullmatch(token)}
-        return {token for token in written if not THOUGHT.fullmatch(token)}
+        return {token for token in written if not TAG.fullmatch(token)}
 
     def _markers_in(self, text: str) -> list[str]:
         special = re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or "(?!)")
@@ -144,17 +160,32 @@ def dated(template: str, date: str) -> str:
     return NOW.sub(lambda call: repr(day.strftime(call[2])), template)
 
 
-def render(tokenizer, conversation: list[dict], template: str | None = None, *, prompt: bool = True) -> str:
-    """The text of a conversation; with `prompt` the header of the answer to come at its end."""
+def render(
+    tokenizer,
+    conversation: list[dict],
+    template: str | None = None,
+    *,
+    prompt: bool = True,
+    options: dict[str, str] | None = None,
+) -> str:
+    """The text of a conversation; with `prompt` the header of the answer to come at its end. `options`: variables of
+    the template; "true" and "false" are read as such."""
     # Off as in the authors' Qwen3 script, since the prompt itself asks for <think> tags; other templates ignore it.
-    options = {"enable_thinking": False, "chat_template": template, "tokenize": False}
-    return tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, **options)
+    variables = {"enable_thinking": "false"} | (options or {})
+    variables = {name: {"true": True, "false": False}.get(text, text) for name, text in variables.items()}
+    return tokenizer.apply_chat_template(
+        conversation, chat_template=template, tokenize=False, add_generation_prompt=prompt, **variables
+    )
 
 
 def special_tokens(tokenizer) -> list[str]:
-    """The control tokens' spellings, longest first."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    """The special tokens' spellings, longest first."""
+    return sorted(_ids_of_special(tokenizer), key=len, reverse=True)
+
+
+def _ids_of_special(tokenizer) -> dict[str, int]:
+    added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def closing_token(tokenizer) -> int | None:

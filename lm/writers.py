@@ -53,7 +53,7 @@ def model_writer(
         model.train(training)
         answers: list[str | None] = [None] * len(contexts)
         for i, response in zip(fits, responses, strict=True):
-            answers[i] = prefill + tokenizer.decode(response, skip_special_tokens=True)
+            answers[i] = prefill + encoder.decode(response)
         return answers
 
     return write

@@ -210,7 +210,7 @@ def start(config: Config) -> Run:
         policy.enable_input_require_grads()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    encoder = Encoder(tokenizer, config.context, began["date"])
+    encoder = Encoder(tokenizer, config.context, began["date"], config.template_options)
     run = Run(
         config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games, config.levels
     )

@@ -1,13 +1,14 @@
 """Contexts under the chat templates of well-known models: equal text, the right end of a turn, no forged speaker."""
 
 import datetime
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from lm.encoder import Encoder
 from lm.sampler import end_of_turn_ids
-from tests.templates import TEMPLATES, byte_tokenizer
+from tests.templates import TEMPLATES, Template, byte_tokenizer
 
 DATE = "2025-01-31"
 MESSAGES = ["go to desk 1", "You see an apple: red.", "nothing happens"]
@@ -124,3 +125,52 @@ def test_a_template_that_rewrites_a_turn_because_of_a_message_is_an_error_not_a_
     assert encoder.extends
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         encoder.context(["look", "again"], [[5]])
+
+
+# ---- tags that count as special tokens, and channels -----------------------------------------------------------------
+
+TAGS = "<think> </think> <action> </action>"
+
+
+def tagged(template):
+    """The same template of a fine-tuned model that has tags among its special tokens."""
+    return byte_tokenizer(replace(template, special=f"{template.special} {TAGS}"))
+
+
+def test_tags_stay_in_prompts_and_answers_though_they_are_special_tokens(template):
+    tokenizer = tagged(template)
+    encoder = Encoder(tokenizer, "chat", DATE)
+    prompt = "answer as <think>...</think><action>...</action>"
+    assert prompt in tokenizer.decode(encoder.context([prompt], []))
+    answer = "<think>there</think><action>go to cabinet 1</action>"
+    ids = tokenizer.encode(answer, add_special_tokens=False)
+    end = [tokenizer.convert_tokens_to_ids(template.closing)] if template.closing else []
+    assert encoder.decode([*ids, *end]) == answer
+    assert encoder.began == Encoder(byte_tokenizer(template), "chat", DATE).began
+
+
+CHANNELS = "<|start|> <|end|> <|message|> <|channel|> <|return|>"
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("<|channel|>analysis<|message|><action>a</action><|end|><|start|>assistant"
+         "<|channel|>final<|message|><action>b</action><|return|>", "<action>b</action>"),
+        ("<|channel|>analysis<|message|><action>a</action>", ""),  # cut off before its answer
+        ("<action>b</action><|return|>", "<action>b</action>"),
+    ],
+)  # fmt: skip
+def test_of_channels_the_final_one_alone_is_the_answer(written, text):
+    source = "{% for m in messages %}<|start|>{{ m.role }}<|channel|>final<|message|>{{ m.content }}<|end|>{% endfor %}"
+    tokenizer = byte_tokenizer(Template(source + "<|start|>assistant", "<|end|>", special=CHANNELS, eos="<|return|>"))
+    ids = tokenizer.encode(written, add_special_tokens=False)
+    assert Encoder(tokenizer, "window", DATE).decode(ids) == text
+
+
+def test_variables_of_a_template_can_be_given():
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ effort }}{% if enable_thinking %}<think>{% endif %}"
+    tokenizer = byte_tokenizer(Template(source, None))
+    assert tokenizer.decode(Encoder(tokenizer, "window", DATE).context(["x"], [])) == "x"
+    encoder = Encoder(tokenizer, "window", DATE, {"effort": "low", "enable_thinking": "true"})
+    assert tokenizer.decode(encoder.context(["x"], [])) == "xlow<think>" and encoder.began == "<think>"
