@@ -19,7 +19,7 @@ from tiny.warmstart import warm_started
 from tools import walkthrough
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "lab").glob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCS}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)|!\[([^\]]*)\]\(([^)\s]+)\)")
@@ -104,7 +104,7 @@ def flags_of(script: Path) -> set[str]:
 def every_flag() -> set[str]:
     scripts = list(ROOT.glob("*.py"))
     scripts += [
-        path for folder in ("tools", "experiments", "benchmarks", "envs") for path in (ROOT / folder).rglob("*.py")
+        path for folder in ("tools", "lab", "envs") for path in (ROOT / folder).rglob("*.py")
     ]
     return CONFIG_FLAGS.union(*map(flags_of, scripts))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("data", "envs router advantage", "lm", "rollout skills rescore", "tiny", "baselines", "config")
-LAYERS += ("evaluate runlog", "train", "tools", "experiments benchmarks")
+LAYERS += ("evaluate runlog", "train", "tools", "lab")
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts.split()}
 
 

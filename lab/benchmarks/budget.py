@@ -1,4 +1,4 @@
-"""A rollout in bounded memory: python benchmarks/budget.py [--model smollm2] [--shares 1 2 4 8] [-- flags of train.py]
+"""A rollout in bounded memory: python lab/benchmarks/budget.py [--model smollm2] [--shares 1 2 4 8] [-- flags]
 
 Plays the same episodes (one seed) with all of them alive at a time, and with a half, a quarter and an eighth of them,
 by `--rollout-budget`, each case in a process of its own. Prints the median seconds (on a CPU, processor time of one
@@ -6,8 +6,8 @@ thread, since a busy machine stretches the other), the peak memory above what th
 PyTorch allocated, else what the process had resident), and the share of episodes with the very same tokens. In exact
 arithmetic that is all; rows that are multiplied beside others round otherwise, and a draw may fall between.
 
-    python benchmarks/budget.py
-    python benchmarks/budget.py --model smollm2 --repeats 1 -- --tasks 8 --rollouts 4 --max-steps 6 --max-new-tokens 24
+    python lab/benchmarks/budget.py
+    python lab/benchmarks/budget.py --model smollm2 --repeats 1 -- --tasks 8 --rollouts 4 --max-steps 6
 """
 
 from __future__ import annotations
@@ -17,43 +17,40 @@ import json
 import statistics
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+import torch
+
+from config import parse_args
+from evaluate import environment, games_of
+from lab.experiments.runs import on_the_laptop
+from lm.encoder import Encoder
+from lm.memory import give_back
+from lm.sampler import Sampler
+from rollout import rollout
+from runlog.memory import peak_mib, reset_peak
+from tiny.loading import load_model
+
 
 def case(budget: int, repeats: int, argv: list[str]) -> dict:
     """Run in a fresh process -> seconds of each repeat, peak MiB above the model's, the responses by episode."""
-    import time
-
-    import torch
-
-    from config import parse_args
-    from evaluate import environment, games_of
-    from lm.encoder import Encoder
-    from lm.memory import give_back
-    from lm.sampler import Sampler
-    from rollout import rollout
-    from runlog.memory import peak_mib, reset_peak
-    from tiny.loading import load_model
-
-    config = parse_args(argv)
+    config = parse_args(on_the_laptop(argv))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     torch.set_num_threads(1)
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     encoder, games = Encoder(tokenizer, config.context), games_of(config, "train")[: config.tasks]
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    budgets = {"rollout_budget": budget, "token_budget": config.token_budget}
     bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
 
     def play(count: int, size: int) -> list[list[list[int]]]:
         torch.manual_seed(0)
-        sampler = Sampler(model, tokenizer, **sampling, **budgets)
+        sampler = Sampler(model, tokenizer, replace(config.sampling, rollout_budget=budget))
         with bfloat16:
-            trajectories, _ = rollout(
-                sampler, encoder, environment(config), games[:count], size, context_limit=config.context_limit
-            )
+            trajectories, _ = rollout(sampler, encoder, environment(config), games[:count], size, config.context_limit)
         return [[step.response for step in trajectory.steps] for trajectory in trajectories]
 
     model.to(device)
@@ -91,10 +88,8 @@ def main() -> None:
     if args.case is not None:
         print(json.dumps(case(args.case, args.repeats, args.more)))
         return
-    from config import parse_args
-
     argv = ["--model", args.model, *args.more]
-    config = parse_args(argv)
+    config = parse_args(on_the_laptop(argv))
     episodes = config.tasks * config.rollouts
     print(f"{args.model}: {episodes} episodes of at most {config.context_limit} tokens")
     print(f"{'alive':>6}{'budget':>10}{'seconds':>9}{'x all':>7}{'MiB':>8}{'x all':>7}{'same episodes':>15}")

@@ -1,6 +1,6 @@
 """How fast the two ALFWorld engines are, on the same games and actions, in one run on one core; and WebShop and Search.
 
-    python benchmarks/env_speed.py
+    python lab/benchmarks/env_speed.py
 
 A step is a command, its observation, the list of admissible commands and whether the goal holds. A cold reset of the
 fast engine reads and parses the game file, a cached one finds it parsed; the official engine translates the problem at
@@ -11,17 +11,15 @@ needs Java and Flask, that of Search is a retrieval server on a GPU.
 from __future__ import annotations
 
 import argparse
-import gc
 import platform
 import sys
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from envs import make_env
 from envs.alfworld import files as alfworld_files
@@ -29,7 +27,6 @@ from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
 from envs.alfworld.games import generate_games
 
 REPEATS = 50  # of the fast engine's measurements, which are over too soon otherwise
-EPISODES = 10_000  # for the growth of memory
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -82,35 +79,6 @@ def measure(paths: list[str], steps: int) -> dict[str, float]:
     return total
 
 
-def memory_growth(paths: list[str]) -> list[int]:
-    """Bytes allocated by Python after one episode of every game, and after each tenth of EPISODES more."""
-    rng = Random(0)
-
-    def episode(path: str) -> None:
-        engine = FastEngine(load_game(path))
-        engine.reset()
-        for _ in range(10):
-            engine.step(rng.choice(engine.admissible_commands()))
-
-    def allocated() -> int:
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0]
-
-    for path in paths:  # the `go to` commands of a place are kept once worked out: visit them all first
-        game = load_game(path)
-        for place in game.at:
-            game.ways_from(place)
-        episode(path)
-    tracemalloc.start()
-    sizes = [allocated()]
-    for number in range(EPISODES):
-        episode(paths[number % len(paths)])
-        if (number + 1) % (EPISODES // 10) == 0:
-            sizes.append(allocated())
-    tracemalloc.stop()
-    return sizes
-
-
 def webshop_rates(steps: int) -> dict[str, float]:
     """Steps a second on the generated catalogue: searches, and random admissible actions (resets included)."""
     rng, env = Random(0), make_env("webshop")
@@ -161,7 +129,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = generate_games(folder, "train", args.games, 0)
         total = measure(paths, args.steps)
-        sizes = memory_growth(paths)
     steps = args.games * args.steps
     rates = {name: (steps if "step" in name else args.games) / spent for name, spent in total.items()}
     print(
@@ -174,8 +141,6 @@ def main() -> None:
         ("resets/s, file cached", "fast reset, cached", "official reset"),
     ):
         print(f"{label:22}{rates[theirs]:12.2f}{rates[ours]:12.0f}{rates[ours] / rates[theirs]:8.0f}x")
-    print(f"memory growth of the fast engine over {EPISODES} episodes of 10 steps: {sizes[-1] - sizes[0]} bytes")
-    print(f"  at each tenth: {', '.join(str(size - sizes[0]) for size in sizes[1:])}")
     for name, rate in webshop_rates(20_000).items():
         print(f"WebShop, 1000 products: {rate:.0f} {name}/s")
     print(f"Search, 1107 passages: {search_rate(2000):.0f} searches/s")

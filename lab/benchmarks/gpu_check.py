@@ -2,11 +2,10 @@
 
 Needs no network: models are random. In this order: the tests that run on the device; three iterations of a Qwen3-1.7B
 that knows nothing, through its recipe in bfloat16, with the measured peak beside the plan; cached beside fresh
-sampling; packed beside per-step scoring; the share of the card's bare matrix products that scoring, update and decoding
-reach; every other benchmark at a small size. Without a GPU all of it runs on the CPU at tiny sizes, so that nothing but
-the device is new there.
+sampling; packed beside per-step scoring; other benchmarks at a small size. Without a GPU all of it runs on the CPU at
+tiny sizes, so that nothing but the device is new there.
 
-The log goes to docs/logs/gpu_check.txt, without a GPU to docs/logs/gpu_check_cpu.txt. A part that fails or takes too
+The log goes to lab/logs/gpu_check.txt, without a GPU to lab/logs/gpu_check_cpu.txt. A part that fails or takes too
 long is named there, and the others go on; the exit status says whether all went well.
 """
 
@@ -23,12 +22,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from lm.loading import save_policy
 from runlog.metrics import read_lines
 from runlog.plan import architecture_of
+from tiny.warmstart import tiny_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 RECIPE, SHAPE = "alfworld-qwen3-1.7b", "Qwen3-1.7B"
 SMALLER = {  # on a CPU: the same shape, in little
     "num_hidden_layers": 2,
@@ -55,15 +56,12 @@ def parts(gpu: bool, model: str, out: str) -> list[tuple[str, str, int]]:
         ("tests on the device", "-m pytest -q tests/test_gpu.py", 120),
         ("the plan of the run below", f"train.py {run} --plan", 60),
         ("three iterations through the recipe", f"train.py {run}", 240),
-        ("cached beside fresh sampling", f"benchmarks/rollout.py {sized} {small}", 60),
-        ("packed beside per-step scoring", f"benchmarks/score.py {sized} {small} --skills 0 2", 60),
-        ("share of bare matrix products", f"benchmarks/efficiency.py {sized} --precision autocast --repeats 1", 90),
-        ("noise of two scorings", "benchmarks/noise.py --model random --turns 3", 60),
-        ("generation", "benchmarks/generation.py --model random --rows 2 --new-tokens 8 --repeats 1", 60),
-        ("OPID beside GRPO", "benchmarks/iteration.py --model random --repeats 1 -- --tasks 2 --rollouts 2", 90),
-        ("memory of logits", "benchmarks/memory.py --tokens 256 512 --vocabularies 8192 --out {png}", 60),
-        ("a rollout in bounded memory", f"benchmarks/budget.py --model {model} --repeats 1 -- {BUDGET}", 90),
-        ("scale", "benchmarks/scale.py --episodes 2 4 --turns 2 4 --tokens 4 8 --vocabulary 512 1024 --repeats 1", 90),
+        ("cached beside fresh sampling", f"lab/benchmarks/rollout.py {sized} {small}", 60),
+        ("packed beside per-step scoring", f"lab/benchmarks/score.py {sized} {small} --skills 0 2", 60),
+        ("noise of two scorings", "lab/benchmarks/noise.py --model random --turns 3", 60),
+        ("OPID beside GRPO", "lab/benchmarks/iteration.py --model random --repeats 1 -- --tasks 2 --rollouts 2", 90),
+        ("memory of logits", "lab/benchmarks/memory.py --tokens 256 512 --vocabularies 8192 --out {png}", 60),
+        ("a rollout in bounded memory", f"lab/benchmarks/budget.py --model {model} --repeats 1 -- {BUDGET}", 90),
     ]
 
 
@@ -72,10 +70,6 @@ BUDGET = "--prompt compact --tasks 4 --rollouts 4 --max-steps 3 --context-limit 
 
 def make_model(folder: Path, gpu: bool) -> None:
     """A random model of the recipe's architecture, with a tokenizer that is here: the model's own is on the hub."""
-    from transformers import AutoModelForCausalLM
-
-    from tiny.warmstart import tiny_tokenizer
-
     architecture = architecture_of(SHAPE)
     for name, value in ({} if gpu else SMALLER).items():
         setattr(architecture, name, value)
@@ -117,7 +111,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="where the log goes")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    path = args.log or ROOT / "docs/logs" / ("gpu_check.txt" if gpu else "gpu_check_cpu.txt")
+    path = args.log or ROOT / "lab/logs" / ("gpu_check.txt" if gpu else "gpu_check_cpu.txt")
     device = torch.cuda.get_device_name() if gpu else "no GPU: tiny sizes on the CPU"
     folder = Path(tempfile.mkdtemp())
     started, failed = time.perf_counter(), []

@@ -1,14 +1,14 @@
-"""One OPID iteration beside one GRPO iteration of the same code: python benchmarks/iteration.py [--model smollm2]
+"""One OPID iteration beside one GRPO iteration of the same code: python lab/benchmarks/iteration.py [--model smollm2]
 
-Trains a few iterations each way with the settings of `train.py` (every flag after `--` goes to both), leaves the first
+Trains a few iterations each way with the laptop's settings (every flag after `--` goes to both), leaves the first
 out (it warms up, and measures the noise floor), and prints the median seconds of each phase and what OPID costs more.
 
-    python benchmarks/iteration.py --model smollm2 -- --tasks 2 --rollouts 2 --max-steps 5 --max-new-tokens 48
-    python benchmarks/iteration.py --model random        # a tiny random model, to try the benchmark
+    python lab/benchmarks/iteration.py --model smollm2 -- --tasks 2 --rollouts 2 --max-steps 5 --max-new-tokens 48
+    python lab/benchmarks/iteration.py --model random        # a tiny random model, to try the benchmark
 
-`--trl` also times the update alone beside that of TRL's GRPOTrainer (trl==1.16.0, put into benchmarks/.trl-venv): the
-same model and the same prompt and completion ids, one optimizer step, with peak memory. See trl_update.py. `--trl-only`
-leaves the iterations out.
+`--trl` also times the update alone beside that of TRL's GRPOTrainer (trl==1.16.0, put into lab/benchmarks/.trl-venv):
+the same model and the same prompt and completion ids, one optimizer step, with peak memory. See trl_update.py.
+`--trl-only` leaves the iterations out.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from config import Config, parse_args
+from config import Config, parse_args, variant_of
+from lab.benchmarks.trl_update import compare
+from lab.experiments.runs import on_the_laptop
 from lm.loading import save_policy
 from runlog.metrics import read_lines
+from runlog.start import start
+from tiny.warmstart import tiny_model, tiny_tokenizer
 from train import train
 
 PHASES = ("rollout", "skills", "rescore", "update")
@@ -31,8 +35,6 @@ PHASES = ("rollout", "skills", "rescore", "update")
 
 def random_model(folder: Path) -> str:
     """A tiny random model, saved so that --model can name it."""
-    from tiny.warmstart import tiny_model, tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     save_policy(tiny_model(len(tokenizer), seed=0), tokenizer, folder)
     return str(folder)
@@ -41,7 +43,11 @@ def random_model(folder: Path) -> str:
 def settings(model: str, env: str, algo: str, repeats: int, out: Path, more: list[str]) -> Config:
     """Flags of the command line first, so that those after `--` win, then what the benchmark needs."""
     needed = f"--algo {algo} --iterations {repeats + 1} --eval-every 0 --eval-games 1 --save-every {repeats + 1}"
-    return parse_args(["--model", model, "--env", env, *more, *needed.split(), "--out", str(out)])
+    return parse_args(["--model", model, "--env", env, *on_the_laptop(more), *needed.split(), "--out", str(out)])
+
+
+def run(config: Config) -> None:
+    train(start(config), variant_of(config.algo))
 
 
 def phases(out: Path) -> dict[str, float]:
@@ -75,13 +81,11 @@ def main() -> None:
         if not args.trl_only:
             found = {}
             for algo in ("opid", "grpo"):
-                train(settings(model, args.env, algo, args.repeats, folder / algo, more))
+                run(settings(model, args.env, algo, args.repeats, folder / algo, more))
                 found[algo] = phases(folder / algo)
             medians = table(found["opid"], found["grpo"])
             print(f"{args.model}, {args.env}: medians of {args.repeats} iterations\n{medians}")
         if args.trl or args.trl_only:
-            from lab.benchmarks.trl_update import compare
-
             compare(settings(model, args.env, "grpo", args.repeats, folder / "trl", more), args.repeats, folder)
 
 

@@ -1,4 +1,4 @@
-"""Memory of log-probs in chunks against all logits at once: python benchmarks/memory.py [--out memory.png]
+"""Memory of log-probs in chunks against all logits at once: python lab/benchmarks/memory.py [--out memory.png]
 
 Trains a small random Llama for one forward and backward pass on T tokens, every one of them scored, with a vocabulary
 of V words, each case in a process of its own. The number is the peak above what the model, its gradients and a first
@@ -12,32 +12,42 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import matplotlib
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lm.logprobs import token_logprobs
+from runlog.memory import peak_mib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 WAYS = ("at once", "chunked")
 
 
 def case(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
     """Run in a fresh process: (MiB above the baseline, seconds)."""
-    import time
-
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from lm.logprobs import token_logprobs
-    from runlog.memory import peak_mib
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=tokens, **sizes)).to(device)
+    shape = LlamaConfig(
+        vocab_size=vocabulary,
+        max_position_embeddings=tokens,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    model = LlamaForCausalLM(shape).to(device)
 
     def step(count: int) -> None:
         ids = torch.randint(0, vocabulary, (1, count), device=device)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.ones_like(ids).bool(), ids[0], 1.0
-        score = token_logprobs(model, *batch, chunk=2**62 if way == "at once" else None)
-        score.sum().backward()
+        inputs, keep = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.ones_like(ids).bool()
+        chunk = 2**62 if way == "at once" else None
+        token_logprobs(model, inputs, keep, ids[0], 1.0, chunk=chunk).sum().backward()
 
     # Gradients of the weights exist after it, and the second use of them adds up: both are part of any training.
     step(8)
@@ -60,11 +70,6 @@ def measure(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
 
 
 def draw(results: dict, tokens: list[int], vocabularies: list[int], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for color, vocabulary in enumerate(vocabularies):
         for way, line in zip(WAYS, ("--", "-"), strict=True):

@@ -1,4 +1,4 @@
-"""The memory plan against what runs take: python benchmarks/plan.py
+"""The memory plan against what runs take: python lab/benchmarks/plan.py
 
 Two iterations of a few episodes in each of several settings, each in a process of its own: full and LoRA, all episodes
 at a time and in waves, float32 and bfloat16 autocast, with gradient checkpointing and without, SmolLM2-135M and a
@@ -18,7 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-METHODS = {"rollout": "rollout", "skills": "write_skills", "scoring": "rescore", "update": "update"}  # of train.Run
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from config import parse_args, variant_of
+from lab.experiments.runs import on_the_laptop
+from lm.loading import load_model
+from runlog.memory import peak_mib, reset_peak
+from runlog.plan import Plan, libraries_of
+from runlog.start import start
+from train import train
+
+PLANNED = {"rescore": "scoring"}  # a step of training -> what the plan calls it, where it is another name
 COMMON = "--prompt compact --tasks 2 --rollouts 4 --max-steps 8 --max-new-tokens 8 --skill-tokens 8 --iterations 2"
 COMMON += " --context-limit 512 --skill-context-limit 1024 --token-budget 2048 --scorer reference --learning-rate 1e-6"
 COMMON += " --eval-every 0 --eval-games 2 --save-every 100"
@@ -40,45 +51,37 @@ SETTINGS = [
 
 def random_model(folder: Path) -> None:
     """A Llama of 33 million random weights that speaks SmolLM2's tokens."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from lm.loading import load_model
-
     torch.manual_seed(0)
-    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
     _, tokenizer = load_model("smollm2")
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def case(flags: list[str]) -> dict[str, list[float]]:
     """Run in a fresh process: phase -> (MiB by plan, MiB taken in the last iteration)."""
-    import torch
-
-    import train
-    from config import parse_args
-    from runlog import memory
-    from runlog.plan import Plan, libraries_of
-
-    config, taken = parse_args(flags), {}
+    config, taken = parse_args(on_the_laptop(flags)), {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = start(config)
+    note = run.note
 
-    def measured(name: str, method):
-        def phase(run, *args):
-            memory.reset_peak(device)
-            returned = method(run, *args)
-            taken[name] = memory.peak_mib(device)
-            return returned
+    def measured(step: str, metrics: dict) -> None:  # at the end of each step
+        taken[PLANNED.get(step, step)] = peak_mib(device)
+        note(step, metrics)
+        reset_peak(device)
 
-        return phase
-
-    for name, method in METHODS.items():
-        setattr(train.Run, method, measured(name, getattr(train.Run, method)))
-    run = train.Run(config)
-    plan = Plan(config, run.policy.config, libraries=libraries_of(run.policy, *run.frozen))
-    train.train(config, run)
+    run.note = measured
+    frozen = {id(model): model for name, model in run.models.items() if model is not run.policy}
+    plan = Plan(config, run.policy.config, libraries=libraries_of(run.policy, *frozen.values()))
+    train(run, variant_of(config.algo))
     return {phase.name: [phase.size / 2**20, taken[phase.name]] for phase in plan.phases if phase.name in taken}
 
 

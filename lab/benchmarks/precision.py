@@ -1,4 +1,4 @@
-"""Does bfloat16 pay on this machine? python benchmarks/precision.py [--model smollm2]
+"""Does bfloat16 pay on this machine? python lab/benchmarks/precision.py [--model smollm2]
 
 Two things that a run spends its time on, in bfloat16 and in float32, in turn: the loss of an update with its gradient,
 for a model under autocast, and a step of Muon in the warm start of the tiny model. Where the last column is below 1,

@@ -1,13 +1,12 @@
-"""One process, two, and two that share the weights: python benchmarks/processes.py [--model smollm2]
+"""One process, two, and two that share the weights: python lab/benchmarks/processes.py [--model smollm2]
 
 Trains a few iterations each way on this machine's CPUs, a thread a process (every flag after `--` goes to all), leaves
 the first out, and prints for each phase the median seconds and what a process sends, in MiB, where collectives run in
-rings. Then, of the same model: one sum of all gradients, in buckets and tensor by tensor; and one answer sampled from
-sharded weights, gathered once before, or layer by layer at every token while all processes wait for the longest
-(`synced_gpus`), with the memory that each way adds.
+rings. Then, of the same model: one answer sampled from sharded weights, gathered once before, or layer by layer at
+every token while all processes wait for the longest (`synced_gpus`), with the memory that each way adds.
 
-    python benchmarks/processes.py --model smollm2 -- --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 24
-    python benchmarks/processes.py --model random        # a tiny random model, to try the benchmark
+    python lab/benchmarks/processes.py --model smollm2 -- --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 24
+    python lab/benchmarks/processes.py --model random        # a tiny random model, to try the benchmark
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -32,14 +30,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-import lm.parallel
-from lab.benchmarks.iteration import PHASES, phases, random_model, settings
-from lm.parallel import gathered, shard, sum_gradients
+from config import variant_of
+from lab.benchmarks.iteration import PHASES, phases, random_model, run, settings
+from lm.parallel import gathered, parts_of, shard
+from runlog.start import start
 from tiny.loading import load_model
-from train import Run, train
+from train import train
 
 WAYS = {"1 process": (1, []), "2 processes": (2, []), "2, sharded": (2, ["--shard"])}
-ROOT, MIB = Path(__file__).parent.parent, 2**20
+ROOT, MIB = Path(__file__).parent.parent.parent, 2**20
 RINGS = {"allreduce": 2, "allgather": 1, "reduce_scatter": 1}  # collective -> how often a tensor goes round
 
 
@@ -66,25 +65,18 @@ class Traffic(TorchDispatchMode):
 
 def traffic(config) -> dict[str, float]:
     """MiB by phase of one iteration."""
-    run = Run(config)
-    counted = Traffic(run.accelerator.num_processes)
+    begun = start(config)
+    counted, note, sent = Traffic(begun.processes.count), begun.note, {}
 
-    def named(phase: str) -> Callable:
-        method = getattr(Run, phase)
+    def noted(step: str, metrics: dict) -> None:  # at the end of each step
+        sent[step] = counted.sent[counted.phase] / MIB
+        counted.phase = f"after {step}"
+        note(step, metrics)
 
-        @wraps(method)
-        def noted(*args):
-            counted.phase = phase
-            with counted:
-                return method(*args)
-
-        return noted
-
-    for phase in ("rollout", "write_skills", "rescore", "update"):
-        setattr(Run, phase, named(phase))
-    train(config, run)
-    names = {"skills": "write_skills"}
-    return {phase: counted.sent[names.get(phase, phase)] / MIB for phase in PHASES}
+    begun.note = noted
+    with counted:
+        train(begun, variant_of(config.algo))
+    return {phase: sent.get(phase, 0.0) for phase in PHASES}
 
 
 def seconds(work: Callable[[], None], repeats: int) -> float:
@@ -97,19 +89,6 @@ def seconds(work: Callable[[], None], repeats: int) -> float:
         torch.distributed.barrier()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
-
-
-def sums(model, repeats: int) -> dict[str, float]:
-    """Seconds of a sum of gradients of all weights."""
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    found = {}
-    for name, size in (("buckets", lm.parallel.BUCKET), ("tensors", 0)):
-        lm.parallel.BUCKET = size
-        found[name] = seconds(lambda: sum_gradients(parameters), repeats)
-    model.zero_grad()
-    return found
 
 
 def sampling(model, repeats: int, tokens: int = 16) -> dict[str, tuple[float, float]]:
@@ -125,7 +104,7 @@ def sampling(model, repeats: int, tokens: int = 16) -> dict[str, tuple[float, fl
 
     def layer_by_layer() -> None:
         model.generate(ids, generation_config=options, synced_gpus=True)
-        for part in lm.parallel.parts_of(model):
+        for part in parts_of(model):
             part.reshard()
 
     shard([model.eval()], ids.device)
@@ -147,14 +126,14 @@ def work(what: str, out: Path, repeats: int, model: str, more: list[str]) -> Non
     """One process's part of a measurement; the first one writes it down."""
     torch.set_num_threads(1)
     if what == "train":
-        train(settings(model, "alfworld", "opid", repeats, out, more))
+        run(settings(model, "alfworld", "opid", repeats, out, more))
         return
     if what == "traffic":
         found = traffic(settings(model, "alfworld", "opid", 0, out, more))
     else:
         torch.distributed.init_process_group("gloo")
         loaded, _ = load_model(model)
-        found = {"sums": sums(loaded, repeats), "sampling": sampling(loaded, repeats)}
+        found = sampling(loaded, repeats)
     if os.environ.get("RANK", "0") == "0":
         out.with_suffix(".json").write_text(json.dumps(found))
 
@@ -210,10 +189,9 @@ def main() -> None:
             found[way] = {"seconds": phases(folder / f"train{i}"), "sent": sent}
             peaks[way] = json.loads((folder / f"train{i}/metrics.jsonl").open().readline())["memory/peak_mib"]
         print(f"{args.model}: medians of {args.repeats} iterations\n{table(found, peaks)}\n")
-        launch(2, "parts", str(folder / "parts"), *asked)
-        parts = json.loads((folder / "parts.json").read_text())
-    print("sum of all gradients over 2 processes: " + ", ".join(f"in {k} {v:.3f} s" for k, v in parts["sums"].items()))
-    for name, (taken, mib) in parts["sampling"].items():
+        launch(2, "sampling", str(folder / "sampling"), *asked)
+        sampled = json.loads((folder / "sampling.json").read_text())
+    for name, (taken, mib) in sampled.items():
         print(f"sampling from sharded weights, {name}: {taken:.2f} s, {mib:.0f} MiB more")
 
 

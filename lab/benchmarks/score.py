@@ -1,4 +1,4 @@
-"""Three ways to score the same tokens: python benchmarks/score.py [--model smollm2] [--turns 5 10] [--skills 0 2 5]
+"""Three ways to score the same tokens: python lab/benchmarks/score.py [--model smollm2] [--turns 5 10] [--skills 0 2 5]
 
 Plays one episode, takes its first T turns, puts K step skills evenly over them, and scores the responses with and
 without those skills:
@@ -27,13 +27,15 @@ from data import Skills, Trajectory
 from envs.alfworld import AlfworldEnv, cached_games
 from lm.encoder import Encoder
 from lm.packing import graft, pack
-from lm.sampler import Sampler
-from rescore import guided_contexts, response_logprobs, tree_logprobs
+from lm.sampler import Sampler, Sampling
+from lm.scoring import Limits, response_logprobs, tree_logprobs
+from rescore import guided_contexts
 from rollout import rollout
 from router import route
 from tiny.loading import load_model
 
 LIMIT = 8192  # tokens: of a context in the episode, and of a forward pass
+LIMITS = Limits(temperature=1.0, token_budget=LIMIT)
 SKILL = "look in every closed place once, take the thing as soon as it is seen, and go straight to where it belongs"
 
 
@@ -55,31 +57,30 @@ def play(model, encoder: Encoder, prompt: str, turns: int) -> Trajectory:
     torch.manual_seed(0)
     make_env = lambda: AlfworldEnv(max_steps=turns, prompt=prompt)
     game = cached_games("small", "valid_seen", 1)
-    sampler = Sampler(model, encoder.tokenizer, max_new_tokens=24, temperature=1.0)
-    return rollout(sampler, encoder, make_env, game, 1, context_limit=LIMIT)[0][0]
+    sampler = Sampler(model, encoder.tokenizer, Sampling(max_new_tokens=24, temperature=1.0))
+    return rollout(sampler, encoder, make_env, game, 1, LIMIT)[0][0]
 
 
 def rows(encoder: Encoder, trajectory: Trajectory, turns: int, skills: int):
     """(contexts, responses, skill-augmented contexts) of the first turns; None where a turn has no skill."""
     part = Trajectory(trajectory.task, 0, trajectory.steps[:turns], False)
     taught = {k * len(part.steps) // skills: SKILL for k in range(skills)}
-    routes = [route(Skills("", SKILL, taught), len(part.steps), "step")]
-    guided, _ = guided_contexts(encoder, [part], routes, "step", context_limit=LIMIT)
+    routes = [route(part, Skills("", SKILL, taught), "step")]
+    guided, _ = guided_contexts(encoder, [part], routes, "step", LIMIT)
     return [step.context for step in part.steps], [step.response for step in part.steps], guided
 
 
 def ways(model, contexts, responses, guided) -> dict:
     """name -> (what scores both, tokens that it reads)."""
-    scoring = {"token_budget": LIMIT}
     augmented = [(context, response) for context, response in zip(guided, responses, strict=True) if context]
     more = sum(len(context) + len(response) for context, response in augmented)
 
     def apart(packed: bool):
-        plain = response_logprobs(model, contexts, responses, packed=packed, **scoring)
-        return plain, response_logprobs(model, guided, responses, packed=packed, **scoring)
+        plain = response_logprobs(model, contexts, responses, LIMITS, packed=packed)
+        return plain, response_logprobs(model, guided, responses, LIMITS, packed=packed)
 
     def tree():
-        return tree_logprobs(model, contexts, responses, guided, **scoring)
+        return tree_logprobs(model, contexts, responses, guided, LIMITS)
 
     read = lambda sequences: sum(len(sequence.ids) for sequence in sequences)
     together = pack(contexts, responses)

@@ -1,12 +1,12 @@
-"""The update alone, ours and TRL's: what benchmarks/iteration.py --trl calls.
+"""The update alone, ours and TRL's: what lab/benchmarks/iteration.py --trl calls.
 
 Both sides get the same model folder, prompt ids, completion ids and advantages, and take one optimizer step a repeat:
 forward, loss, backward, clipping, AdamW. Ours also reads old log-probs; TRL takes its new ones for them, as it does
-where a batch is one step. Each runs in a process of its own, so that its peak memory is
-its own. Without a KL term on both sides, since TRL would compute the reference's log-probs outside of its update.
+where a batch is one step. Each runs in a process of its own, so that its peak memory is its own. Without a KL term on
+both sides, since TRL would compute the reference's log-probs outside of its update.
 
-TRL gets a virtual environment (benchmarks/.trl-venv, git-ignored) that sees the packages of this one and adds nothing
-but `trl`: the same torch and transformers on both sides.
+TRL gets a virtual environment (lab/benchmarks/.trl-venv, git-ignored) that sees the packages of this one and adds
+nothing but `trl`: the same torch and transformers on both sides.
 """
 
 from __future__ import annotations
@@ -21,36 +21,40 @@ import time
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-TRL = "trl==1.16.0"
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from config import Config
+from evaluate import environment, games_of
+from lm.encoder import Encoder
+from lm.loading import save_policy
+from lm.logprobs import sequence_logprobs
+from lm.packing import micro_batches, pack
+from lm.sampler import Sampler
+from lm.scoring import Limits, response_logprobs
+from rollout import rollout
+from runlog.memory import peak_mib
+from tiny.loading import load_model
+from train import policy_loss
+
+ROOT, TRL = Path(__file__).parent.parent.parent, "trl==1.16.0"
 
 
-def compare(config, repeats: int, folder: Path) -> None:
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compare(config: Config, repeats: int, folder: Path) -> None:
     """Play one iteration, write its ids down, time both updates on them, print a line each."""
-    import torch
-
-    from evaluate import environment, games_of
-    from lm.encoder import Encoder
-    from lm.loading import save_policy
-    from lm.sampler import Sampler
-    from rollout import rollout
-    from tiny.loading import load_model
-
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     save_policy(model, tokenizer, folder / "policy")  # plain from_pretrained loads it, whatever it came from
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device())
     torch.manual_seed(config.seed)
-    sampler = Sampler(model, tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    sampler, encoder = Sampler(model, tokenizer, config.sampling), Encoder(tokenizer, config.context)
     games = games_of(config, "train")[: config.tasks]
-    trajectories, _ = rollout(
-        sampler,
-        Encoder(tokenizer, config.context),
-        environment(config),
-        games,
-        config.rollouts,
-        context_limit=config.context_limit,
-    )
+    trajectories, _ = rollout(sampler, encoder, environment(config), games, config.rollouts, config.context_limit)
     steps = [step for trajectory in trajectories for step in trajectory.steps]
     work = {
         "model": str(folder / "policy"),
@@ -75,29 +79,30 @@ def compare(config, repeats: int, folder: Path) -> None:
 
 
 def trl_python() -> str:
-    """The interpreter of benchmarks/.trl-venv, made on first use. Raises CalledProcessError where pip fails."""
+    """The interpreter of .trl-venv, made on first use. Raises CalledProcessError where pip fails."""
     folder = Path(__file__).parent / ".trl-venv"
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    python = folder / "bin/python"
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True, clear=True)
-        site = subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+        where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        site = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
         Path(site, "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", TRL], check=True)
         (folder / "ready").touch()
     return str(python)
 
 
-def timed(step, repeats: int) -> float:
-    """Median seconds of `step`, after one that is not counted."""
-    import torch
-
-    times = []
+def timed(loss_parts, model, learning_rate: float, repeats: int) -> float:
+    """Median seconds of an optimizer step, after one that is not counted. `loss_parts()`: a micro-batch's loss at a
+    time."""
+    optimizer, times = torch.optim.AdamW(model.parameters(), lr=learning_rate), []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        step()
+        for loss in loss_parts():
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
@@ -106,70 +111,53 @@ def timed(step, repeats: int) -> float:
 
 def ours(work: dict) -> float:
     """Packed sequences through the functions that train.py uses. -> seconds"""
-    import torch
-    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(work["model"]).to(device()).train()
+    prompts, completions, budget = work["prompts"], work["completions"], work["token_budget"]
+    old = response_logprobs(model, prompts, completions, Limits(1.0, budget))  # (B, R)
+    tokens, sequences = sum(map(len, completions)), pack(prompts, completions)
 
-    from lm.logprobs import sequence_logprobs
-    from lm.packing import micro_batches, pack
-    from rescore import response_logprobs
-    from train import policy_loss
+    def parts():
+        for micro in micro_batches(sequences, budget):
+            new, at = sequence_logprobs(model, micro, 1.0)  # (n,)
+            losses, _ = policy_loss(new, old[at].to(new.device), torch.ones_like(new), 0.2)  # (n,)
+            yield losses.sum() / tokens
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(work["model"]).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=work["learning_rate"])
-    old = response_logprobs(model, work["prompts"], work["completions"], token_budget=work["token_budget"])  # (B, R)
-    tokens, sequences = sum(map(len, work["completions"])), pack(work["prompts"], work["completions"])
-
-    def step() -> None:
-        for micro in micro_batches(sequences, work["token_budget"]):
-            new, rows, columns = sequence_logprobs(model, micro, 1.0)  # (N,)
-            before = old[rows.cpu(), columns.cpu()].to(device)  # (N,)
-            loss, _ = policy_loss(new, before, torch.ones_like(new), 0.2)
-            (loss.sum() / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return timed(step, work["repeats"])
+    return timed(parts, model, work["learning_rate"], work["repeats"])
 
 
 def trl(work: dict) -> float:
     """GRPOTrainer's own loss on padded rows, in micro-batches of as many rows as the token budget holds. -> seconds"""
-    import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(work["model"])
-    options = {"output_dir": str(Path(work["model"]).parent / "trl-out"), "report_to": "none", "beta": 0.0}
-    options |= {"learning_rate": work["learning_rate"], "per_device_train_batch_size": 2, "num_generations": 2}
-    options |= {"bf16": False, "gradient_checkpointing": False}  # as on our side
+    options = GRPOConfig(
+        output_dir=str(Path(work["model"]).parent / "trl-out"),
+        report_to="none",
+        beta=0.0,
+        learning_rate=work["learning_rate"],
+        per_device_train_batch_size=2,
+        num_generations=2,
+        bf16=False,  # as on our side
+        gradient_checkpointing=False,
+    )
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(work["model"]),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=GRPOConfig(**options),
+        args=options,
         train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
         processing_class=tokenizer,
     )
-    model, device = trainer.model.train(), trainer.accelerator.device
+    model = trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # its training loop sets it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=work["learning_rate"])
-    batches = [{k: v.to(device) for k, v in b.items()} for b in padded(work, tokenizer.pad_token_id)]
-
-    def step() -> None:
-        for batch in batches:
-            trainer.compute_loss(model, batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return timed(step, work["repeats"])
+    batches = padded(work, tokenizer.pad_token_id)
+    batches = [{k: v.to(trainer.accelerator.device) for k, v in batch.items()} for batch in batches]
+    parts = lambda: (trainer.compute_loss(model, batch) for batch in batches)
+    return timed(parts, model, work["learning_rate"], work["repeats"])
 
 
 def padded(work: dict, pad: int) -> list[dict]:
     """Micro-batches in GRPOTrainer's form: prompts padded on the left (S, P), completions on the right (S, C)."""
-    import torch
-
     rows = sorted(zip(work["prompts"], work["completions"], strict=True), key=lambda row: -len(row[0]) - len(row[1]))
     whole = torch.tensor(float(sum(map(len, work["completions"]))))
     batches = []
@@ -196,13 +184,9 @@ def main() -> None:
     parser.add_argument("side", choices=("ours", "trl"))
     parser.add_argument("work", type=Path, help="work.json, as `compare` writes it")
     args = parser.parse_args()
-    import torch
-
-    from runlog.memory import peak_mib
-
-    seconds = {"ours": ours, "trl": trl}[args.side](json.loads(args.work.read_text()))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps([seconds, peak_mib(device)]))
+    work = json.loads(args.work.read_text())
+    seconds = ours(work) if args.side == "ours" else trl(work)
+    print(json.dumps([seconds, peak_mib(device())]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast WebShop's search is and what it holds, at several sizes of the generated catalogue, on one core.
 
-    python benchmarks/webshop_search.py --sizes 1000 100000 1000000
+    python lab/benchmarks/webshop_search.py --sizes 1000 100000 1000000
 
 Building reads every product's words, a second start finds the index under cache/ and maps it into memory. Each size is
 measured in a process of its own; memory is that process's peak, before there is anything, after building, and in
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from envs.webshop.catalogue import sample_product
 from envs.webshop.data import process

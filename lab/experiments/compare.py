@@ -1,7 +1,7 @@
 """Methods against one another: python lab/experiments/compare.py --methods grpo opid sdar --seeds 10
 
-With a pretrained model: --model cold:smollm2 --recipe laptop-smollm2 (what is not named here goes to every run). Without
-a --recipe every run has the laptop's.
+With a pretrained model: --model cold:smollm2 --recipe laptop-smollm2 (what is not named here goes to every run).
+Without a --recipe every run has the laptop's.
 
 An arm is a method by its defaults (--methods), or a variant named in lab/experiments/arms.toml (--arms opid-k0 ...).
 
@@ -164,7 +164,7 @@ def read_results(jobs: list[Job]) -> dict[str, list[dict]]:
 
 
 def stored(results: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
-    """Arm -> the results of all its seeds that a file holds, whoever made them; without `arms` of all that there are."""
+    """Arm -> the results of all its seeds that a file holds, whoever made them; no `arms`: of all that there are."""
     found: dict[str, list[dict]] = {arm: [] for arm in arms}
     for result in sorted(read(results), key=lambda result: result["config"]["seed"]):
         if not arms or arm_of(result["name"]) in found:

@@ -4,9 +4,8 @@ python lab/experiments/robustness.py --runs runs/compare/*-seed*
 
 Each run folder's policy plays the held-out games at several temperatures, and at the run's own evaluation temperature
 with the order of listed objects or the wording of observations changed (perturb.py says how), acting without skills.
-One line a run in lab/results/robustness.jsonl, which is never made again; robustness.md estimates over the seeds of each
-arm, of all lines that are there.
-Flags of train.py go to every run, such as --eval-games 500.
+One line a run in lab/results/robustness.jsonl, which is never made again; robustness.md estimates over the seeds of
+each arm, of all lines that are there. Flags of train.py go to every run, such as --eval-games 500.
 """
 
 from __future__ import annotations

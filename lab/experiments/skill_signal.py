@@ -1,4 +1,4 @@
-"""What the skill advantage says about steps, beside the outcome: python lab/experiments/skill_signal.py [--run RUN_FOLDER]
+"""What the skill advantage says about steps, beside the outcome: python lab/experiments/skill_signal.py [--run RUN]
 
 A policy (the warm start, or a run's last checkpoint) plays one training batch; the configured writer writes skills, the
 configured scorer scores A_skill, all by train.py. Then each step is held against the planner: it is on a shortest plan
@@ -9,8 +9,8 @@ outcome signal (all rollouts equal), where the skills are all that there is:
     agreement  share of steps where A_skill and A_ep have the same sign, of those where neither is 0
     |A|        mean size a token in nats (A_skill) and of A_ep
 
-The numbers are a line of lab/results/skill-signal.jsonl, and all lines' tables are in skill-signal.md. Flags of train.py
-are taken, too, such as --tasks 64 --scorer old; without a --recipe or --run the laptop's are the others.
+The numbers are a line of lab/results/skill-signal.jsonl, and all lines' tables are in skill-signal.md. Flags of
+train.py are taken, too, such as --tasks 64 --scorer old; without a --recipe or --run the laptop's are the others.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ of the two places where a novice goes wrong, how probable is the right word?
 Means over the questions, at temperature 1, from the plain context, in %. RUNS holds the folders of compare.py: `start`
 and ARM-seedN/policy. One line an arm: the mean of its runs and, in brackets, each run's. Then what episode skills do to
 the two words in the starting weights, the script's right ones and opid-placebo's words that say nothing:
-log p(word | skill) - log p(word), which is A_skill where that word was sampled. The numbers are the line of the folder's
-name in lab/results/two-searches.jsonl, and all lines' tables are in two-searches.md.
+log p(word | skill) - log p(word), which is A_skill where that word was sampled. The numbers are the line of the
+folder's name in lab/results/two-searches.jsonl, and all lines' tables are in two-searches.md.
 """
 
 from __future__ import annotations
