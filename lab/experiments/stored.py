@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from config import variant_of
+from config import Config, variant_of
 from lm.loading import write_whole
 
 OLD = json.loads(Path(__file__).with_name("old_settings.json").read_text())  # "defaults"; "renamed": [was, is now] each
@@ -85,5 +85,8 @@ def differing(one: dict, other: dict) -> list[str]:
 def value_of(name: str, config: dict, other: dict):
     if name in config:
         return config[name]
-    known = {f.name: f.default for f in fields(variant_of(other["algo"]).settings)}  # `other` has it
-    return known.get(name, other[name])
+    try:
+        settings = variant_of(other["algo"]).settings
+    except ValueError:  # a method that is no more
+        settings = Config
+    return {f.name: f.default for f in fields(settings)}.get(name, other[name])
