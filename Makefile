@@ -10,7 +10,7 @@ ARGS   ?=
 .PHONY: train test gpu-check lint clean
 
 train: $(VENV)/.core
-	$(BIN)/python train.py --out $(OUT) --resume $(ARGS)
+	$(BIN)/python train.py --recipe laptop --out $(OUT) --resume $(ARGS)
 
 # One thread a worker: two workers on two cores, instead of four threads that wait for one another.
 test: $(VENV)/.dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tomllib
 import types
 import typing
@@ -13,9 +14,8 @@ from pathlib import Path
 
 from data import Level
 from envs import ENVIRONMENTS, new_words, read_options
+from lm.loading import about_policy
 from lm.precision import mixed_precision
-from lm.sampler import Sampling
-from lm.scoring import Limits
 from lm.writers import import_writer
 from router import LEVELS, RULES
 from tiny.coldstart import PREFIX
@@ -32,16 +32,30 @@ NOT_NEGATIVE = (
 
 LOCAL_WRITERS = ("policy", "reference")
 RECIPES, VARIANTS = Path(__file__).parent / "recipes", Path(__file__).parent / "variants"
+OFFICIAL_ANSWER = 24  # tokens: the tags of an official answer around a command, and hardly a thought
+
+# What may differ between a run and its resumption; everything else would make it another run. Among it what messages
+# and docs recommend against running out of memory, a context that is too short, or a gradient that is NaN.
+FREE = {
+    *("out", "resume", "plan", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"),
+    *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
+    *("skill_context_limit", "learning_rate", "max_grad_norm"),
+}
+
+# What a saved policy says of itself (opid.json beside its weights): how it acts, and how it was evaluated.
+ACTS = ("env", "env_options", "prompt", "context", "history", "context_limit", "max_new_tokens", "max_steps")
+ACTS += ("max_step_skills", "skill_tokens", "skill_context_limit", "skill_prefill")
+EVALUATED = ("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "dtype", "mixed_precision", "seed")
 
 
 def group(title: str):
     """-> a function that makes a setting of that group of `--help`."""
 
-    def setting(default, help: str, choices=None):
-        told = {"help": help, "choices": choices, "group": title}
+    def setting(default, help: str, choices=None, bounds: tuple[float | None, float | None] = (None, None)):
+        about = {"help": help, "choices": choices, "group": title, "bounds": bounds}
         if isinstance(default, dict):  # each Config its own
-            return field(default_factory=lambda: dict(default), metadata=told)
-        return field(default=default, metadata=told)
+            return field(default_factory=lambda: dict(default), metadata=about)
+        return field(default=default, metadata=about)
 
     return setting
 
@@ -61,46 +75,51 @@ OWN = group("this --algo (variants/)")
 
 @dataclass
 class Config:
-    """Defaults are the laptop run; recipes/*.toml hold the paper's settings. Units stand in each setting's help."""
+    """Defaults are the authors' ALFWorld run (examples/opid_trainer/run_alfworld_opid_guide.sh). What a recipe does
+    otherwise stands in recipes/*.toml, each line with its reason. Units stand in each setting's help."""
 
     algo: str = FIRST("opid", "opid, grpo, or a file of variants/, whose flags --algo NAME --help shows")
     env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
-    model: str = FIRST("tiny", "'tiny', 'smollm2', a folder or a hub id; with cold: in front after its cold start")
-    iterations: int = FIRST(60, "training iterations")
+    model: str = FIRST(
+        "Qwen/Qwen2.5-3B-Instruct",
+        "'tiny', 'smollm2', a folder or a hub id; with cold: in front after its cold start. Neither --model nor "
+        "--recipe: the laptop recipe",
+    )
+    iterations: int = FIRST(160, "training iterations")
     tasks: int = FIRST(16, "tasks per iteration")
     rollouts: int = FIRST(8, "rollouts per task (N)")
-    max_steps: int = FIRST(20, "most steps per episode")
-    learning_rate: float = FIRST(3e-4, "AdamW's peak learning rate")
-    episode_weight: float = FIRST(0.1, "lambda_ep: weight of A_skill on episode-guided tokens (paper: 0.001)")
-    step_weight: float = FIRST(0.1, "lambda_step: weight of A_skill on step-guided tokens (paper: 0.001)")
+    max_steps: int = FIRST(30, "most steps per episode")
+    learning_rate: float = FIRST(1e-6, "AdamW's peak learning rate")
+    episode_weight: float = FIRST(0.001, "lambda_ep: weight of A_skill on episode-guided tokens")
+    step_weight: float = FIRST(0.001, "lambda_step: weight of A_skill on step-guided tokens")
     seed: int = FIRST(0, "seed of everything random")
     out: str = FIRST("runs/opid", "run folder")
     resume: bool = FIRST(False, "go on from the newest checkpoint in --out")
     plan: bool = FIRST(False, "print the estimated peak memory of this run, without loading weights, and exit")
 
-    context: str = ROLLOUT("chat", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
-    context_limit: int = ROLLOUT(1024, "most tokens of prompt and response together")
-    max_new_tokens: int = ROLLOUT(12, "most tokens of a response")
+    context: str = ROLLOUT("window", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
+    context_limit: int = ROLLOUT(2560, "most tokens of prompt and response together (2048 and 512)")
+    max_new_tokens: int = ROLLOUT(512, "most tokens of a response")
     temperature: float = ROLLOUT(1.0, "sampling temperature of training rollouts")
     reuse_cache: bool = ROLLOUT(
         True, "keep keys and values from turn to turn where a model's architecture makes that exact; off: read anew"
     )
     rollout_budget: int = ROLLOUT(
-        32768,
+        262144,
         "most rows x length of what is sampled at a time, in rollouts, evaluation and skill writing: it bounds their "
         "memory. Episodes beyond it wait",
     )
     success_reward: float = ROLLOUT(10.0, "outcome reward of a solved task")
-    # 0, not the paper's 0.1: in a group whose outcomes are all equal the penalty alone is what gets normalised, to the
-    # same size as a real outcome, and for small models with many invalid actions that noise makes training collapse.
-    invalid_penalty: float = ROLLOUT(0.0, "taken off a step's return for an invalid action (paper: 0.1)")
+    invalid_penalty: float = ROLLOUT(0.1, "taken off a step's return for an invalid action")
 
     skill_writer: str = SKILLS(
-        "policy", "who writes: policy (paper), reference, openai, or your own function as package.module:function"
+        "policy",
+        "who writes: policy, reference, openai (as the released code does), or your own function as "
+        "package.module:function",
     )
     max_step_skills: int = SKILLS(5, "K: most step skills per trajectory")
-    skill_tokens: int = SKILLS(96, "most tokens of a skill answer")
-    skill_context_limit: int | None = SKILLS(None, "most tokens of transcript and answer; none: --context-limit")
+    skill_tokens: int = SKILLS(1024, "most tokens of a skill answer")
+    skill_context_limit: int | None = SKILLS(12288, "most tokens of transcript and answer; none: --context-limit")
     skill_temperature: float = SKILLS(1.0, "temperature of skill writing; 0: greedy")
     skill_prefill: str = SKILLS("", "text that starts every skill answer of a local model, such as '{'")
     openai_base_url: str | None = SKILLS(None, "endpoint for --skill-writer openai; none: the library's default")
@@ -108,26 +127,28 @@ class Config:
 
     routing: str = ROUTING("critical-first", "which skill guides a step", tuple(RULES))
 
-    # Not the paper's `old`: at laptop scale the scorer that follows the policy rises and then falls with it
-    # (docs/results_before.md); the frozen one cannot drift.
     scorer: str = SCORES(
-        "reference", "the model that scores the skill-augmented context (paper: old)", ("old", "reference")
+        "old",
+        "who scores the skill-augmented context: the policy before the update, or the frozen start",
+        ("old", "reference"),
     )
-    token_budget: int = SCORES(4096, "most padded tokens of a forward pass (micro-batch), in the update too")
+    token_budget: int = SCORES(16384, "most padded tokens of a forward pass (micro-batch), in the update too")
 
     normalize: str = ADVANTAGE("mean_std", "outcome advantage: group mean and std, or mean only", ("mean_std", "mean"))
     group_over: str = ADVANTAGE("steps", "what group statistics are taken over", ("steps", "trajectories"))
 
     clip: float = UPDATE(0.2, "PPO clip range of the token ratio")
     dual_clip: float | None = UPDATE(
-        None, "c: bound c |A| of the loss of a token with A < 0 (release: 3); none: unbounded"
+        3.0, "c: bound c |A| of the loss of a token with A < 0 (core_algos.py: clip_ratio_c); none: unbounded"
     )
     kl: float = UPDATE(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
-    kl_clip: float | None = UPDATE(None, "the most that a token's k3 counts, in nats (release: 10); none: unbounded")
+    kl_clip: float | None = UPDATE(
+        10.0, "the most that a token's k3 counts, in nats (core_algos.py: kl_penalty); none: unbounded"
+    )
     epochs: int = UPDATE(1, "passes over an iteration's batch")
-    mini_batch: int = UPDATE(512, "step samples per gradient step; 0: all of the iteration")
+    mini_batch: int = UPDATE(256, "step samples per gradient step; 0: all of the iteration")
     warmup: int = UPDATE(0, "iterations of linear warm-up")
-    lr_halving: int = UPDATE(20, "iterations in which the learning rate halves; 0: constant (paper)")
+    lr_halving: int = UPDATE(0, "iterations in which the learning rate halves; 0: constant")
     weight_decay: float = UPDATE(0.01, "AdamW's weight decay")
     max_grad_norm: float = UPDATE(1.0, "gradient clipping, L2 norm")
 
@@ -139,12 +160,12 @@ class Config:
         "file or http:// of a server",
     )
     train_games: int = ENV(1000, "generated training games")
-    prompt: str = ENV("auto", "prompt style; auto: compact for tiny and cold: models", ("auto", "official", "compact"))
+    prompt: str = ENV("official", "prompt style: the authors', or short ones for small models", ("official", "compact"))
     history: int = ENV(5, "last steps shown in a 'window' prompt")
 
     dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
     mixed_precision: str = MODEL(
-        "no", "accelerate's autocast; auto: bf16 where the device multiplies in it", ("no", "bf16", "auto")
+        "auto", "accelerate's autocast; auto: bf16 where the device multiplies in it", ("no", "bf16", "auto")
     )
     frozen_dtype: str = MODEL(
         "auto",
@@ -157,8 +178,8 @@ class Config:
     gradient_checkpointing: bool = MODEL(False, "recompute activations in the backward pass")
     lora_rank: int = MODEL(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
 
-    eval_every: int = RUN(10, "iterations between evaluations; 0: only at the end")
-    eval_games: int = RUN(200, "games per split at evaluation, at most")
+    eval_every: int = RUN(5, "iterations between evaluations; 0: only at the end")
+    eval_games: int = RUN(140, "games per split at evaluation, at most")
     eval_temperature: float = RUN(0.4, "sampling temperature of evaluation")
     save_every: int = RUN(10, "iterations between checkpoints")
     keep_checkpoints: int = RUN(2, "newest checkpoints to keep")
@@ -168,8 +189,6 @@ class Config:
     def __post_init__(self):
         """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""
         self._check_values()
-        if self.prompt == "auto":
-            self.prompt = "compact" if self.model == "tiny" or self.model.startswith(PREFIX) else "official"
         self.mixed_precision = mixed_precision(self.mixed_precision)
         if self.model.startswith(PREFIX) and (self.prompt, self.context) != ("compact", "chat"):
             raise ValueError(
@@ -179,13 +198,31 @@ class Config:
         read_options(self.env, self.env_options)
         if self.model == "tiny" and (unknown := new_words(self.env, self.env_options)):
             raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no other {unknown[0]}")
+        if self.model == "tiny" and self.prompt != "compact":
+            raise ValueError("--model tiny knows only the words of --prompt compact: start from --recipe laptop")
+        if self.prompt == "official" and self.max_new_tokens < OFFICIAL_ANSWER:
+            raise ValueError(
+                f"--prompt official asks for <think>...</think><action>...</action>, which {self.max_new_tokens} "
+                f"--max-new-tokens cannot hold: at least {OFFICIAL_ANSWER} (paper: 512), or --prompt compact"
+            )
         if self.max_new_tokens >= self.context_limit:
             raise ValueError("--max-new-tokens leaves no room for a prompt in --context-limit")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip:
             raise ValueError("--dual-clip must be above 1 + --clip: it bounds what PPO-clip leaves unbounded")
         if self.offload and self.shard:
             raise ValueError("--offload is for one card: with --shard every card holds its part of all of it")
+        if self.tasks < self.least_tasks:
+            raise ValueError(f"--algo {self.algo} takes skills from other tasks: --tasks must be at least 2")
         self._check_writer()
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        """No level of skill could guide a step: that would be GRPO, at OPID's cost."""
+        usable = {"episode": {"episode"}, "step": {"step"}, "none": set()}.get(self.routing, {"episode", "step"})
+        usable = (usable & set(self.levels)) - ({"step"} if self.max_step_skills == 0 else set())
+        if self.levels and not usable:
+            few = "" if self.max_step_skills else " and --max-step-skills 0"
+            raise ValueError(f"--routing {self.routing} guides no step with these weights{few}: use --algo grpo")
 
     def _check_values(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -197,6 +234,9 @@ class Config:
                 raise ValueError(f"{flag(f.name)} must be {f.type}, not {value!r}")
             if isinstance(value, int) and hints[f.name] in (float, float | None):
                 setattr(self, f.name, float(value))  # TOML and Python write 1: a tensor of it would round all to ints
+            least, most = f.metadata["bounds"]
+            if (least is not None and value < least) or (most is not None and value > most):
+                raise ValueError(f"{flag(f.name)} must be {_between(least, most)}, not {value!r}")
         for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{flag(name)} must be positive, not {getattr(self, name)}")
@@ -221,7 +261,7 @@ class Config:
             raise ValueError(f"--skill-tokens leaves no room for a transcript in {flag(room)}")
 
     def check_trainable(self) -> None:
-        """Raises ValueError for what would train on wrong numbers, or not do what was asked."""
+        """Raises ValueError for what would train on wrong numbers, or not do what was line."""
         if self.dtype == "bfloat16" and not self.lora_rank:
             raise ValueError(
                 "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
@@ -238,17 +278,21 @@ class Config:
         return tuple(level for level in LEVELS if given[level] != 0)
 
     @property
-    def sampling(self) -> Sampling:
-        budgets = self.rollout_budget, self.token_budget
-        return Sampling(self.max_new_tokens, self.temperature, self.reuse_cache, *budgets)
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.temperature, self.token_budget)
-
-    @property
     def writes_skills(self) -> bool:
+        """Whether --skill-writer is asked for skills."""
         return bool(self.levels)
+
+    @property
+    def least_tasks(self) -> int:
+        """How many tasks a process must play."""
+        return 1
+
+    def check_model(self, model) -> None:
+        """Raises ValueError where a variant cannot train this model."""
+
+    def further_models(self, tokenizer, device) -> dict:
+        """Frozen models that a variant reads beside policy and reference, by name."""
+        return {}
 
     @property
     def longest(self) -> int:
@@ -264,6 +308,11 @@ class Config:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    @classmethod
+    def from_recipe(cls, name: str, **changes) -> Config:
+        """The settings of a recipe, some of them changed."""
+        return cls(**_over(read_recipe(name, {f.name for f in fields(cls)}), changes))
+
 
 def changed(before: dict, now: dict) -> list[str]:
     """The settings of `now` that a run with the settings `before` did not have. Of a flag that came later it had the
@@ -274,6 +323,13 @@ def changed(before: dict, now: dict) -> list[str]:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+NULLABLE = {name for name, hint in typing.get_type_hints(Config).items() if type(None) in typing.get_args(hint)}
+
+
+def _between(least: float | None, most: float | None) -> str:
+    return f"at least {least}" if most is None else f"between {least} and {most}"
 
 
 def _is_of(value, annotation) -> bool:
@@ -306,6 +362,8 @@ def read_recipe(name: str, known: set[str], above: tuple[str, ...] = ()) -> dict
         raise ValueError(f"recipes are one another's base: {' -> '.join((*above, name))}")
     settings = tomllib.loads(path.read_text())
     base = read_recipe(settings.pop("base"), known, (*above, name)) if "base" in settings else {}
+    # TOML has no null: "none" is what a flag calls it
+    settings = {name: None if value == "none" and name in NULLABLE else value for name, value in settings.items()}
     unknown = settings.keys() - known
     if unknown:
         raise ValueError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
@@ -329,73 +387,155 @@ def _key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
+# ---- where settings come from ----------------------------------------------------------------------------------------
+
+
 def variant_of(algo: str):
     """The Variant that `--algo` names: a file of variants/. Raises ValueError where there is none."""
-    names = sorted(path.stem.replace("_", "-") for path in VARIANTS.glob("[a-z]*.py"))
-    if algo not in names:
+    name = re.sub(r"\W", "_", algo)  # grpo+opsd is variants/grpo_opsd.py
+    if not re.fullmatch(r"[a-z]\w*", name) or not (VARIANTS / f"{name}.py").is_file():
+        names = sorted(path.stem.replace("_", "-") for path in VARIANTS.glob("[a-z]*.py"))
         raise ValueError(f"--algo must be one of {', '.join(names)}, not {algo!r}")
-    return import_module(f"variants.{algo.replace('-', '_')}").VARIANT
+    return import_module(f"variants.{name}").VARIANT
 
 
-def settings_of(argv: list[str] | None, base: dict | None) -> type[Config]:
-    """The settings that the command line's --algo has: Config's, and those of its own file in variants/."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--algo", default=(base or {}).get("algo", Config.algo))
-    try:
-        return variant_of(parser.parse_known_args(argv)[0].algo).settings
-    except ValueError as error:
-        parser.error(str(error))
+def settings_to_save(config: Config, date: str) -> dict:
+    """What a policy says of itself when it is saved. `date`: the day that chat templates print."""
+    values = config.to_dict()
+    return {
+        "base": about_policy(config.model).get("base", config.model),
+        "algo": config.algo,
+        "date": date,
+        "acts": {name: values[name] for name in ACTS},
+        "evaluated": {name: values[name] for name in EVALUATED},
+    }
+
+
+def default_recipe(model: str, env: str) -> str:
+    """The recipe that stands for flags not given: the laptop's for its own models, else the paper's run of `env`."""
+    base = about_policy(model).get("base", model)
+    if base == "tiny" or base.startswith(PREFIX):
+        kind = "laptop" if base == "tiny" else "laptop-smollm2"
+        return kind if env == "alfworld" else f"{kind}-{env}"
+    return f"{env}-qwen2.5-3b"
+
+
+@dataclass
+class CommandLine:
+    """What the command line says before all flags are known: these decide which there are, and their defaults."""
+
+    recipe: str | None
+    model: str | None
+    env: str | None
+    algo: str | None
+
+    @classmethod
+    def read(cls, argv: list[str] | None) -> CommandLine:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for f in fields(cls):
+            parser.add_argument(flag(f.name), nargs="?")
+        return cls(**vars(parser.parse_known_args(argv)[0]))
+
+    def starts_from(self, known: set[str], parts: tuple[str, ...] = ("acts",)) -> tuple[str | None, dict]:
+        """-> the default recipe where there is no --recipe, and all settings that stand below the flags: that recipe,
+        without data, which are the user's own; `parts` of what the model's folder says of itself; --recipe."""
+        recipe = read_recipe(self.recipe, known) if self.recipe else {}
+        model = self.model or recipe.get("model", "tiny")
+        said = about_policy(model)
+        saved = {name: value for part in parts for name, value in said.get(part, {}).items()}
+        if self.recipe and not saved:
+            return None, recipe
+        name = default_recipe(model, self.env or recipe.get("env") or saved.get("env", "alfworld"))
+        settings = read_recipe(name, known)
+        if not name.startswith("laptop"):  # a paper's run: on generated data, in the precision of this machine
+            settings = {key: value for key, value in settings.items() if key not in ("env_options", "mixed_precision")}
+        settings = _over(settings | {"model": model}, saved)
+        return None if self.recipe else name, _over(settings, recipe)
+
+
+def settings_come_from(argv: list[str] | None = None) -> str:
+    """One line: which settings stand below the flags."""
+    line = CommandLine.read(argv)
+    if line.recipe:
+        return f"settings: recipe {line.recipe}, and flags"
+    name, _ = line.starts_from(every_setting())
+    if line.model is None:
+        return (
+            f"no --model: the laptop recipe, recipes/{name}.toml (--model NAME trains your own by the paper's settings)"
+        )
+    if name.startswith("laptop"):
+        return f"settings: recipes/{name}.toml, what {line.model} says of itself, and flags"
+    return f"settings: the paper's (recipes/{name}.toml) on generated data, and flags"
+
+
+def every_setting() -> set[str]:
+    """The names of Config's settings, and of all variants'."""
+    return {f.name for path in VARIANTS.glob("[a-z]*.py") for f in fields(variant_of(path.stem).settings)}
 
 
 def parse_args(
     argv: list[str] | None = None,
-    base: dict | None = None,
     *,
     program: str = "train.py",
     about: str = "OPID, On-Policy Skill Distillation for agentic RL, in plain PyTorch.",
     shown: tuple[str, ...] | None = None,  # settings that `--help` explains; None: all
+    saved: tuple[str, ...] = ("acts",),  # parts of what a saved policy says of itself that count
 ) -> Config:
-    """The command line -> Config. A flag overrides the recipe, which overrides `base`, which overrides the default.
-    Exits with a clear message on an unknown flag, a bad value or an impossible combination."""
-    kind_of = settings_of(argv, base)
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=about,
-        allow_abbrev=False,
-        usage=f"{program} [--recipe NAME] [flags]",
+    """The command line -> Config. A flag overrides the recipe, which overrides what a saved policy says of itself,
+    which overrides the default recipe. Exits with a clear message on an unknown flag, a bad value or an impossible
+    combination."""
+    line, parser = (
+        CommandLine.read(argv),
+        argparse.ArgumentParser(
+            prog=program, description=about, allow_abbrev=False, usage=f"{program} [--recipe NAME] [flags]"
+        ),
     )
-    first = fields(kind_of)[0].metadata["group"]
-    groups, hints = {first: parser.add_argument_group(first)}, typing.get_type_hints(kind_of)
-    groups[first].add_argument("--recipe", help="settings to start from: a name in recipes/ or a .toml file")
-    for f in fields(kind_of):
+    try:
+        _, settings = line.starts_from(every_setting(), saved)
+        kind = variant_of(line.algo or settings.get("algo", Config.algo)).settings
+        add_flags(parser, kind, shown)
+        given = vars(parser.parse_args(argv))
+        given.pop("recipe", None)
+        given |= {"env_options": dict(given["env_options"])} if "env_options" in given else {}
+        settings = _over(settings, given)
+        if others := settings.keys() - {f.name for f in fields(kind)}:
+            raise ValueError(
+                f"--algo {line.algo or settings.get('algo')} has no {', '.join(map(flag, sorted(others)))}"
+            )
+        return kind(**settings)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type[Config], shown: tuple[str, ...] | None) -> None:
+    """A flag for each setting, in the groups of `--help`."""
+    groups, hints = {}, typing.get_type_hints(kind)
+    for f in fields(kind):
         title, hidden = f.metadata["group"], shown is not None and f.name not in shown
+        if not groups:
+            groups[title] = parser.add_argument_group(title)
+            groups[title].add_argument("--recipe", help="settings to start from: a name in recipes/ or a .toml file")
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         annotation = hints[f.name]
         if annotation == dict[str, str]:
-            help = {"metavar": "KEY=VALUE", "default": argparse.SUPPRESS}
-            help["help"] = argparse.SUPPRESS if hidden else f.metadata["help"]
-            groups[title].add_argument(flag(f.name), nargs="*", type=_key_value, **help)
+            explained = argparse.SUPPRESS if hidden else f.metadata["help"]
+            groups[title].add_argument(
+                flag(f.name), nargs="*", type=_key_value, metavar="KEY=VALUE", default=argparse.SUPPRESS, help=explained
+            )
             continue
-        kind = next(k for k in (*typing.get_args(annotation), annotation) if k in (str, int, float, bool))
+        own = next(k for k in (*typing.get_args(annotation), annotation) if k in (str, int, float, bool))
         explained = argparse.SUPPRESS if hidden else f"{f.metadata['help']} (default: {f.default})"
-        options: dict = {"default": argparse.SUPPRESS, "help": explained}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = _optional(kind) if annotation is not kind else kind
-            options["choices"] = f.metadata["choices"]
-            options["metavar"] = None if f.metadata["choices"] else kind.__name__.upper()
-        groups[title].add_argument(flag(f.name), **options)
-    given = vars(parser.parse_args(argv))
-    given |= {"env_options": dict(given["env_options"])} if "env_options" in given else {}
-    try:
-        recipe = given.pop("recipe", None)
-        settings = _over(
-            _over(base or {}, read_recipe(recipe, {f.name for f in fields(kind_of)}) if recipe else {}), given
+        if own is bool:
+            groups[title].add_argument(
+                flag(f.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=explained
+            )
+            continue
+        groups[title].add_argument(
+            flag(f.name),
+            type=_optional(own) if annotation is not own else own,
+            choices=f.metadata["choices"],
+            metavar=None if f.metadata["choices"] else own.__name__.upper(),
+            default=argparse.SUPPRESS,
+            help=explained,
         )
-        if older := settings.keys() - {f.name for f in fields(kind_of)}:
-            raise ValueError(f"settings of another version: {', '.join(sorted(older))}; name them as flags instead")
-        return kind_of(**settings)
-    except ValueError as error:
-        parser.error(str(error))

@@ -117,4 +117,3 @@ class Advantages:
     total: Tensor  # (B, R) A, 0 off the mask
     outcome: Tensor  # (B,) A_ep
     skill: Tensor  # (B, R) A_skill before its weight, NaN where no skill was scored
-    metrics: dict[str, float] = field(default_factory=dict)

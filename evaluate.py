@@ -6,14 +6,11 @@ python evaluate.py --model Jinyang23/OPID-ALFWorld-1.7B --recipe alfworld-qwen3-
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -22,6 +19,7 @@ from config import Config, parse_args
 from data import Trajectory
 from envs import TextEnv, make_env, read_options
 from lm.encoder import Encoder
+from lm.loading import about_policy
 from lm.sampler import Sampler
 from rollout import rollout
 
@@ -76,12 +74,23 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def play(model, encoder: Encoder, config: Config, games: list[str], make_env: Callable[[], TextEnv] | None = None):
+def play(
+    model, encoder: Encoder, config: Config, games: list[str], make_env: Callable[[], TextEnv] | None = None
+) -> list[Trajectory]:
     """Play each of `games` once, at --eval-temperature and in --mixed-precision, as many at a time as --rollout-budget
     holds. `make_env` None: the run's own environment."""
-    sampler = Sampler(model, encoder.tokenizer, replace(config.sampling, temperature=config.eval_temperature))
+    sampler = Sampler(
+        model,
+        encoder.tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.eval_temperature,
+        reuse_cache=config.reuse_cache,
+        rollout_budget=config.rollout_budget,
+        token_budget=config.token_budget,
+    )
+    make_env = make_env or environment(config)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-        return rollout(sampler, encoder, make_env or environment(config), games, 1, config.context_limit)[0]
+        return rollout(sampler, encoder, make_env, games, 1, context_limit=config.context_limit)[0]
 
 
 def named(trajectories: list[Trajectory], columns: dict[str, str]) -> dict[str, str]:
@@ -157,37 +166,19 @@ def evaluate_everywhere(model, encoder: Encoder, config: Config, processes) -> t
     return success, format_table(results, columns_of(config))
 
 
-def settings_of_run(argv: list[str] | None) -> dict:
-    """Of the run whose policy `--model` is: its own settings are the defaults. {} where it is no run's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", nargs="?", default=Config.model)
-    model = parser.parse_known_args(argv)[0].model or Config.model
-    file = Path(model).parent / "config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    return settings if "algo" in settings else {}  # a model's own config.json has none
-
-
-def date_of_run(model: str) -> str | None:
-    """The day that chat templates were told in the run whose policy `model` is (see Encoder); None where it is no
-    run's."""
-    start = Path(model).parent / "start.json"
-    return json.loads(start.read_text())["date"] if start.is_file() else None
-
-
-ASKED = {"program": "evaluate.py", "about": __doc__.splitlines()[0], "shown": FLAGS}
-
-
 def main(argv: list[str] | None = None) -> None:
     from tiny.loading import load_model
 
-    config = parse_args(argv, base=settings_of_run(argv), **ASKED)
+    config = parse_args(
+        argv, program="evaluate.py", about=__doc__.splitlines()[0], shown=FLAGS, saved=("acts", "evaluated")
+    )
     try:
         held_out_games(config)
         model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    results = evaluate(model, Encoder(tokenizer, config.context, date_of_run(config.model)), config)
+    results = evaluate(model, Encoder(tokenizer, config.context, about_policy(config.model).get("date")), config)
     print(format_table(results, columns_of(config)))
 
 

@@ -10,6 +10,7 @@ from data import Prompt, Step, Trajectory
 from envs import TextEnv
 from lm.encoder import Encoder
 from lm.sampler import Sampler
+from lm.scoring import progress
 from router import guided_messages
 
 if TYPE_CHECKING:
@@ -17,12 +18,11 @@ if TYPE_CHECKING:
 
 
 def play(run: Run, games: list, make_env: Callable[[], TextEnv] | None = None) -> tuple[list[Trajectory], dict]:
-    """N episodes of each game, sampled from pi_old without any skill: those that have a step, and metrics."""
-    config = run.config
+    """N episodes of each game, sampled from pi_old without any skill -> those that have a step, and metrics."""
+    config, make_env = run.config, make_env or run.make_env
     with run.reading(run.policy):
-        sampler = Sampler(run.policy, run.tokenizer, config.sampling, record=True)
         played, metrics = rollout(
-            sampler, run.encoder, make_env or run.make_env, games, config.rollouts, config.context_limit
+            run.sampler(), run.encoder, make_env, games, config.rollouts, context_limit=config.context_limit
         )
     trajectories = [trajectory for trajectory in played if trajectory.steps]
     if not run.processes.sum(len(trajectories)):
@@ -35,10 +35,11 @@ def rollout(
     encoder: Encoder,
     make_env: Callable[[], TextEnv],
     games: list,
-    rollouts: int,
+    group_size: int,
+    *,
     context_limit: int,
 ) -> tuple[list[Trajectory], dict[str, float]]:
-    """Play every game `rollouts` times -> (trajectories grouped in order, metrics).
+    """Play every game `group_size` times -> (trajectories grouped in order, metrics).
 
     All live episodes take their turn in one batch; a finished one leaves it. As many are alive at a time as the
     sampler's budget holds whole; the others wait until all of these have ended. An episode whose coming context could
@@ -46,9 +47,10 @@ def rollout(
     (rollout/context_full). One whose first context does not fit stays without steps (rollout/too_long).
     """
     room = context_limit - sampler.config.max_new_tokens  # for a context
-    waiting = [(game, group) for group, game in enumerate(games) for _ in range(rollouts)]
+    waiting = [(game, group) for group, game in enumerate(games) for _ in range(group_size)]
     episodes: list[Episode] = []
     live: list[int] = []  # of `episodes`
+    bar = progress(waiting, "episodes")
     training = sampler.model.training
     sampler.model.eval()
     while live or waiting:
@@ -68,7 +70,10 @@ def rollout(
         for i, response, text in zip(live, responses, texts, strict=True):
             logprobs = sampler.recorded[i][-1] if sampler.recorded is not None else None
             episodes[i].act(contexts[i], response, text, logprobs)
-        live = [i for i in live if not episodes[i].done]
+        going = [i for i in live if not episodes[i].done]
+        bar.update(len(contexts) - len(going))
+        live = going
+    bar.close()
     sampler.model.train(training)
     return [episode.trajectory for episode in episodes], metrics_of(episodes)
 
@@ -94,9 +99,8 @@ class Episode:
 
     def context(self, encoder: Encoder) -> list[int]:
         """Open the coming turn -> its context ids."""
-        steps = self.trajectory.steps
+        task, steps = self.trajectory.task, self.trajectory.steps
         history = [(step.observation, step.action) for step in steps]
-        task = self.trajectory.task
         self.prompts.append(self.env.build_prompt(encoder.style, task, history, self.observation, self.admissible))
         messages = guided_messages(self.prompts, None, encoder.style)  # no skill: its slots stay empty
         return encoder.context(messages, [step.response for step in steps])

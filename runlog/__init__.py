@@ -12,30 +12,13 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from config import Config, changed, flag
+from config import FREE, Config, changed, flag, settings_to_save
 from data import Batch
 from lm.loading import remove, save_policy, write_whole
-from lm.parallel import whole
+from lm.processes import whole
 from lm.watch import watch
 from runlog import checkpoints
 from runlog.metrics import over_processes
-
-# What may differ between a run and its resumption; everything else would make it another run.
-FREE = {
-    "out",
-    "resume",
-    "plan",
-    "iterations",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "sample_every",
-    "tracker",
-}
-# What messages and docs recommend against running out of memory, a context that is too short, or a gradient that is no
-# number: it has to be possible in the run that needs it.
-FREE |= {"token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"}
-FREE |= {"skill_context_limit", "learning_rate", "max_grad_norm"}
 
 
 def accelerator_of(config: Config) -> Accelerator:
@@ -128,9 +111,12 @@ class RunLog:
             with open(self.folder / name, "a") as file:
                 file.write(json.dumps(_numbers(record), allow_nan=False) + "\n")
 
-    def metrics(self, iteration: int, metrics: dict[str, float], sizes: dict[str, float]) -> None:
-        """One line per iteration. `sizes`: how many episodes, steps, ... this process has, for means over all processes
-        (see metrics.py); what is not named there is the same on all of them, or a clock's, and gets the plain mean."""
+    def metrics(self, iteration: int, metrics: dict[str, float], sizes: dict[str, float]) -> dict[str, float]:
+        """One line per iteration -> its metrics over all processes.
+
+        `sizes`: how many episodes, steps, ... this process has, for means over all processes (see metrics.py). What is
+        not named there is the same on all of them, or a clock's, and gets the plain mean.
+        """
         if self.accelerator.num_processes > 1:
             metrics = metrics | over_processes(metrics, sizes, self.accelerator)
         self._append("metrics.jsonl", {"iteration": iteration, **metrics})
@@ -146,6 +132,7 @@ class RunLog:
             "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        return metrics
 
     def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
         """The held-out table, printed and kept with the success of each split."""
@@ -203,14 +190,14 @@ class RunLog:
     def save(self, iteration: int, model, optimizer, state: dict) -> None:
         """A checkpoint, and only the newest `--keep-checkpoints` of them. See checkpoints.save."""
         if self.accelerator.is_main_process or self.config.shard:
-            checkpoints.save(self.folder / "checkpoints", iteration, model, optimizer, None, state)
+            checkpoints.save(self.folder / "checkpoints", iteration, model, optimizer, state)
         if self.accelerator.is_main_process:
             for old in checkpoints.saved(self.folder)[: -self.config.keep_checkpoints]:
                 remove(old)
 
     def restore(self, model, optimizer) -> dict | None:
         """Load the newest whole checkpoint into both, where the run goes on from one -> the variant's own state."""
-        return None if self.checkpoint is None else checkpoints.load(self.checkpoint, model, optimizer, None)
+        return None if self.checkpoint is None else checkpoints.load(self.checkpoint, model, optimizer)
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""
@@ -218,7 +205,8 @@ class RunLog:
         if self.accelerator.is_main_process:
             from runlog.curve import plot_curve  # matplotlib is not needed for anything else
 
-            write_whole(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary))
+            about = settings_to_save(self.config, json.loads((self.folder / "start.json").read_text())["date"])
+            write_whole(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary, about))
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
         self.farewell()
         self.accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that the next iteration depends on, complete or absent, and never a number that is none.
+"""Checkpoints: everything that the next iteration depends on, complete or absent, never NaN or infinite.
 
 One file (000009.pt), or, of a sharded run, a folder that every process writes its part of (000009.shards, shards.py). A
 run goes on from either, sharded or not, in any number of processes.
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lm.loading import remove, write_whole
-from lm.parallel import like, not_finite, parts_of
+from lm.processes import like, not_finite, parts_of
 from runlog import shards
 
 
@@ -52,41 +52,40 @@ def _intact(path: Path) -> bool:
         return False
 
 
-def save(folder: Path, iteration: int, model, optimizer, ema, method: dict) -> None:
+def save(folder: Path, iteration: int, model, optimizer, variant: dict) -> None:
     """Written beside, then renamed; by shards where the model is sharded, then by all processes together. Raises
     FloatingPointError, and writes nothing, where a weight is not finite."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if spoilt := not_finite(trained):
         raise FloatingPointError(f"{spoilt} is not finite after iteration {iteration}: no checkpoint is written")
-    state = {"iteration": iteration, "model": trained, "optimizer": optimizer.state_dict(), "method": method}
+    state = {"iteration": iteration, "model": trained, "optimizer": optimizer.state_dict(), "variant": variant}
     if parts_of(model):
-        shards.save(folder / f"{iteration:06d}.shards", state | {"ema": None if ema is None else parameters_of(ema)})
+        shards.save(folder / f"{iteration:06d}.shards", state)
     else:
-        state |= {"ema": None if ema is None else ema.state_dict()}
         write_whole(folder / f"{iteration:06d}.pt", lambda temporary: torch.save(state, temporary))
 
 
 @torch.no_grad()
-def load(path: Path, model, optimizer, ema) -> dict:
-    """Into all of them. Raises ValueError for a checkpoint of another model or of an older version of this code."""
-    own, slow = parameters_of(model), {} if ema is None else parameters_of(ema)
+def load(path: Path, model, optimizer) -> dict:
+    """Into both -> what the variant keeps. Raises ValueError for a checkpoint of another model, or of an older version
+    of this code."""
+    own = parameters_of(model)
     if path.is_dir():
-        state = shards.load(path, own, optimizer, slow)
+        state = shards.load(path, own, optimizer)
     else:
         state = torch.load(path, map_location="cpu" if parts_of(model) else model.device, weights_only=True)
-    if "method" not in state:
+    if "variant" not in state:
         raise ValueError(f"{path} is of an older version of this code: go on with that one, or start anew")
     if unexpected := state["model"].keys() - own.keys():
         raise ValueError(f"{path} is of another model: it holds {min(unexpected)}")
-    for weights, saved_ones in ((own, state["model"]), (slow, state["ema"] or {})):
-        for name, parameter in weights.items():
-            if name in saved_ones:
-                parameter.copy_(like(parameter, saved_ones[name]))
+    for name, parameter in own.items():
+        if name in state["model"]:
+            parameter.copy_(like(parameter, state["model"][name]))
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, moments in state["optimizer"]["state"].items():
         moments |= {name: like(trained[i], value) for name, value in moments.items()}
     optimizer.load_state_dict(state["optimizer"])
-    return state["method"]
+    return state["variant"]
 
 
 def parameters_of(model) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from config import Config
 from data import Batch
 
 Metrics = dict[str, float]
@@ -87,3 +88,17 @@ def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -
         "advantage/skill_abs": guided.abs().sum().item() / count,
         "advantage/skill_mean": guided.sum().item() / count,
     }
+
+
+def learns_nothing(config: Config, metrics: Metrics) -> str:
+    """A warning, after the first iteration, that a run like this learns nothing, and what to change; "" otherwise."""
+    if metrics["rollout/valid_actions"] or metrics["train/success"] or metrics.get("skills/parse_rate"):
+        return ""
+    cut = metrics["rollout/response_tokens"] > 0.95 * config.max_new_tokens
+    longer = f"responses fill their {config.max_new_tokens} tokens: raise --max-new-tokens. " if cut else ""
+    skills = "no answer could be read as skills, " if config.writes_skills else ""
+    return (
+        f"WARNING: this run is learning nothing: no action was valid, no episode succeeded, {skills}so every "
+        f"advantage is zero or noise. {longer}Does --prompt {config.prompt} fit --model {config.model}? A model that "
+        "knows neither format nor game needs a cold start (tools/coldstart.py). samples.jsonl shows what it answered"
+    )

@@ -41,13 +41,12 @@ def save(path: Path, state: dict) -> None:
 
 def _write(folder: Path, rank: int, state: dict) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in (state["ema"] or {}).items()}
     for i, moments in state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
     save_tensors(tensors, storage_writer=FileSystemWriter(folder))
     own = list(folder.glob(f"__{rank}_*"))
     if rank == 0:
-        rest = {"iteration": state["iteration"], "method": state["method"]}
+        rest = {"iteration": state["iteration"], "variant": state["variant"]}
         torch.save(rest | {"groups": state["optimizer"]["param_groups"]}, folder / "rest.pt")
         own += [folder / "rest.pt", folder / ".metadata"]
     sums: list = [None] * distributed.get_world_size()
@@ -65,14 +64,13 @@ def intact(path: Path) -> bool:
         return False
 
 
-def load(path: Path, own: dict[str, Tensor], optimizer, slow: dict[str, Tensor]) -> dict:
-    """What `save` was given: weights read into `own` and `slow` (EMA) themselves, moments into new tensors that are
-    shared out as the optimizer's parameters are."""
+def load(path: Path, own: dict[str, Tensor], optimizer) -> dict:
+    """What `save` was given: weights read into `own` themselves, moments into new tensors that are shared out as
+    the optimizer's parameters are."""
     reader = FileSystemReader(path)
     kept = {name: (about.size, about.properties) for name, about in reader.read_metadata().state_dict_metadata.items()}
     trained = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
     tensors = {f"model.{name}": tensor for name, tensor in own.items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in slow.items()}
     state: dict[int, dict[str, Tensor]] = {}
     for name, (size, properties) in kept.items():
         if name.startswith("optimizer."):
@@ -84,7 +82,7 @@ def load(path: Path, own: dict[str, Tensor], optimizer, slow: dict[str, Tensor])
     rest = torch.load(path / "rest.pt", weights_only=True)
     weights = {name.removeprefix("model."): tensors.get(name) for name in kept if name.startswith("model.")}
     optimizer_state = {"state": state, "param_groups": rest.pop("groups")}
-    return rest | {"model": weights, "optimizer": optimizer_state, "ema": slow}
+    return rest | {"model": weights, "optimizer": optimizer_state}
 
 
 def checksum(path: Path) -> int:

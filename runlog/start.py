@@ -4,8 +4,9 @@ iteration: seeding, timing, checks, evaluation, saving."""
 from __future__ import annotations
 
 import random
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,21 +14,20 @@ from typing import Any
 import torch
 
 from config import Config
-from data import Batch
+from data import Batch, Level
+from envs import TextEnv
 from evaluate import environment, evaluate_everywhere, games_of, held_out_games
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
-from lm.memory import give_back
-from lm.obstacles import check_model, check_positions, sampling_note
-from lm.offload import Offload
-from lm.parallel import gathered, shard
-from lm.processes import Processes
-from lm.sampler import Sampling, check_gap, logprob_gap
+from lm.obstacles import check_gap, check_model, check_positions, logprob_gap, sampling_note
+from lm.processes import Offload, Processes, gathered, give_back, shard
+from lm.sampler import Sampler
 from lm.scoring import layout_noise
 from lm.writers import Writer, import_writer, model_writer, openai_writer
+from memory.machine import peak_mib
+from memory.plan import planned
 from runlog import RunLog, accelerator_of
-from runlog.memory import peak_mib
-from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
+from runlog.metrics import Metrics, advantage_metrics, learns_nothing, silent_groups, sizes_of
 from tiny.loading import load_model
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
@@ -46,11 +46,13 @@ class Run:
     models: dict[str, Any]  # by the names that --scorer and --skill-writer use: old, policy, reference
     optimizer: torch.optim.Optimizer
     offload: Offload
-    make_env: Any
-    games: list
+    make_env: Callable[[], TextEnv]
+    games: list  # of the training split
+    levels: tuple[Level, ...]  # of the skills that guide steps: those whose lambda is not 0. None: this is GRPO
     writer: Writer | None = None
     state: dict[str, Any] = field(default_factory=dict)  # a variant's own, kept in checkpoints: plain values only
     iteration: int = -1  # the one under way
+    rng: random.Random = field(default_factory=random.Random)  # of it, the same in all processes
     metrics: Metrics = field(default_factory=dict)  # of it
     lap: float = 0.0  # when its last step ended
 
@@ -58,25 +60,44 @@ class Run:
     def trained(self) -> list[torch.nn.Parameter]:
         return self.optimizer.param_groups[0]["params"]
 
-    def begin(self, iteration: int) -> random.Random:
-        """Seeds PyTorch for this iteration and process -> the random numbers that all processes share."""
+    def begin(self, iteration: int) -> None:
+        """Seeds everything random for this iteration, PyTorch by process, `rng` alike in all; and its learning rate."""
         self.iteration, self.metrics, self.lap = iteration, {}, time.perf_counter()
         torch.manual_seed(self.config.seed * 1_000_003 + iteration * 1009 + self.processes.rank)
-        return random.Random(f"{self.config.seed} {iteration}")
+        self.rng = random.Random(f"{self.config.seed} {iteration}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, iteration)
+
+    def sampler(self) -> Sampler:
+        """For this iteration's rollouts. It draws a seed from PyTorch's random numbers."""
+        config = self.config
+        return Sampler(
+            self.policy,
+            self.tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            reuse_cache=config.reuse_cache,
+            record=True,
+            rollout_budget=config.rollout_budget,
+            token_budget=config.token_budget,
+        )
 
     def autocast(self):
         return self.processes.accelerator.autocast()
 
     @contextmanager
     def reading(self, *models) -> Iterator[None]:
-        """Around passes without gradient: models on the device, whole, in the run's precision. None is no model."""
+        """Around passes without gradient: models on the device, whole, in evaluation mode and the run's precision. None
+        is no model."""
+        models = [model for model in models if model is not None]
         frozen = [model for model in models if isinstance(model, torch.nn.Module) and model is not self.policy]
         with ExitStack() as stack:
             stack.enter_context(self.autocast())
             stack.enter_context(self.offload.needed(*frozen))
             for model in models:
-                if model is not None:
-                    stack.enter_context(gathered(model))
+                stack.enter_context(gathered(model))
+                stack.callback(model.train, model.training)
+                model.eval()
             yield
 
     def note(self, step: str, metrics: Metrics) -> None:
@@ -88,18 +109,19 @@ class Run:
 
     def check_scores(self, batch: Batch) -> Metrics:
         """Once a run: sampled and scored log-probs agree, and what A_skill would be without any skill."""
-        steps = batch.steps
+        config, steps = self.config, batch.steps
         largest, mean = logprob_gap([step.logprobs for step in steps], batch.old_logprobs)
-        check_gap(largest, mean, torch.bfloat16 if self.config.mixed_precision == "bf16" else self.policy.dtype)
+        check_gap(largest, mean, torch.bfloat16 if config.mixed_precision == "bf16" else self.policy.dtype)
         metrics = {"rollout/logprob_gap": largest}
-        if self.config.levels:
+        if self.levels:
             few = sum(len(trajectory.steps) for trajectory in batch.trajectories[:NOISE_TRAJECTORIES])
             with self.reading(self.policy):
                 noise = layout_noise(
                     self.policy,
                     [step.context for step in steps[:few]],
                     [step.response for step in steps[:few]],
-                    self.config.limits,
+                    temperature=config.temperature,
+                    token_budget=config.token_budget,
                 )
             metrics["advantage/noise_floor"] = noise
         return metrics
@@ -123,13 +145,13 @@ class Run:
         groups = [trajectory.group for trajectory in batch.trajectories]
         silent = silent_groups(groups, [trajectory.success for trajectory in batch.trajectories]).values()
         advantages = batch.advantages
-        metrics = self.metrics | {"advantage/silent_groups": sum(silent) / max(1, len(silent))} | advantages.metrics
+        metrics = self.metrics | {"advantage/silent_groups": sum(silent) / max(1, len(silent))}
         metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
-        self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
+        metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
+        if iteration == 0 and (warning := learns_nothing(config, metrics)):
+            self.processes.print(warning)
         if last or (iteration + 1) % config.save_every == 0:
             self.log.save(iteration, self.policy, self.optimizer, self.state)
-        if last:
-            self.log.finish(self.policy, self.tokenizer)
 
 
 def start(config: Config) -> Run:
@@ -139,9 +161,10 @@ def start(config: Config) -> Run:
     processes, device = Processes(accelerator), accelerator.device
     offload = Offload(device, config.offload)
     make_env, games = environment(config), games_of(config, "train")
-    held_out_games(config)
-    if min(config.tasks, len(games)) < processes.count:
-        raise ValueError(f"{config.tasks} --tasks of {len(games)} games: fewer than one for each process")
+    held_out_games(config)  # missing data are best noticed before hours of work
+    if min(config.tasks, len(games)) < config.least_tasks * processes.count:
+        each = "one" if config.least_tasks == 1 else "two"
+        raise ValueError(f"{config.tasks} --tasks of {len(games)} games: fewer than {each} for each process")
     log = RunLog(config, accelerator)  # refuses a folder that holds another run before anything is loaded
     place = "cpu" if config.shard else device  # a sharded model never is on the device as a whole
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
@@ -152,12 +175,13 @@ def start(config: Config) -> Run:
     # different numbers of micro-batches, and `generate` is the model's own.
     policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
     check_model(policy, config.context_limit)
-    accelerator.print(f"sampling: {sampling_note(policy, reuse_cache=config.reuse_cache)}")
+    config.check_model(policy)
+    processes.print(planned(config, policy, processes.count))
+    processes.print(f"sampling: {sampling_note(policy, reuse_cache=config.reuse_cache)}")
     models = {"policy": policy, "old": policy}  # the policy does not change until the update
     if config.reads("reference"):
         models["reference"] = frozen_copy(policy, config.frozen_dtype, mixed_precision=config.mixed_precision)
-    if teacher := getattr(config, "teacher", None):  # of opd and oprd
-        models["teacher"] = frozen_copy(load_model(teacher, env=config.env, dtype=config.dtype)[0]).to(place)
+    models |= config.further_models(tokenizer, place)
     frozen = [model for model in models.values() if isinstance(model, torch.nn.Module) and model is not policy]
     if config.shard:
         with accelerator.autocast():
@@ -168,7 +192,9 @@ def start(config: Config) -> Run:
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     encoder = Encoder(tokenizer, config.context, began["date"])
-    run = Run(config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games)
+    run = Run(
+        config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games, config.levels
+    )
     run.writer = writer_of(run) if config.writes_skills else None
     run.state = log.restore(policy, optimizer) or {}
     offload.rest(*frozen, optimizer)
@@ -177,15 +203,41 @@ def start(config: Config) -> Run:
     return run
 
 
+def learning_rate(config: Config, iteration: int) -> float:
+    """Linear warm-up, then halved every `lr_halving` iterations. It doesn't depend on --iterations, so a run can be
+    prolonged and still is the same run."""
+    decay = 0.5 ** (iteration / config.lr_halving) if config.lr_halving else 1.0
+    return config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup)) * decay
+
+
+@contextmanager
+def one_line(*errors: type[Exception], then: str = "") -> Iterator[None]:
+    """What the user can mend ends the program in one line, without a traceback."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"train.py: {error}{then and ': '}{then}")
+
+
 def writer_of(run: Run) -> Writer:
     """One of this run's own models, an endpoint, or a function of the user's."""
     config = run.config
     if config.skill_writer == "openai":
-        limits = {"max_new_tokens": config.skill_tokens, "temperature": config.skill_temperature}
-        return openai_writer(config.openai_model, base_url=config.openai_base_url, **limits)
+        return openai_writer(
+            config.openai_model,
+            base_url=config.openai_base_url,
+            max_new_tokens=config.skill_tokens,
+            temperature=config.skill_temperature,
+        )
     if ":" in config.skill_writer:
         return import_writer(config.skill_writer)
-    budgets = config.rollout_budget, config.token_budget
-    sampling = Sampling(config.skill_tokens, config.skill_temperature, False, *budgets)
-    limit = config.skill_context_limit or config.context_limit
-    return model_writer(run.models[config.skill_writer], run.encoder, sampling, limit, config.skill_prefill)
+    return model_writer(
+        run.models[config.skill_writer],
+        run.encoder,
+        max_new_tokens=config.skill_tokens,
+        temperature=config.skill_temperature,
+        context_limit=config.skill_context_limit or config.context_limit,
+        prefill=config.skill_prefill,
+        rollout_budget=config.rollout_budget,
+        token_budget=config.token_budget,
+    )

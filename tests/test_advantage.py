@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advantage import combine, linear_decay, outcome_advantage, skill_advantage, sum_of_scored
+from advantage import combine, outcome_advantage, skill_advantage, sum_of_scored
 
 NAN = float("nan")
 
@@ -85,21 +85,17 @@ def test_skill_advantage_carries_no_gradient():
 def test_combine_adds_each_level_with_its_own_weight():
     outcome, mask = torch.tensor([1.0, -1.0]), torch.tensor([[1, 1], [1, 0]])
     episode, step = torch.tensor([[0.5, 0.25], [0, 0]]), torch.tensor([[0.0, 0], [2, 0]])
-    got = combine(outcome, episode, step, mask, episode_weight=0.1, step_weight=0.2)
+    got = combine(outcome, {"episode": episode, "step": step}, {"episode": 0.1, "step": 0.2}, mask)
     assert torch.allclose(got, torch.tensor([[1.05, 1.025], [-0.6, 0]]))
 
 
-def test_combine_clips_the_shift_before_weighting():
-    got = combine(
-        torch.zeros(1),
-        torch.tensor([[5.0, -5.0]]),
-        None,
-        torch.ones(1, 2),
-        episode_weight=2,
-        step_weight=0,
-        skill_clip=1,
-    )
-    assert got.tolist() == [[2, -2]]
+def test_combine_adds_levels_in_the_order_of_their_weights():
+    """Whichever was scored first: a sum of floats depends on its order."""
+    outcome, mask = torch.tensor([0.1]), torch.ones(1, 2)
+    episode, step, weights = torch.tensor([[0.7, 1e-9]]), torch.tensor([[0.2, -3.3]]), {"episode": 0.1, "step": 0.3}
+    got = combine(outcome, {"episode": episode, "step": step}, weights, mask)
+    assert torch.equal(got, outcome[:, None] * mask + 0.1 * episode + 0.3 * step)
+    assert torch.equal(combine(outcome, {"step": step, "episode": episode}, weights, mask), got)
 
 
 values = st.floats(-100, 100, width=32)
@@ -112,18 +108,22 @@ def test_no_nan_reaches_the_result_and_zero_weights_are_grpo(tokens, outcome):
     mask = ~old.isnan()
     shift = skill_advantage(skill, old, mask)
     outcome = torch.tensor([outcome])
-    assert combine(outcome, shift, shift, mask, episode_weight=0.3, step_weight=0.1).isfinite().all()
-    grpo = combine(outcome, None, None, mask, episode_weight=1, step_weight=1)
-    assert torch.equal(combine(outcome, shift, shift, mask, episode_weight=0, step_weight=0), grpo)
+    shifts = {"episode": shift, "step": shift}
+    assert combine(outcome, shifts, {"episode": 0.3, "step": 0.1}, mask).isfinite().all()
+    grpo = combine(outcome, {}, {"episode": 1.0, "step": 1.0}, mask)
+    assert torch.equal(combine(outcome, shifts, {"episode": 0.0, "step": 0.0}, mask), grpo)
     assert torch.equal(grpo, torch.where(mask, outcome, torch.zeros(())))
 
 
 def test_the_sum_knows_what_was_not_scored():
-    got = sum_of_scored(torch.ones(1, 3), torch.tensor([[1.0, NAN, NAN]]), torch.tensor([[2.0, 5.0, NAN]]))
-    assert got[0, :2].tolist() == [3, 5]
-    assert got[0, 2].isnan()
-
-
-def test_linear_decay():
-    assert [linear_decay(i, 4) for i in (0, 1, 4, 9)] == [1, 0.75, 0, 0]
-    assert linear_decay(1000, 0) == 1
+    """The last token is off the mask; of the others each level scored some, as one that knows neither."""
+    mask = torch.tensor([[True, True, True, True, False]])
+    logprobs = {
+        "episode": torch.tensor([[-1.0, NAN, -1.0, NAN, NAN]]),
+        "step": torch.tensor([[-1.0, -1.0, NAN, NAN, NAN]]),
+    }
+    shifts = {"episode": torch.tensor([[1.0, 0, 3, 0, 0]]), "step": torch.tensor([[2.0, 5, 0, 0, 0]])}
+    got = sum_of_scored(shifts, logprobs, mask)
+    assert got[0, :3].tolist() == [3, 5, 3]
+    assert got[0, 3:].isnan().all()
+    assert sum_of_scored({}, {}, mask).isnan().all()

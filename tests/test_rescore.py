@@ -1,115 +1,19 @@
-"""Log-probs of responses: hand-made numbers, the shift, and packing that changes no number."""
+"""Which contexts a skill makes of which steps, and by which model each is scored."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
 
+import rescore as rescore_module
 from data import Skills
-from envs.alfworld import AlfworldEnv
-from lm import branches as branches_module
-from lm.branches import tree_attention, tree_inputs, tree_obstacle
 from lm.encoder import Encoder
-from lm.loading import add_lora, frozen_copy
-from lm.logprobs import sequence_logprobs
-from lm.packing import Sequence, graft, micro_batches, pack
-from lm.scoring import layout_noise
-from rescore import guided_contexts, response_logprobs, score, tree_logprobs
+from lm.loading import frozen_copy
+from rescore import rescore, response_logprobs, skill_contexts, tree_logprobs
 from router import route
 from tests.playing import BUDGET, play, skill_logprobs
-
-NAN = float("nan")
-
-
-class Bigram(torch.nn.Module):
-    """A model whose next-token distribution depends on the current token alone: log-probs can be read off a table."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, vocabulary=5):
-        super().__init__()
-        self.table = torch.nn.Parameter(
-            torch.arange(vocabulary * vocabulary).float().view(vocabulary, vocabulary).sin()
-        )
-
-    def forward(self, input_ids, attention_mask, logits_to_keep, use_cache):
-        return type("Output", (), {"logits": self.table[input_ids[logits_to_keep]]})
-
-
-def test_the_logits_before_a_token_predict_it():
-    #  position:   0  1  2 | 3  4        scored: 3 given 2, 1 given 3
-    model = Bigram()
-    expected = model.table.log_softmax(-1)
-    got = response_logprobs(model, [[0, 4, 2]], [[3, 1]], token_budget=BUDGET)
-    assert torch.allclose(got, torch.stack([expected[2, 3], expected[3, 1]])[None])
-
-
-def test_temperature_divides_the_logits():
-    model = Bigram()
-    expected = (model.table / 0.5).log_softmax(-1)[2, 3]
-    assert torch.allclose(response_logprobs(model, [[2]], [[3]], temperature=0.5, token_budget=BUDGET)[0, 0], expected)
-
-
-def test_short_rows_end_in_nan():
-    got = response_logprobs(Bigram(), [[0], [1, 2]], [[1], [2, 3, 4]], token_budget=BUDGET)
-    assert got.isnan().tolist() == [[False, True, True], [False, False, False]]
-
-
-def test_gradient_flows_to_the_right_row():
-    model = Bigram()
-    logprobs, rows, columns = sequence_logprobs(model, pack([[0], [4]], [[1], [2]]), 1.0)
-    assert rows.tolist() == [0, 1]
-    assert columns.tolist() == [0, 0]
-    logprobs[0].backward()
-    assert model.table.grad[0].abs().sum() > 0
-    assert model.table.grad[1:].abs().sum() == 0
-
-
-def test_pack_merges_rows_that_extend_one_another():
-    #  row 0: [1 2] -> [3]   row 1: [1 2 3 7] -> [4 5]   row 2: another conversation
-    sequences = pack([[1, 2], [1, 2, 3, 7], [1, 2]], [[3], [4, 5], [9]])
-    assert [s.ids for s in sequences] == [[1, 2, 3, 7, 4, 5], [1, 2, 9]]
-    assert [s.responses for s in sequences] == [[(0, 2, 1), (1, 4, 2)], [(2, 2, 1)]]
-    assert len(pack([[1, 2], [1, 2, 3, 7]], [[3], [4]], packed=False)) == 2
-
-
-@pytest.mark.parametrize(("contexts", "responses", "message"), [([[]], [[1]], "context"), ([[1]], [[]], "response")])
-def test_nothing_to_score_is_an_error(contexts, responses, message):
-    with pytest.raises(ValueError, match=f"empty {message}"):
-        pack(contexts, responses)
-
-
-tokens = st.lists(st.integers(0, 4), min_size=1, max_size=6)
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(1, 40)
-)
-def test_any_conversations_score_the_same_packed_or_not(conversations, budget):
-    contexts, responses = [], []
-    for turns in conversations:
-        history = []
-        for chunk, response in turns:
-            contexts.append(history + chunk)
-            responses.append(response)
-            history = history + chunk + response
-    model = Bigram()
-    plain = response_logprobs(model, contexts, responses, packed=False, token_budget=10_000)
-    packed = response_logprobs(model, contexts, responses, token_budget=budget)
-    assert torch.equal(plain.isnan(), packed.isnan())
-    assert torch.allclose(plain.nan_to_num(), packed.nan_to_num())
-    batches = micro_batches(pack(contexts, responses), budget)
-    assert all(len(batch) == 1 or len(batch) * max(len(s.ids) for s in batch) <= budget for batch in batches)
-    assert sorted(row for batch in batches for s in batch for row, _, _ in s.responses) == list(range(len(contexts)))
+from tests.settings import laptop
 
 
 @pytest.fixture
@@ -127,40 +31,22 @@ def rows_of(trajectories):
     return [step.context for step in steps], [step.response for step in steps]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen"])
-def test_packed_equals_plain_on_rollouts(architecture, played, request):
-    model = request.getfixturevalue(architecture)
-    _, trajectories = played(model)
-    contexts, responses = rows_of(trajectories)
-    assert len(pack(contexts, responses)) == len(trajectories) < len(contexts)
-    plain = response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET)
-    packed = response_logprobs(model, contexts, responses, token_budget=BUDGET)
-    assert torch.equal(plain.isnan(), packed.isnan())
-    assert (plain - packed).abs().nan_to_num().max() < 1e-4
-    assert plain.nanmean().abs() > 0.1
-
-
-def test_packing_changes_no_gradient(llama, played):
-    contexts, responses = rows_of(played(llama)[1])
-    gradients = []
-    for packed in (True, False):
-        llama.zero_grad()
-        sequence_logprobs(llama, pack(contexts, responses, packed=packed), 1.0)[0].sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in llama.parameters()]))
-    assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-2 * gradients[0].abs().mean().item())
+def assert_same(a, b, tolerance=1e-4):
+    assert torch.equal(a.isnan(), b.isnan())
+    assert (a - b).abs().nan_to_num().max() < tolerance
 
 
 def test_only_guided_steps_are_scored_and_an_empty_skill_slot_shifts_nothing(llama, played):
     encoder, trajectories = played(llama)
     skills = [Skills("s", "open every closed place", {1: "take apple"}), *[None] * (len(trajectories) - 1)]
-    routes = [route(s, len(t.steps), "critical-first") for s, t in zip(skills, trajectories, strict=True)]
+    routes = [route(t, s, "critical-first") for s, t in zip(skills, trajectories, strict=True)]
     old = response_logprobs(llama, *rows_of(trajectories), token_budget=BUDGET)
     episode, _ = skill_logprobs(llama, encoder, trajectories, routes, "episode", context_limit=512)
     step, _ = skill_logprobs(llama, encoder, trajectories, routes, "step", context_limit=512)
     assert (~episode.isnan()).any(1).nonzero().flatten().tolist() == [0, 2, 3, 4]
     assert (~step.isnan()).any(1).nonzero().flatten().tolist() == [1]
     assert (episode - old).abs().nan_to_num().max() > 1e-3  # a skill in the context does shift
-    contexts, _ = guided_contexts(encoder, trajectories, routes, "step", context_limit=512)
+    contexts, _ = skill_contexts(encoder, trajectories, routes, "step", 512)
     assert [row for row, context in enumerate(contexts) if context] == [1]
 
 
@@ -168,7 +54,7 @@ def test_only_guided_steps_are_scored_and_an_empty_skill_slot_shifts_nothing(lla
 def test_skill_scores_equal_scoring_each_augmented_prompt_alone(style, llama, played):
     encoder, trajectories = played(llama, style)
     skills = [Skills("s", "open every closed place", {1: "take apple", 3: "go to bed"}) for _ in trajectories]
-    routes = [route(s, len(t.steps), "additive") for s, t in zip(skills, trajectories, strict=True)]
+    routes = [route(t, s, "additive") for s, t in zip(skills, trajectories, strict=True)]
     for level in ("episode", "step"):
         packed, _ = skill_logprobs(llama, encoder, trajectories, routes, level, context_limit=512)
         plain, _ = skill_logprobs(llama, encoder, trajectories, routes, level, context_limit=512, packed=False)
@@ -179,7 +65,7 @@ def test_skill_scores_equal_scoring_each_augmented_prompt_alone(style, llama, pl
 def test_an_augmented_prompt_over_the_limit_is_left_unguided_and_counted(llama, played):
     encoder, trajectories = played(llama)
     skills = [Skills("s", "open every closed place " * 40) for _ in trajectories]
-    routes = [route(s, len(t.steps), "episode") for s, t in zip(skills, trajectories, strict=True)]
+    routes = [route(t, s, "episode") for s, t in zip(skills, trajectories, strict=True)]
     longest = max(len(step.context) for t in trajectories for step in t.steps)
     scored, too_long = skill_logprobs(llama, encoder, trajectories, routes, "episode", context_limit=longest + 20)
     assert too_long == sum(len(t.steps) for t in trajectories) == len(scored)
@@ -189,268 +75,88 @@ def test_an_augmented_prompt_over_the_limit_is_left_unguided_and_counted(llama, 
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_a_guided_context_has_its_skill_and_may_fill_the_limit_to_the_last_token(style, llama, played):
     encoder, (trajectory, *_) = played(llama, style)
-    routes = [route(Skills("s", "open every closed place"), len(trajectory.steps), "episode")]
-    [*_, last], too_long = guided_contexts(encoder, [trajectory], routes, "episode", context_limit=512)
+    routes = [route(trajectory, Skills("s", "open every closed place"), "episode")]
+    [*_, last], too_long = skill_contexts(encoder, [trajectory], routes, "episode", 512)
     assert "skill open every closed place" in encoder.tokenizer.decode(last) and too_long == 0
     limit = len(last) + len(trajectory.steps[-1].response)
     for room, kept in ((limit, True), (limit - 1, False)):
-        contexts, _ = guided_contexts(encoder, [trajectory], routes, "episode", context_limit=room)
+        contexts, _ = skill_contexts(encoder, [trajectory], routes, "episode", room)
         assert (contexts[-1] == last) is kept
 
 
-# ---- branches of one pass -------------------------------------------------------------------------------------------
-
-SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "head_dim": 16}
-
-
-def test_graft_hangs_a_branch_where_the_contexts_part():
-    #  row 0: [1 2] -> [3]   row 1: [1 2 3 7] -> [4 5], and with a skill [1 2 3 8 9 7] -> [4 5]
-    (tree,) = graft(pack([[1, 2], [1, 2, 3, 7]], [[3], [4, 5]]), [None, [1, 2, 3, 8, 9, 7]], [[3], [4, 5]], 100)
-    assert tree.ids == [1, 2, 3, 7, 4, 5, 8, 9, 7, 4, 5]
-    assert tree.trunk == [1, 2, 3, 7, 4, 5]
-    assert tree.branches == [(3, 6, 5)]
-    assert tree.responses == [(0, 2, 1), (1, 4, 2), (3, 9, 2)]
-    inputs = tree_inputs([tree], 12, "cpu")
-    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 0]]
-    assert inputs["attention_mask"].shape == (1, 1, 6, 12)  # the trunk needs none
-    seen = inputs["attention_mask"][0, 0].int().tolist()
-    assert seen[1] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0]  # a branch: the trunk up to its point, itself up to here
-    assert seen[4] == [1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0]
-    longer = Sequence([1] * 9, [], [])
-    seen = tree_inputs([longer, tree], 12, "cpu")["attention_mask"][:, 0].int().tolist()
-    assert seen[1][1] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0]
-    assert seen[0][2] == [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]  # the shortest trunk decides where masks begin
+READ = {  # (KL, scorer, plain) -> each pass: its model, what it reads
+    (0.1, "old", True): ["old: plain, step", "reference: plain", "old: episode"],
+    (0.1, "reference", True): ["old: plain", "reference: plain, step", "reference: episode"],
+    (0.0, "old", True): ["old: plain, step", "old: episode"],
+    (0.0, "reference", True): ["old: plain", "reference: step", "reference: episode"],
+    (0.1, "old", False): ["old: step", "old: episode"],
+    (0.1, "reference", False): ["reference: step", "reference: episode"],
+}
 
 
-@pytest.mark.parametrize(
-    ("contexts", "branches", "budget"),
-    [
-        ([[1, 2], [1, 2, 3, 7]], [None, [9, 2, 3, 7]], 100),  # nothing shared
-        ([[1, 2], [1, 2, 3, 7]], [None, [1, 2, 3, 8, 7]], 9),  # too long for the budget
-        ([[1, 2], [4, 2, 3, 7]], [None, [4, 2, 3, 8, 7]], 100),  # a row packed with no other
-    ],
-)
-def test_a_context_that_cannot_be_a_branch_is_a_sequence_of_its_own(contexts, branches, budget):
-    trees = graft(pack(contexts, [[3], [4, 5]]), branches, [[3], [4, 5]], budget)
-    assert not any(tree.branches for tree in trees)
-    assert trees[-1].ids == branches[1] + [4, 5]
-    assert trees[-1].responses == [(3, len(branches[1]), 2)]
-
-
-def test_branches_leave_the_packed_sequences_as_they_were():
-    sequences = pack([[1, 2], [1, 2, 3, 7]], [[3], [4]])
-    graft(sequences, [[1, 5, 2], None], [[3], [4]], 100)
-    assert sequences == pack([[1, 2], [1, 2, 3, 7]], [[3], [4]])
-
-
-def guided_rollouts(model, played, mode, style="chat"):
-    """(contexts, responses, step-guided contexts, what skill_logprobs needs); three step skills a rollout."""
-    encoder, trajectories = played(model, style)
-    skills = [Skills("s", "open every closed place", {0: "look", 1: "take apple", 3: "go to bed"})] * len(trajectories)
-    routes = [route(s, len(t.steps), mode) for s, t in zip(skills, trajectories, strict=True)]
-    branches, _ = guided_contexts(encoder, trajectories, routes, "step", context_limit=512)
-    return *rows_of(trajectories), branches, (encoder, trajectories, routes)
-
-
-def assert_same(a, b, tolerance=1e-4):
-    assert torch.equal(a.isnan(), b.isnan())
-    assert (a - b).abs().nan_to_num().max() < tolerance
-
-
-@pytest.mark.parametrize("style", ["chat", "window"])
-@pytest.mark.parametrize("mode", ["critical-first", "additive"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen", "qwen3"])
-def test_tree_equals_plain(architecture, mode, style, played, request):
-    model = request.getfixturevalue(architecture)
+@pytest.mark.parametrize(("kl", "scorer", "plain"), READ)
+def test_each_score_is_that_of_its_own_model_and_context(kl, scorer, plain, llama, played, monkeypatch):
+    """Policy and, for the KL term, reference read h, the scorer h^; step skills cost a pass of their own only where the
+    scorer reads no h."""
+    encoder, trajectories = played(llama)
+    models = {name: frozen_copy(llama) for name in ("old", "reference")}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    contexts, responses, branches, routed = guided_rollouts(model, played, mode, style)
-    old = response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET)
-    step, _ = skill_logprobs(model, *routed, "step", context_limit=512, packed=False)
-    trees = graft(pack(contexts, responses), branches, responses, 2048)
-    assert sum(len(tree.branches) for tree in trees) == (3 * 6 if style == "chat" else 0)
-    plain, branch = tree_logprobs(model, contexts, responses, branches, token_budget=2048)
-    assert_same(plain, old)
-    assert_same(branch, step)
-    assert (branch - plain).abs().nan_to_num().max() > 0.01  # and a skill shifts something
-    without, only = tree_logprobs(model, contexts, responses, branches, token_budget=2048, branches_only=True)
-    assert without.isnan().all()
-    assert_same(only, step)
+        models["reference"].lm_head.weight.add_(0.01)
+        next(models["reference"].parameters()).mul_(1.05)
+    passes, reading = [], []
+    name_of = lambda model: next(name for name, known in models.items() if known is model)
 
+    def tree(model, contexts, responses, branches, *, branches_only, **limits):
+        kinds = ["plain"] * (not branches_only) + ["step"] * any(branches)
+        passes.append(f"{name_of(model)}: {', '.join(kinds)}")
+        return tree_logprobs(model, contexts, responses, branches, branches_only=branches_only, **limits)
 
-def test_a_branch_cannot_be_seen_by_the_trunk_or_by_another(llama, played):
-    contexts, responses, branches, _ = guided_rollouts(llama, played, "step")
-    plain, branch = tree_logprobs(llama, contexts, responses, branches, token_budget=2048)
-    changed = [c and [*c[:-3], (c[-3] + 1) % 50, *c[-2:]] if row % 5 == 1 else c for row, c in enumerate(branches)]
-    plain_2, branch_2 = tree_logprobs(llama, contexts, responses, changed, token_budget=2048)
-    assert_same(plain, plain_2, 1e-6)
-    moved = (branch - branch_2).abs().nan_to_num().amax(1) > 1e-6
-    assert [row % 5 for row in moved.nonzero().flatten().tolist()] == [1] * 6
+    def alone(model, *rows, **limits):
+        passes.append(f"{name_of(model)}: episode")
+        return response_logprobs(model, *rows, **limits)
 
+    monkeypatch.setattr(rescore_module, "tree_logprobs", tree)
+    monkeypatch.setattr(rescore_module, "response_logprobs", alone)
+    config = laptop(kl=kl, scorer=scorer, temperature=0.7, token_budget=64, routing="additive", context_limit=512)
+    run = SimpleNamespace(config=config, encoder=encoder, levels=config.levels, models=models)
+    run.reading = lambda model: reading.append(name_of(model)) or nullcontext()
+    skills = [Skills("s", "open every closed place", {1: "take apple"}), *[None] * (len(trajectories) - 1)]
+    routes = [route(t, s, config.routing) for t, s in zip(trajectories, skills, strict=True)]
 
-@settings(max_examples=40)
-@given(st.data(), st.lists(st.tuples(tokens, tokens), min_size=1, max_size=4), st.integers(1, 60))
-def test_any_tree_scores_what_its_rows_score_alone(data, turns, budget):
-    contexts, responses, branches, history = [], [], [], []
-    for chunk, response in turns:
-        contexts.append(history + chunk)
-        responses.append(response)
-        kept, skill = data.draw(st.integers(0, len(history))), data.draw(st.none() | tokens)
-        branches.append(skill and history[:kept] + skill + chunk)
-        history = history + chunk + response
-    trees = graft(pack(contexts, responses), branches, responses, budget)
-    scored = sorted((row, tuple(t.ids[a : a + n])) for t in trees for row, a, n in t.responses)
-    rows = [*range(len(turns)), *(len(turns) + row for row, context in enumerate(branches) if context)]
-    assert scored == [(row, tuple(responses[row % len(turns)])) for row in rows]
-    for tree in trees:  # what a branch sees of the trunk, and itself, is its context and response
-        for (point, start, size), (row, first, length) in zip(tree.branches, tree.responses[-len(tree.branches) :]):
-            context = branches[row - len(turns)]
-            assert tree.ids[:point] + tree.ids[start : start + size] == context + responses[row - len(turns)]
-            assert (first, length) == (start + size - length, len(responses[row - len(turns)]))
+    batch, metrics = rescore(run, trajectories, skills, routes, plain=plain)
+    assert passes == READ[kl, scorer, plain]
+    assert reading == [text.split(":")[0] for text in passes]  # each pass in the run's precision, its model in place
+    assert (batch.trajectories, batch.skills, batch.routes) == (trajectories, skills, routes)
 
-
-def test_lora_reference_scores_branches_with_the_adapters_off(llama, played):
-    contexts, responses, branches, _ = guided_rollouts(llama, played, "step")
-    expected = tree_logprobs(llama, contexts, responses, branches, token_budget=BUDGET)
-    model = add_lora(llama, rank=4)
-    reference = frozen_copy(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    assert tree_obstacle(reference) is None
-    for got, want in zip(
-        tree_logprobs(reference, contexts, responses, branches, token_budget=BUDGET), expected, strict=True
-    ):
-        assert_same(got, want)
-    assert (
-        tree_logprobs(model, contexts, responses, branches, token_budget=BUDGET)[1] - expected[1]
-    ).abs().nan_to_num().max() > 1e-2
-
-
-@pytest.mark.parametrize(("readers", "scorer"), [(("old", "new"), "old"), (("old", "new"), "third"), (("old",), "new")])
-def test_each_score_is_that_of_its_own_model_and_context(readers, scorer, llama, played):
-    """Every reader reads h, the scorer h^; step skills cost a pass of their own only where the scorer reads no h."""
-    models = {name: frozen_copy(llama) for name in ("old", "new", "third")}
-    for shift, model in enumerate(models.values()):
-        with torch.no_grad():
-            model.lm_head.weight.add_(0.01 * shift)
-            next(model.parameters()).mul_(1 + 0.05 * shift)
-    contexts, responses = rows_of(played(llama)[1])
-    step = [[*context[:-1], 7, context[-1]] if row % 2 else None for row, context in enumerate(contexts)]
-    episode = [None if row % 2 else [context[0], 8, *context[1:]] for row, context in enumerate(contexts)]
-    limits, passes = {"temperature": 0.7, "token_budget": 64}, []
-
-    def progress(name):
-        passes.append(name)
-        return iter
-
-    guided = {"episode": episode, "step": step}
-    given = {name: models[name] for name in readers}
-    plain, scored = score(given, models[scorer], contexts, responses, guided, **limits, progress=progress)
-    assert passes == [*readers, *["step"] * (scorer not in readers), "episode"]
-    assert (list(plain), sorted(scored)) == (list(readers), ["episode", "step"])
-    for name in readers:
-        assert_same(plain[name], response_logprobs(models[name], contexts, responses, **limits))
-    assert_same(scored["step"], response_logprobs(models[scorer], step, responses, **limits))
-    assert_same(scored["episode"], response_logprobs(models[scorer], episode, responses, **limits))
-    none, nothing = score(given, None, contexts, responses, {}, **limits, progress=progress)
-    assert nothing == {} and list(none) == list(readers)
-
-
-def test_step_skills_cost_branches_not_contexts(llama, played):
-    """Tokens read for both contexts of each step, against those of a second context for each."""
-    contexts, responses, branches, _ = guided_rollouts(llama, played, "step")
-    read = []
-
-    def progress(batches):
-        read.append(sum(len(sequence.ids) for batch in batches for sequence in batch))
-        return batches
-
-    tree_logprobs(llama, contexts, responses, branches, token_budget=BUDGET, progress=progress)
-    response_logprobs(llama, contexts, responses, token_budget=BUDGET, progress=progress)
-    response_logprobs(llama, branches, responses, token_budget=BUDGET, progress=progress)
-    both, plain, second = read
-    assert both < plain + second / 2
-
-
-def test_only_a_pass_with_branches_changes_how_a_model_attends(llama):
-    ids = torch.arange(5)[None]
-    with torch.no_grad():
-        before = llama(input_ids=ids).logits
-        with pytest.raises(ValueError, match="inside"), tree_attention(llama):
-            assert llama.config._attn_implementation == "opid_tree"
-            assert (llama(input_ids=ids).logits - before).abs().max() < 1e-6  # plainly causal where there is no mask
-            raise ValueError("inside")
-    assert llama.config._attn_implementation == "sdpa"
-    llama._supports_attention_backend = False
-    assert "AttentionInterface" in tree_obstacle(llama)
-
-
-def other_models(vocabulary):
-    return {
-        "sliding": MistralForCausalLM(MistralConfig(vocab_size=vocabulary, sliding_window=8, **SIZES)),
-        "recurrent": MambaForCausalLM(MambaConfig(vocab_size=vocabulary, hidden_size=48, num_hidden_layers=1)),
-        "eager": GemmaForCausalLM(GemmaConfig(vocab_size=vocabulary, **SIZES, attn_implementation="eager")),
-    }
-
-
-@pytest.mark.parametrize("kind", ["sliding", "recurrent", "eager"])
-def test_a_model_that_takes_no_tree_scores_plainly_and_says_so(kind, llama, played, tokenizer, caplog):
-    contexts, responses, branches, routed = guided_rollouts(llama, played, "step")
-    torch.manual_seed(0)
-    model = other_models(len(tokenizer))[kind].eval()
-    branches_module.notice.cache_clear()
-    plain, branch = tree_logprobs(model, contexts, responses, branches, token_budget=BUDGET)
-    assert f"{type(model).__name__} scores each step skill in a pass of its own" in caplog.text
-    assert_same(plain, response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET))
-    assert_same(branch, skill_logprobs(model, *routed, "step", context_limit=512, packed=False)[0])
-
-
-def test_without_branches_the_pass_is_the_packed_one_bit_for_bit(llama, played):
-    _, trajectories = played(llama)
     contexts, responses = rows_of(trajectories)
-    plain, branch = tree_logprobs(llama, contexts, responses, [None] * len(contexts), token_budget=BUDGET)
-    assert torch.equal(
-        plain.nan_to_num(), response_logprobs(llama, contexts, responses, token_budget=BUDGET).nan_to_num()
-    )
-    assert branch.isnan().all()
+    limits = {"temperature": 0.7, "token_budget": BUDGET}
+    if plain:
+        assert_same(batch.old_logprobs, response_logprobs(models["old"], contexts, responses, **limits))
+        assert batch.mask.sum() == sum(map(len, responses))
+    else:
+        assert batch.old_logprobs is None or batch.old_logprobs.isnan().all()
+    if plain and kl:
+        assert_same(batch.reference_logprobs, response_logprobs(models["reference"], contexts, responses, **limits))
+    else:
+        assert batch.reference_logprobs is None or batch.reference_logprobs.isnan().all()
+    assert sorted(batch.skill_logprobs) == sorted(batch.skill_contexts) == ["episode", "step"]
+    for level, guided in (("episode", [0, 1, 2, 3, 4]), ("step", [1])):
+        h_skill, _ = skill_contexts(encoder, trajectories, routes, level, 512)
+        assert batch.skill_contexts[level] == h_skill
+        assert [row for row, context in enumerate(h_skill) if context] == guided
+        assert_same(batch.skill_logprobs[level], response_logprobs(models[scorer], h_skill, responses, **limits))
+        assert metrics[f"guided/{level}"] == pytest.approx(len(guided) / len(contexts))
+        assert metrics[f"guided/{level}_too_long"] == 0
 
 
-def test_the_noise_floor_is_tiny_in_float32_and_larger_in_bfloat16(llama, played):
-    contexts, responses = rows_of(played(llama)[1])
-    fine = layout_noise(llama, contexts, responses, temperature=1.0, token_budget=BUDGET)
-    coarse = layout_noise(llama.bfloat16(), contexts, responses, temperature=1.0, token_budget=BUDGET)
-    assert 0 < fine < 1e-4 < coarse < 1
-
-
-def test_the_noise_floor_compares_two_layouts_at_the_runs_temperature(monkeypatch):
-    """Two rows of scores that differ by 0.1, 0.3 and 0.2, and where nothing is scored."""
-    asked = []
-
-    def scores(model, contexts, responses, *, temperature, token_budget, packed=True):
-        asked.append((temperature, packed))
-        return torch.tensor([[-1.0, -2.0], [-1.0, NAN]]) if packed else torch.tensor([[-1.1, -2.3], [-1.2, NAN]])
-
-    monkeypatch.setattr("lm.scoring.response_logprobs", scores)
-    assert layout_noise(None, [], [], temperature=0.7, token_budget=64) == pytest.approx(0.2)
-    assert asked == [(0.7, True), (0.7, False)]
-
-
-def test_smollm2_packed_equals_plain_over_ten_turns(smollm2, games):
-    """The real model, float32, trajectories of 10 turns: to 1e-4. (lab/benchmarks/score.py times it.)"""
-    model, tokenizer = smollm2
-    torch.manual_seed(0)
-    make_env = lambda: AlfworldEnv(prompt="compact", max_steps=10)
-    encoder = Encoder(tokenizer, "chat")
-    trajectories, _ = play(model, encoder, make_env, games[:1], 2, max_new_tokens=8, context_limit=2048)
-    contexts, responses = rows_of(trajectories)
-    assert len(contexts) == 20
-    assert len(pack(contexts, responses)) == 2
-    plain = response_logprobs(model, contexts, responses, packed=False, token_budget=BUDGET)
-    packed = response_logprobs(model, contexts, responses, token_budget=BUDGET)
-    assert torch.equal(plain.isnan(), packed.isnan())
-    assert (plain - packed).abs().nan_to_num().max() < 1e-4
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_without_a_level_nothing_but_plain_contexts_is_read(kl, llama, played):
+    encoder, trajectories = played(llama)
+    models = {"old": llama, "reference": frozen_copy(llama)}
+    run = SimpleNamespace(config=laptop(kl=kl), encoder=encoder, levels=(), models=models)
+    run.reading = lambda model: nullcontext()
+    none = [None] * len(trajectories)
+    batch, metrics = rescore(run, trajectories, none, [route(t, None, "critical-first") for t in trajectories])
+    assert metrics == batch.skill_logprobs == batch.skill_contexts == {}
+    assert_same(batch.old_logprobs, response_logprobs(llama, *rows_of(trajectories), token_budget=BUDGET))
+    assert (batch.reference_logprobs is None) is (kl == 0)

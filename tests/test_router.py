@@ -1,18 +1,21 @@
 """The truth table of routing, and where a skill's text goes."""
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.controls import counterparts, shuffle_skills
-from data import Guidance, Skills, Slot, Trajectory
-from router import RULES, fill, guided_messages, route, rule
+from data import Guidance, Skills, Slot, Step, Trajectory
+from router import RULES, fill, guided_messages, route
 
 SKILLS = Skills("summary", "work in order", {1: "open it"})
 EPISODE, STEP = Guidance("episode", "work in order"), Guidance("step", "open it")
 PROMPT = ("task\n", Slot("episode", "E:{text}\n"), "now\n", Slot("step", "S:{text}\n"), "act")
+
+
+def played(steps: int, success: bool = True, logprobs: list[list[float]] | None = None) -> Trajectory:
+    """A trajectory of so many steps."""
+    made = [Step((), "", [1], [2], "", "", True, logprobs[t] if logprobs else [-0.1]) for t in range(steps)]
+    return Trajectory("", 0, made, success)
 
 
 @pytest.mark.parametrize(
@@ -26,12 +29,12 @@ PROMPT = ("task\n", Slot("episode", "E:{text}\n"), "now\n", Slot("step", "S:{tex
     ],
 )
 def test_route(mode, expected):
-    assert route(SKILLS, 3, mode) == expected
+    assert route(played(3), SKILLS, mode) == expected
 
 
 @pytest.mark.parametrize("mode", RULES)
 def test_no_skills_guide_nothing(mode):
-    assert route(None, 2, mode) == [(), ()]
+    assert route(played(2), None, mode) == [(), ()]
 
 
 @pytest.mark.parametrize(
@@ -44,41 +47,32 @@ def test_no_skills_guide_nothing(mode):
     ],
 )
 def test_a_level_that_is_left_out_counts_as_absent(mode, level, expected):
-    assert route(SKILLS, 2, mode, levels=(level,)) == expected
+    assert route(played(2), SKILLS, mode, levels=(level,)) == expected
 
 
-@pytest.fixture
-def own_rule():
-    """Registers rules for one test."""
-    before = dict(RULES)
-    yield rule
-    RULES.clear()
-    RULES.update(before)
+def test_a_rule_sees_how_each_step_was_sampled_and_how_it_ended(monkeypatch):
+    def unsure(trajectory, t, episode, step):
+        return step if min(trajectory.steps[t].logprobs) < -1 and not trajectory.success else episode
 
-
-def test_a_rule_gets_what_it_asks_for(own_rule):
-    @own_rule("unsure")
-    def unsure(episode, step, success, logprobs):
-        return step if min(logprobs) < -1 and not success else episode
-
+    monkeypatch.setitem(RULES, "unsure", unsure)
     logprobs = [[-0.1], [-0.5, -2.0], [-3.0]]
-    assert route(SKILLS, 3, "unsure", success=False, logprobs=logprobs) == [(EPISODE,), (STEP,), ()]
-    assert route(SKILLS, 3, "unsure", success=True, logprobs=logprobs) == [(EPISODE,)] * 3
+    assert route(played(3, False, logprobs), SKILLS, "unsure") == [(EPISODE,), (STEP,), ()]
+    assert route(played(3, True, logprobs), SKILLS, "unsure") == [(EPISODE,)] * 3
 
 
-def test_two_skills_of_one_level_are_an_error(own_rule):
-    own_rule("twice")(lambda episode, step: episode + episode)
+def test_two_skills_of_one_level_are_an_error(monkeypatch):
+    monkeypatch.setitem(RULES, "twice", lambda trajectory, t, episode, step: episode + episode)
     with pytest.raises(ValueError, match="gives step 0 two skills of one level"):
-        route(SKILLS, 1, "twice")
+        route(played(1), SKILLS, "twice")
 
 
 def test_blank_skills_guide_nothing():
-    assert route(Skills("", " ", {0: ""}), 1, "additive") == [()]
+    assert route(played(1), Skills("", " ", {0: ""}), "additive") == [()]
 
 
 def test_unknown_mode():
     with pytest.raises(ValueError, match="critical-first"):
-        route(SKILLS, 1, "critical")
+        route(played(1), SKILLS, "critical")
 
 
 def test_fill_puts_each_level_in_its_slot_and_leaves_the_rest():
@@ -159,54 +153,3 @@ def test_chat_puts_the_episode_skill_first_and_the_step_skill_last():
     assert guided_messages(prompts, None, "chat") == plain
     assert guided_messages(prompts, EPISODE, "chat") == ["task\nE:work in order\nnow\nact", *plain[1:]]
     assert guided_messages(prompts, STEP, "chat") == [*plain[:2], "seen\nS:open it\n"]
-
-
-def played(*tasks: tuple[int, str]) -> list[Trajectory]:
-    """One trajectory for each (task, type)."""
-    return [Trajectory("", group, [], True, task_type=kind) for group, kind in tasks]
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abc")), min_size=2, max_size=9), st.integers(0, 99))
-def test_shuffled_skills_come_from_another_type_where_there_is_one(tasks, seed):
-    trajectories = played(*((group, kind + str(group % 2)) for group, kind in tasks))
-    skills = [Skills("", str(i), {}) for i in range(len(tasks))]
-    if len({t.group for t in trajectories}) == 1:  # the other tasks' prompts were too long: no skill, and no end
-        assert shuffle_skills(skills, trajectories, random.Random(seed)) == [None] * len(tasks)
-        return
-    got = shuffle_skills(skills, trajectories, random.Random(seed))
-    assert got == shuffle_skills(skills, trajectories, random.Random(seed))
-    for own, taken in zip(trajectories, got, strict=True):
-        source = trajectories[int(taken.episode)]
-        assert source.group != own.group
-        others = {t.task_type for t in trajectories if t.group != own.group}
-        assert source.task_type != own.task_type or others == {own.task_type}
-
-
-def test_shuffling_depends_on_the_seed_and_passes_over_those_without_skills():
-    trajectories = played((0, "a"), (0, "a"), (1, "b"), (1, "b"), (2, "c"), (2, "c"))
-    skills = [Skills("", str(i), {}) for i in range(6)]
-    assert len({str(shuffle_skills(skills, trajectories, random.Random(seed))) for seed in range(9)}) > 3
-    assert shuffle_skills([None, SKILLS], played((0, "a"), (1, "b")), random.Random(0)) == [SKILLS, None]
-
-
-def test_counterparts_keep_the_routes_and_take_the_words_of_another_task():
-    trajectories = played((0, "a"), (1, "b"), (2, "a"))
-    skills = [Skills("", "E0", {1: "S0"}), Skills("", "E1", {0: "S1", 4: "T1"}), None]
-    routes = [[(EPISODE,), (STEP,), (EPISODE, STEP)], [(EPISODE,)], [()]]
-    swapped = counterparts(routes, skills, trajectories, random.Random(0))
-    assert [[[g.level for g in gs] for gs in route] for route in swapped] == [
-        [["episode"], ["step"], ["episode", "step"]],
-        [["episode"]],
-        [[]],
-    ]
-    assert {g.text for gs in swapped[0] for g in gs if g.level == "episode"} == {"E1"}
-    assert {g.text for gs in swapped[0] for g in gs if g.level == "step"} <= {"S1", "T1"}
-    assert swapped[1] == [(Guidance("episode", "E0"),)]
-
-
-def test_a_level_that_no_other_task_has_a_skill_of_has_no_counterpart():
-    trajectories, routes = played((0, "a"), (1, "b")), [[(EPISODE,), (STEP,)], [()]]
-    for other in (Skills("", "E1", {}), Skills("", "E1", {0: " "})):
-        swapped = counterparts(routes, [SKILLS, other], trajectories, random.Random(0))
-        assert swapped[0] == [(Guidance("episode", "E1"),), ()]
-    assert counterparts(routes, [SKILLS, None], trajectories, random.Random(0))[0] == [(), ()]

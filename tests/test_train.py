@@ -8,6 +8,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -19,14 +20,19 @@ import config as config_module
 import lm.scoring
 import rescore
 import router
+import runlog.start as start_module
 import train as train_module
-from baselines import METHODS
-from config import Config, parse_args
-from data import Step, Trajectory
+from config import Config, parse_args, settings_come_from, settings_to_save, variant_of
+from data import Batch, Step, Trajectory
 from envs.alfworld import AlfworldEnv
-from lm.offload import Offload
+from lm.loading import save_policy
+from lm.processes import Offload
+from rollout import play
 from runlog import checkpoints
-from train import Run, outcome_of, train
+from runlog.start import Run, learning_rate, start
+from skills import own_skills
+from train import outcomes
+from variants import gigpo
 
 SMALL = "--tasks 2 --rollouts 2 --max-steps 4 --max-new-tokens 6 --train-games 6 --eval-games 2 "
 SMALL += "--mini-batch 8 --learning-rate 1e-3"
@@ -38,14 +44,20 @@ def random_tiny(monkeypatch, llama, tokenizer):
     """`--model tiny` without its warm start, and skills by a script, since a random model writes none."""
     # half of its responses count as valid, so that there is an outcome to learn from
     monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
-    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    monkeypatch.setattr(start_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
+    monkeypatch.setattr(start_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
 
-def config(tmp_path, name, **changes) -> Config:
-    flags = f"{SMALL} --eval-every 0 --save-every 1 --invalid-penalty 1 --scorer old --iterations 3"
-    return replace(parse_args([*flags.split(), "--out", str(tmp_path / name)]), **changes)
+def config(tmp_path, name, algo="opid", **changes) -> Config:
+    flags = f"{SMALL} --eval-every 0 --save-every 1 --invalid-penalty 1 --iterations 3 --algo {algo}"
+    return replace(parse_args([*flags.split(), "--out", str(tmp_path / name)]), **{"scorer": "old"} | changes)
+
+
+def train(config: Config, run: Run | None = None) -> Run:
+    run = run or start(config)
+    train_module.train(run, variant_of(config.algo))
+    return run
 
 
 def weights(out) -> dict:
@@ -66,14 +78,14 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_a_model_that_nobody_reads_is_not_kept(random_tiny, tmp_path):
-    assert not Run(config(tmp_path, "grpo", algo="grpo", kl=0.0)).frozen
-    assert not Run(config(tmp_path, "opid", kl=0.0)).frozen  # --scorer old, the policy
-    assert len(Run(config(tmp_path, "pulled", algo="grpo")).frozen) == 1
+    assert "reference" not in start(config(tmp_path, "grpo", "grpo", kl=0.0)).models
+    assert "reference" not in start(config(tmp_path, "opid", kl=0.0)).models  # --scorer old, the policy
+    assert "reference" in start(config(tmp_path, "pulled", algo="grpo")).models
 
 
 def test_zero_weights_are_grpo_bit_for_bit(random_tiny, tmp_path):
     grpo, zero, opid = (
-        config(tmp_path, "grpo", algo="grpo"),
+        config(tmp_path, "grpo", "grpo"),
         config(tmp_path, "zero", episode_weight=0.0, step_weight=0.0),
         config(tmp_path, "opid", episode_weight=0.5, step_weight=0.5),
     )
@@ -92,20 +104,21 @@ def test_without_a_weight_for_steps_a_critical_step_is_guided_by_the_episode_ski
     assert "guided/step" not in record
 
 
-def test_a_rule_that_asks_for_them_gets_the_log_probs_of_each_step(random_tiny, tmp_path, monkeypatch):
+def test_a_rule_sees_the_outcome_and_the_log_probs_of_each_step(random_tiny, tmp_path, monkeypatch):
     seen = []
 
-    def watch(episode, step, success, logprobs):
-        seen.append((success, logprobs))
+    def watch(trajectory, t, episode, step):
+        seen.append((trajectory.success, trajectory.steps[t].logprobs))
         return step or episode
 
     monkeypatch.setitem(router.RULES, "critical-first", watch)
     train(c := config(tmp_path, "run", iterations=1, sample_every=1))
-    shown = [step for sample in lines(c.out, "samples.jsonl") for step in sample["steps"]]
-    told = [logprobs for _, logprobs in seen][-16:]  # the settings were tried on a made-up step before
-    assert len(told) == len(shown) == 16
-    for logprobs, step in zip(told, shown, strict=True):
-        assert logprobs == pytest.approx(step["old_logprobs"], abs=1e-4)
+    samples = lines(c.out, "samples.jsonl")
+    shown = [(sample["success"], step["old_logprobs"]) for sample in samples for step in sample["steps"]]
+    assert len(seen) == len(shown) == 16
+    for (won, logprobs), (success, expected) in zip(seen, shown, strict=True):
+        assert won == success
+        assert logprobs == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_run_leaves_what_it_promises(random_tiny, tmp_path, llama):
@@ -140,16 +153,16 @@ def test_a_run_leaves_what_it_promises(random_tiny, tmp_path, llama):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scorer": "ema"}, {"context": "window"}, {"routing": "additive", "epochs": 2}, {"kl": 0.0}]
+    "changes", [{"scorer": "reference"}, {"context": "window"}, {"routing": "additive", "epochs": 2}, {"kl": 0.0}]
 )
-def test_every_variant_trains(changes, random_tiny, tmp_path, llama):
-    c = config(tmp_path, "variant", iterations=1, **changes)
+def test_every_setting_trains(changes, random_tiny, tmp_path, llama):
+    c = config(tmp_path, "setting", iterations=1, **changes)
     train(c)
     assert not same(dict(llama.named_parameters()), weights(c.out))
     assert all(v == v for v in lines(c.out)[0].values())  # no NaN
 
 
-@pytest.mark.parametrize("changes", [{"scorer": "old"}, {"scorer": "reference"}, {"scorer": "ema", "kl": 0.0}])
+@pytest.mark.parametrize("changes", [{"scorer": "old"}, {"scorer": "reference"}, {"scorer": "reference", "kl": 0.0}])
 @pytest.mark.parametrize("routing", ["critical-first", "additive"])
 def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, random_tiny, tmp_path, monkeypatch):
     """Whichever weights score the skills, and whichever pass their branches ride on."""
@@ -159,7 +172,7 @@ def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, rand
     # a learning rate at which the frozen copies and the policy differ in the second iteration
     settings = {"iterations": 2, "routing": routing, "learning_rate": 0.01, **changes}
     train(tree := config(tmp_path, "tree", **settings))
-    assert passes == {"old": [True, False], "reference": [False, True], "ema": [False, True]}[changes["scorer"]] * 2
+    assert passes == {"old": [True, False], "reference": [False, True]}[changes["scorer"]] * 2
     monkeypatch.setattr(lm.scoring, "tree_obstacle", lambda model: "told so")
     train(plain := config(tmp_path, "plain", **settings))
     for ours, theirs in zip(lines(tree.out), lines(plain.out), strict=True):
@@ -168,24 +181,25 @@ def test_branches_give_the_advantages_of_the_plain_scheme(changes, routing, rand
         assert abs(ours["advantage/skill_mean"]) > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{"scorer": "old"}, {"scorer": "reference"}, {"scorer": "ema", "kl": 0.0}])
+@pytest.mark.parametrize("changes", [{"scorer": "old"}, {"scorer": "reference"}, {"scorer": "reference", "kl": 0.0}])
 def test_a_skill_that_changes_nothing_shifts_nothing(changes, random_tiny, tmp_path, monkeypatch):
-    """With the plain contexts in the place of the guided ones; the policy as base adds its distance to the scorer."""
+    """With the plain contexts in the place of the augmented ones; OPID's own A_skill has the distance to the scorer in
+    it, that of opid-shift has not."""
 
-    def plain_contexts(encoder, trajectories, routes, level, *, context_limit):
+    def plain_contexts(encoder, trajectories, routes, level, context_limit):
         return [step.context for trajectory in trajectories for step in trajectory.steps], 0
 
-    monkeypatch.setattr(train_module, "guided_contexts", plain_contexts)
+    monkeypatch.setattr(rescore, "skill_contexts", plain_contexts)
     means = {}
-    for base in ("scorer", "old"):
-        train(c := config(tmp_path, base, iterations=2, learning_rate=0.01, shift_base=base, **changes))
-        means[base] = [line["advantage/skill_abs"] for line in lines(c.out)]
-    assert means["scorer"] == pytest.approx([0, 0], abs=1e-4)
-    assert means["old"][0] == pytest.approx(0, abs=1e-4)
-    assert (means["old"][1] > 1e-3) is (changes["scorer"] != "old")
+    for algo in ("opid-shift", "opid"):
+        train(c := config(tmp_path, algo, algo, iterations=2, learning_rate=0.01, **changes))
+        means[algo] = [line["advantage/skill_abs"] for line in lines(c.out)]
+    assert means["opid-shift"] == pytest.approx([0, 0], abs=1e-4)
+    assert means["opid"][0] == pytest.approx(0, abs=1e-4)
+    assert (means["opid"][1] > 1e-3) is (changes["scorer"] != "old")
 
 
-@pytest.mark.parametrize("name", ["policy", "reference", "ema"])
+@pytest.mark.parametrize("name", ["policy", "reference"])
 def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path, monkeypatch):
     authors = []
 
@@ -196,24 +210,22 @@ def test_the_writer_is_the_model_that_was_asked_for(name, random_tiny, tmp_path,
 
         return write
 
-    monkeypatch.setattr(train_module, "model_writer", writer)
-    run = Run(config(tmp_path, name, skill_writer=name, ema_decay=0.5))
-    start = next(run.models["reference"].parameters()).clone()
+    monkeypatch.setattr(start_module, "model_writer", writer)
+    run = start(config(tmp_path, name, skill_writer=name))
+    before = next(run.models["reference"].parameters()).clone()
     with torch.no_grad():
         next(run.policy.parameters()).add_(1.0)  # the policy has moved away
-        if "ema" in run.models:
-            next(run.models["ema"].parameters()).add_(0.5)
-    rng = run.seed(0)
-    run.write_skills(run.rollout(0, rng)[0], rng)
-    assert torch.equal(authors[0], start + {"policy": 1.0, "reference": 0.0, "ema": 0.5}[name])
+    run.begin(0)
+    own_skills(run, play(run, run.games[:2])[0])
+    assert torch.equal(authors[0], before + {"policy": 1.0, "reference": 0.0}[name])
 
 
-@pytest.mark.parametrize("name", ["policy", "reference", "ema"])
+@pytest.mark.parametrize("name", ["policy", "reference"])
 def test_whoever_writes_and_scores_does_so_in_mixed_precision(
     llama, tokenizer, tmp_path, monkeypatch, own_precision, name
 ):
     """With the real writer, whose frozen model is kept in less."""
-    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    monkeypatch.setattr(start_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     scorer = "old" if name == "policy" else name
     changes = {"mixed_precision": "bf16", "skill_writer": name, "scorer": scorer, "kl": 0.1, "iterations": 1}
     train(config(tmp_path, name, **changes, skill_tokens=2))
@@ -224,43 +236,41 @@ def test_whoever_writes_and_scores_does_so_in_mixed_precision(
 def test_the_kl_term_pulls_towards_the_reference_by_its_weight(random_tiny, tmp_path, monkeypatch):
     """No outcome and no penalty, hence A = 0, and a policy that has moved away: only the KL term is left. Six gradient
     steps on the same tokens."""
-    taken, original = [], Run._step
-    monkeypatch.setattr(Run, "_step", lambda *args: taken.append(original(*args)) or taken[-1])
+    kls, norms = [], []
     for weight in (0.5, 1.0):
-        changes = {
-            "algo": "grpo",
-            "invalid_penalty": 0.0,
-            "kl": weight,
-            "mini_batch": 0,
-            "epochs": 6,
-            "learning_rate": 1e-5,
-        }
-        run = Run(config(tmp_path, str(weight), iterations=1, **changes))
+        changes = {"invalid_penalty": 0.0, "kl": weight, "mini_batch": 0, "epochs": 6, "learning_rate": 1e-5}
+        run = start(config(tmp_path, str(weight), "grpo", iterations=1, **changes))
+        sum_terms, clip_gradients = run.processes.sum_terms, run.processes.clip_gradients  # called once a gradient step
+        run.processes.sum_terms = lambda sums, of=sum_terms: kls.append(sums["loss/kl"].item()) or of(sums)
+        run.processes.clip_gradients = lambda *args, of=clip_gradients: norms.append(of(*args)) or norms[-1]
         with torch.no_grad():
             run.policy.lm_head.weight.mul_(1.5)
         train(run.config, run)
-    half, whole = taken[:6], taken[6:]
-    assert half[0]["grad_norm"] > 0.01 and whole[0]["grad_norm"] == pytest.approx(2 * half[0]["grad_norm"], rel=1e-4)
-    kls = [metrics["loss/kl"] for metrics in whole]
-    assert kls == sorted(kls, reverse=True) and kls[-1] < kls[0]
+    assert len(kls) == len(norms) == 12
+    assert norms[0] > 0.01 and norms[6].item() == pytest.approx(2 * norms[0].item(), rel=1e-4)
+    assert kls[6:] == sorted(kls[6:], reverse=True) and kls[-1] < kls[6]
 
 
 def test_each_iteration_draws_other_tasks_and_samples_by_other_numbers(random_tiny, tmp_path):
-    run = Run(config(tmp_path, "run"))
-    drawn = [(run.seed(iteration).random(), torch.rand(()).item()) for iteration in (0, 1, 0)]
+    run, drawn = start(config(tmp_path, "run")), []
+    for iteration in (0, 1, 0):
+        run.begin(iteration)
+        drawn.append((run.rng.random(), torch.rand(()).item()))
     assert drawn[0] == drawn[2]
     assert drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1]
 
 
 def test_the_learning_rate_warms_up_and_halves():
-    rates = [train_module.learning_rate(Config(learning_rate=8.0, warmup=2, lr_halving=4), t) for t in (0, 1, 4, 8)]
+    rates = [learning_rate(Config(learning_rate=8.0, warmup=2, lr_halving=4), t) for t in (0, 1, 4, 8)]
     assert rates == pytest.approx([4.0, 8 / 2**0.25, 4.0, 2.0])
-    assert train_module.learning_rate(Config(learning_rate=8.0, warmup=0, lr_halving=0), 9) == 8.0
+    assert learning_rate(Config(learning_rate=8.0, warmup=0, lr_halving=0), 9) == 8.0
 
 
 def test_each_epoch_takes_every_sequence_once_in_another_order(random_tiny, tmp_path, monkeypatch):
-    taken, original = [], Run._step
-    monkeypatch.setattr(Run, "_step", lambda run, part, batch: taken.append(part) or original(run, part, batch))
+    taken, original = [], train_module.micro_batches  # which a gradient step asks for once
+    monkeypatch.setattr(
+        train_module, "micro_batches", lambda part, budget: taken.append(part) or original(part, budget)
+    )
     train(config(tmp_path, "run", tasks=3, epochs=2, iterations=1, mini_batch=12))
     first, second = taken[0] + taken[1], taken[2] + taken[3]
     assert len(taken) == 4 and len(first) == 6
@@ -270,29 +280,21 @@ def test_each_epoch_takes_every_sequence_once_in_another_order(random_tiny, tmp_
 
 def test_a_gradient_is_clipped_to_its_norm_and_weights_decay_as_told(random_tiny, tmp_path):
     """One step of plain gradient descent at rate 1: the weights move by the clipped norm."""
-    run = Run(config(tmp_path, "run", iterations=1, mini_batch=0, max_grad_norm=0.01, weight_decay=0.25, lr_halving=0))
+    run = start(
+        config(tmp_path, "run", iterations=1, mini_batch=0, max_grad_norm=0.01, weight_decay=0.25, lr_halving=0)
+    )
     assert run.optimizer.param_groups[0]["weight_decay"] == 0.25
     run.config.learning_rate, run.optimizer = 1.0, torch.optim.SGD(run.trained, lr=1.0)
-    start = [p.detach().clone() for p in run.trained]
+    initial = [p.detach().clone() for p in run.trained]
     train(run.config, run)
-    moved = torch.cat([(p - before).flatten() for p, before in zip(run.trained, start, strict=True)])
+    moved = torch.cat([(p - before).flatten() for p, before in zip(run.trained, initial, strict=True)])
     assert lines(run.config.out)[0]["grad_norm"] > 0.1
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_ema_follows_by_one_minus_its_decay(random_tiny, tmp_path):
-    run = Run(config(tmp_path, "run", scorer="ema", ema_decay=0.75, iterations=1))
-    start = [p.clone() for p in run.models["ema"].parameters()]
-    train(run.config, run)
-    for before, slow, fast in zip(start, run.models["ema"].parameters(), run.policy.parameters(), strict=True):
-        assert torch.allclose(slow, before + 0.25 * (fast - before), atol=1e-7)
-    assert any(
-        not torch.equal(before, slow) for before, slow in zip(start, run.models["ema"].parameters(), strict=True)
-    )
-
-
-def test_resume_goes_on_exactly(random_tiny, tmp_path):
-    whole, halves = config(tmp_path, "whole", iterations=4, scorer="ema"), config(tmp_path, "halves", scorer="ema")
+@pytest.mark.parametrize("scorer", ["old", "reference"])
+def test_resume_goes_on_exactly(scorer, random_tiny, tmp_path):
+    whole, halves = (config(tmp_path, name, iterations=4, scorer=scorer) for name in ("whole", "halves"))
     train(whole)
     halves.iterations = 2
     train(halves)
@@ -327,17 +329,19 @@ def test_nothing_is_read_while_it_rests_in_host_memory(random_tiny, tmp_path, mo
             yield
             self.rest(*things)
 
-    monkeypatch.setattr(train_module, "Offload", Poisoned)
+    monkeypatch.setattr(start_module, "Offload", Poisoned)
     train(config(tmp_path, "rested", kl=0.1, scorer="reference"))
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "rested"))
     assert Poisoned.aside
 
 
 def test_every_logged_metric_is_explained(random_tiny, tmp_path):
-    train(c := config(tmp_path, "run", iterations=1, algo="gigpo"))
-    train(d := config(tmp_path, "other", iterations=1, algo="sdar"))
+    logged = set()
+    for algo in ("gigpo", "sdar", "skill-grpo"):
+        train(c := config(tmp_path, algo, algo, iterations=1))
+        logged |= lines(c.out)[0].keys()
     explained = (ROOT / "docs" / "metrics.md").read_text()
-    for name in {*lines(c.out)[0], *lines(d.out)[0]} - {"iteration", "episodes"}:
+    for name in logged - {"iteration", "episodes"}:
         name = re.sub("^eval/.*/", "eval/<split>/", re.sub("^seconds/.*", "seconds/<phase>", name))
         assert f"`{name}`" in explained or ("`guided/*_too_long`" in explained and name.endswith("_too_long")), name
 
@@ -355,10 +359,10 @@ def test_checkpoints_of_an_unknown_run_are_gone_on_from_only_if_asked(random_tin
     train(c := config(tmp_path, "run", iterations=1))
     for name in ("config.json", "metrics.jsonl"):
         Path(c.out, name).unlink()
-    assert Run(replace(c, resume=True)).log.first_iteration == 1
+    assert start(replace(c, resume=True)).log.first_iteration == 1
     Path(c.out, "config.json").unlink()
     with pytest.raises(ValueError, match="already holds a run"):
-        Run(c)
+        start(c)
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
@@ -370,7 +374,7 @@ def test_a_run_whose_settings_are_lost_is_not_overwritten(left, random_tiny, tmp
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     kept = {path: path.read_bytes() for path in Path(c.out).rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="already holds a run"):
-        Run(c)
+        start(c)
     assert all(path.read_bytes() == before for path, before in kept.items())
 
 
@@ -378,7 +382,7 @@ def test_a_tracker_gets_plain_values(random_tiny, tmp_path, monkeypatch):
     """tensorboard refuses a dict and None."""
     told = []
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: told.append(config))
-    Run(config(tmp_path, "run", iterations=1))
+    start(config(tmp_path, "run", iterations=1))
     assert told[0]["env_options"] == "{}" and all(isinstance(v, int | float | str) for v in told[0].values())
 
 
@@ -386,10 +390,10 @@ def test_a_run_from_before_a_flag_had_its_default(random_tiny, tmp_path):
     train(c := config(tmp_path, "run", iterations=1))
     written = Path(c.out, "config.json")
     settings = json.loads(written.read_text())
-    del settings["skill_iterations"]
+    del settings["group_over"]
     written.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="other settings of --skill-iterations"):
-        train(config(tmp_path, "run", iterations=2, resume=True, skill_iterations=5))
+    with pytest.raises(ValueError, match="other settings of --group-over"):
+        train(config(tmp_path, "run", iterations=2, resume=True, group_over="trajectories"))
     train(config(tmp_path, "run", iterations=2, resume=True))
     assert len(lines(c.out)) == 2
 
@@ -399,7 +403,7 @@ def test_processes_that_do_not_see_one_another_are_refused(monkeypatch, tmp_path
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="each of 2 processes for a run of its own: on CPUs set ACCELERATE_USE_CPU"):
-        Run(config(tmp_path, "run"))
+        start(config(tmp_path, "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -410,8 +414,8 @@ def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
 
 
 def test_unparsable_skills_are_counted_and_shift_nothing(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
-    c, grpo = config(tmp_path, "run"), config(tmp_path, "grpo", algo="grpo")
+    monkeypatch.setattr(start_module, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
+    c, grpo = config(tmp_path, "run"), config(tmp_path, "grpo", "grpo")
     train(c)
     train(grpo)
     assert lines(c.out)[0]["skills/parse_rate"] == 0
@@ -449,15 +453,16 @@ def test_no_whole_checkpoint_goes_for_a_damaged_newer_one(random_tiny, tmp_path)
     assert [path.name for path in checkpoints.saved(tmp_path / "run")] == ["000002.pt"]
 
 
-def test_whole_rewards_are_no_whole_advantages(random_tiny, tmp_path):
+def test_whole_rewards_are_no_whole_advantages():
     """Settings made in Python may be ints: 1 and 0 have a mean between them."""
-    ints = Config(success_reward=1, invalid_penalty=0)
-    steps = [Step((), "", [], [], "", "", True)]
+    ints = gigpo.Settings(algo="gigpo", success_reward=1, invalid_penalty=0)
+    steps = [Step((), "", [1], [2], "", "", True)]
     trajectories = [Trajectory("", 0, steps, won) for won in (True, False)]
-    for algo in ("grpo", "gigpo"):
-        outcome, _ = outcome_of(METHODS[algo](ints), trajectories)
+    batch = Batch(trajectories, [None] * 2, [[()]] * 2, {}, torch.zeros(2, 1), None, {})
+    both = outcomes(ints, trajectories), gigpo.advantages(SimpleNamespace(config=ints, metrics={}), batch).outcome
+    for outcome, size in zip(both, (0.70711, 1.41421), strict=True):  # a step in its state group is worth as much
         assert outcome.dtype == torch.float32
-        assert outcome[0] == -outcome[1] and 0.7 < outcome[0] < 1.5
+        assert torch.allclose(outcome, torch.tensor([size, -size]), atol=1e-4)
 
 
 def test_a_gradient_that_is_no_number_is_a_step_not_taken(random_tiny, tmp_path, monkeypatch):
@@ -487,11 +492,11 @@ def test_a_gradient_that_is_no_number_is_a_step_not_taken(random_tiny, tmp_path,
 
 
 def test_weights_that_are_not_finite_are_not_saved(random_tiny, tmp_path):
-    run = Run(c := config(tmp_path, "run"))
+    run = start(c := config(tmp_path, "run"))
     with torch.no_grad():
         next(run.policy.parameters())[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"embed_tokens.weight is not finite after iteration 0"):
-        run.log.save(0, run.policy, run.optimizer, None, {})
+        run.log.save(0, run.policy, run.optimizer, {})
     assert not list(Path(c.out, "checkpoints").iterdir())
 
 
@@ -500,7 +505,7 @@ def test_resume_sees_that_the_starting_weights_changed(random_tiny, tmp_path, mo
     changed = copy.deepcopy(llama)
     with torch.no_grad():
         changed.lm_head.weight[:2] = changed.lm_head.weight[[1, 0]]  # two rows exchanged
-    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(changed), tokenizer))
+    monkeypatch.setattr(start_module, "load_model", lambda *a, **k: (copy.deepcopy(changed), tokenizer))
     with pytest.raises(ValueError, match=r"are not those that .* started from"):
         train(replace(c, iterations=2, resume=True))
 
@@ -519,13 +524,13 @@ def test_a_task_that_does_not_fit_is_left_out_and_counted(random_tiny, tmp_path,
         prompt = original(self, style, task, history, observation, admissible)
         return (*prompt, " look" * 400) if self.engine.game.path == first else prompt
 
-    first = Run(c := config(tmp_path, "games", iterations=1)).games[0]
+    first = start(c := config(tmp_path, "games", iterations=1)).games[0]
     monkeypatch.setattr(AlfworldEnv, "build_prompt", build)
     train(c := replace(c, out=str(tmp_path / "run"), context_limit=256, tasks=6))
     record = lines(c.out)[0]
     assert (record["rollout/too_long"], record["episodes"]) == (2, 10)
     monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (" look" * 400,))
-    with pytest.raises(ValueError, match="not one first prompt of 6 tasks fits: raise"):
+    with pytest.raises(ValueError, match="not one first prompt fits: raise"):
         train(replace(c, out=str(tmp_path / "none")))
 
 
@@ -538,15 +543,15 @@ def test_a_task_that_does_not_fit_is_left_out_and_counted(random_tiny, tmp_path,
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(start_module, "load_model", lambda *a, **k: pytest.fail("loaded"))
     monkeypatch.setattr(config_module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        Run(config(tmp_path, "run", **changes))
+        start(config(tmp_path, "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
 def test_metrics_are_json(random_tiny, tmp_path):
-    run = Run(config(tmp_path, "run"))
+    run = start(config(tmp_path, "run"))
     run.log._append("metrics.jsonl", {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": -float("inf")}})
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text()) == {"a": None, "b": [None, 1.5], "c": {"d": None}}
 
@@ -564,7 +569,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_by_name(random_tiny, tmp_pa
     train(c := config(tmp_path, "run", iterations=1))
     path = Path(c.out, "checkpoints/000000.pt")
     state = torch.load(path, weights_only=True)
-    del state["method"]
+    del state["variant"]
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"000000.pt is of an older version"):
         train(replace(c, iterations=2, resume=True))
@@ -575,4 +580,80 @@ def test_held_out_data_that_are_missing_are_missed_before_training(random_tiny, 
     folder.mkdir(parents=True)
     (folder / "game.tw-pddl").write_text(json.dumps({"solvable": True}))
     with pytest.raises(FileNotFoundError, match=r"no game\.tw-pddl under .*valid_seen"):
-        Run(config(tmp_path, "run", model="smollm2", prompt="official", env_options={"data": str(folder.parents[3])}))
+        start(config(tmp_path, "run", model="smollm2", env_options={"data": str(folder.parents[3])}))
+
+
+# ---- what a newcomer tries first -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "cut"), [("look", False), ("look " * 5, True)])
+def test_a_run_that_learns_nothing_says_so_once(tokens, cut, random_tiny, tmp_path, monkeypatch, capsys, tokenizer):
+    """A model of one's own that knows neither the format nor the game."""
+    said = tokenizer(tokens)["input_ids"] + ([] if cut else [tokenizer.eos_token_id])
+
+    def scripted(sampler, keys, contexts):
+        sampler.recorded = sampler.recorded or {key: [] for key in keys}
+        for key in keys:
+            sampler.recorded[key].append([math.nan] * len(said))
+        return [list(said) for _ in keys]
+
+    monkeypatch.setattr(start_module.Sampler, "__call__", scripted)
+    monkeypatch.setattr(start_module, "check_gap", lambda *gaps: None)
+    monkeypatch.setattr(start_module, "model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
+    monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, False))
+    train(config(tmp_path, "run", max_new_tokens=5, iterations=2, kl=0.1))
+    warning = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(warning) == 1
+    assert (
+        "learning nothing: no action was valid, no episode succeeded, no answer could be read as skills" in warning[0]
+    )
+    assert ("responses fill their 5 tokens: raise --max-new-tokens" in warning[0]) == cut
+    assert "Does --prompt compact fit --model tiny?" in warning[0]
+
+
+def test_a_run_that_learns_something_is_quiet(random_tiny, tmp_path, capsys):
+    train(config(tmp_path, "run", iterations=1))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_saved_policy_goes_on_by_the_laptops_settings_and_its_own(random_tiny, tmp_path):
+    train(config(tmp_path, "run", iterations=1, max_steps=3, skill_tokens=50, learning_rate=0.01))
+    policy = str(tmp_path / "run/policy")
+    about = json.loads(Path(policy, "opid.json").read_text())
+    assert (about["base"], about["algo"], about["acts"]["max_steps"]) == ("tiny", "opid", 3)
+    laptop, again = Config.from_recipe("laptop").to_dict(), parse_args(["--model", policy])
+    own = {"model": policy, "max_steps": 3, "max_new_tokens": 6, "skill_tokens": 50}
+    assert again.to_dict() == laptop | own
+    assert settings_come_from(["--model", policy]).startswith("settings: recipes/laptop.toml, what")
+    assert parse_args(["--model", policy, "--max-steps", "7"]).max_steps == 7  # flags above all
+    assert settings_to_save(again, "2026-01-01")["base"] == "tiny"  # of what comes of it, too
+
+
+def test_a_model_of_ones_own_is_trained_as_the_paper_does(llama, tokenizer, tmp_path):
+    save_policy(llama, tokenizer, tmp_path / "own")
+    own = parse_args(argv := ["--model", str(tmp_path / "own"), "--env", "alfworld"])
+    released = {
+        **{"episode_weight": 0.001, "step_weight": 0.001, "learning_rate": 1e-6, "lr_halving": 0, "scorer": "old"},
+        **{"skill_writer": "policy", "context": "window", "history": 5, "prompt": "official", "max_new_tokens": 512},
+        **{"tasks": 16, "rollouts": 8, "mini_batch": 256, "invalid_penalty": 0.1, "dual_clip": 3.0, "kl": 0.01},
+    }
+    assert {name: getattr(own, name) for name in released} == released
+    recipe = Config.from_recipe("alfworld-qwen2.5-3b").to_dict()
+    ours = {"model": own.model, "env_options": {}, "mixed_precision": own.mixed_precision}
+    assert own.to_dict() == recipe | ours
+    assert (
+        settings_come_from(argv)
+        == "settings: the paper's (recipes/alfworld-qwen2.5-3b.toml) on generated data, and flags"
+    )
+    assert settings_come_from([]).startswith("no --model: the laptop recipe, recipes/laptop.toml")
+
+
+def test_answers_too_short_for_their_prompt_are_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(start_module, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    flags = "--env alfworld --max-new-tokens 12 --prompt official"
+    monkeypatch.setattr("sys.argv", ["train.py", "--model", str(tmp_path), *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        train_module.main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("usage")]
+    assert line.startswith("train.py: error: --prompt official asks for <think>...</think><action>...</action>")
+    assert "which 12 --max-new-tokens cannot hold: at least 24" in line

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from data import Guidance, Slot
 from envs import make_env
 from envs.webshop import VOCABULARY, WebshopEnv, load_shop
-from envs.webshop.compact import asked_words, lacks, price_words, shown, task_words
+from envs.webshop.compact import wanted_words, lacks, price_words, shown, task_words
 from envs.webshop.expert import TITLE, Shopper
 from envs.webshop.pages import Session
 from lm.encoder import Encoder
@@ -263,7 +263,7 @@ def test_official_parser(response, action, valid):
     ],
 )
 def test_only_a_price_limit_is_one(instruction, asked, limit, task):
-    assert asked_words(instruction) == (asked, limit) and task_words(instruction) == task
+    assert wanted_words(instruction) == (asked, limit) and task_words(instruction) == task
 
 
 def test_compact_commands_are_official_actions(shop):

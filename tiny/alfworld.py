@@ -180,8 +180,8 @@ def play(game: str, rng: random.Random, flaws: set[str], *, skill: str = "", hin
     return watch(load_game(game), rng, novice(rng, flaws, hinted), skill=skill, slip=SLIP)
 
 
-def played(game: str, rng: random.Random, flaws: set[str], *, prompt: str = "compact", **told) -> HouseholdPlay:
-    return play(game, rng, flaws, **told)  # the same in either prompt
+def played(game: str, rng: random.Random, flaws: set[str], *, prompt: str = "compact", **chances) -> HouseholdPlay:
+    return play(game, rng, flaws, **chances)  # the same in either prompt
 
 
 REASONS = {

@@ -9,7 +9,7 @@ write hindsight skills. The same here: supervised, before RL, hindsight skills a
 every demonstration comes from a script that knows the generated games, acting is taught together with writing, skills
 are in a few set phrases, and no larger model is asked for anything.
 
-Only the responses are learnt unless told otherwise: the model has its language already, and should not come to expect
+Only the responses are learnt by default: the model has its language already, and should not come to expect
 what an environment says.
 """
 
@@ -28,9 +28,8 @@ import torch
 import lm.loading
 from envs import ENVIRONMENTS
 from lm.loading import add_lora, save_policy, write_whole
-from lm.memory import give_back
-from lm.parallel import not_finite
 from lm.precision import mixed_precision
+from lm.processes import give_back, not_finite
 from tiny.demonstrations import Demonstrator, demonstrations
 from tiny.supervised import demonstration_loss, shuffled_batches, teach
 
@@ -88,8 +87,8 @@ def cold_started(name: str, env: str) -> str:
     record = read_record(folder)
     made = {"model": model, "env": env, "prompt": "compact", "context": "chat"}
     if others := [name for name, value in made.items() if record and record["settings"][name] != value]:
-        told = ", ".join(f"{name} {record['settings'][name]}" for name in others)
-        raise ValueError(f"{folder} holds a cold start of {told}: move it away, or give a folder to --model")
+        found = ", ".join(f"{name} {record['settings'][name]}" for name in others)
+        raise ValueError(f"{folder} holds a cold start of {found}: move it away, or give a folder to --model")
     if "seconds" not in record:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"{folder} is not there yet: run tools/coldstart.py once, in one process, first")
@@ -115,7 +114,7 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
         raise ValueError(f"{folder} holds a cold start with other settings (see its {RECORD}): take another folder")
     if "seconds" in record:
         return record
-    model, tokenizer = lm.loading.load_model(settings.model)
+    model, tokenizer = lm.loading.load_pretrained(settings.model)
     model, optimizer = prepared(model, settings)
     batches = batches_of(tokenizer, settings, record.get("date"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +139,7 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
         after=after,
     )
     check_finite(model)
-    save_policy(model, tokenizer, folder)
+    save_policy(model, tokenizer, folder, about(settings, record.get("date")))
     record |= {"losses": losses, "seconds": round(time.perf_counter() - started)}
     write_record(folder, record)
     (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -158,8 +157,15 @@ def prepared(model, settings: ColdStart) -> tuple:
 
 def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
     """The demonstrations in batches, in the order in which they are learnt. `date`: see Encoder."""
-    style = {"prompt": settings.prompt, "context": settings.context, "context_limit": settings.context_limit}
-    demonstrator = Demonstrator(tokenizer, settings.seed, settings.env, **style, date=date)
+    demonstrator = Demonstrator(
+        tokenizer,
+        settings.seed,
+        settings.env,
+        prompt=settings.prompt,
+        context=settings.context,
+        context_limit=settings.context_limit,
+        date=date,
+    )
     sequences = demonstrations(demonstrator, games=settings.games, plays=1)
     if not sequences:
         raise ValueError(f"no demonstration fits in {settings.context_limit} tokens")
@@ -169,6 +175,13 @@ def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def about(settings: ColdStart, date: str | None) -> dict:
+    """What the model says of itself to train.py and evaluate.py."""
+    usual = (settings.prompt, settings.context) == ("compact", "chat")
+    acts = {"env": settings.env, "prompt": settings.prompt, "context": settings.context}
+    return {"base": PREFIX + settings.model if usual else settings.model, "date": date, "acts": acts}
 
 
 def write_record(folder: Path, record: dict) -> None:

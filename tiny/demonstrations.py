@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import Guidance, Skills, Step, Trajectory
 from envs import make_env
 from lm.encoder import Encoder, closing_token
-from lm.packing import Sequence, pack
+from lm.scoring import Sequence, pack
 from router import fill
 from skills import analysis_prompt
 from tiny.plays import EMPTY_WORDS, STEP_SKILLS, Play, one_flaw, script
@@ -122,8 +122,8 @@ class Demonstrator:
         others = [text for heard in self.heard if heard.topic != topic for text in heard.steps]
         for t in range(len(play.turns)):
             if self.rng.random() < STREWN:
-                foreign = others and self.rng.random() < FOREIGN
-                play.hints[t] = self.rng.choice(others) if foreign else self.nothing(2, 3)
+                misleading = others and self.rng.random() < FOREIGN
+                play.hints[t] = self.rng.choice(others) if misleading else self.nothing(2, 3)
         return play
 
     def nothing(self, least: int, most: int) -> str:
@@ -132,9 +132,9 @@ class Demonstrator:
     def judging(self, play: Play) -> list[Sequence]:
         """Whether a skill speaks of a task, asked of its own skills and of as many others: "yes" or "no"."""
         own = [self.script.workflow(play), *(self.script.avoidance(play, flaw) for flaw in self.script.FLAWS)]
-        asked = [*((skill, "yes") for skill in own), *((self.misfit(play), "no") for _ in own)]
+        questions = [*((skill, "yes") for skill in own), *((self.misfit(play), "no") for _ in own)]
         self.heard.append(Heard(self.script.topic(play), self.rng.choice(own), []))
-        return [s for skill, answer in asked for s in self.reply(f"task {play.task} skill {skill} fits", answer)]
+        return [s for skill, answer in questions for s in self.reply(f"task {play.task} skill {skill} fits", answer)]
 
     def flaws(self) -> set[str]:
         return one_flaw(self.script.FLAWS, self.rng)
@@ -210,16 +210,16 @@ class Demonstrator:
 
 def demonstrations(demonstrator: Demonstrator, games: int | None = None, plays: int | None = None) -> list[Sequence]:
     """`games` of the train split, each played `plays` times in each way (None: as many as the script says)."""
-    told = demonstrator.script
-    rounds = [game for _ in range(plays or told.PLAYS) for game in told.games(games or told.GAMES)]
+    source = demonstrator.script
+    rounds = [game for _ in range(plays or source.PLAYS) for game in source.games(games or source.GAMES)]
     bar = tqdm(rounds, desc="demonstrations", disable=None)
     return [sequence for game in bar for sequence in demonstrator.sequences(game)]
 
 
 def judgements(demonstrator: Demonstrator) -> list[Sequence]:
     """Of each game of the train split, JUDGED times over: do skills speak of its task?"""
-    told, sequences = demonstrator.script, []
-    games = told.games(told.GAMES)
-    for game in tqdm(games * told.JUDGED, desc="judgements", disable=None):
+    source, sequences = demonstrator.script, []
+    games = source.games(source.GAMES)
+    for game in tqdm(games * source.JUDGED, desc="judgements", disable=None):
         sequences += demonstrator.judging(demonstrator.play(game, set()))
     return sequences

@@ -15,11 +15,11 @@ def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32"):
     if name == "tiny":
         model, tokenizer = warm_started(env)
         return lm.loading.rounded(model, getattr(torch, dtype)), tokenizer
-    return lm.loading.load_model(cold_started(name, env) if name.startswith(PREFIX) else name, dtype=dtype)
+    return lm.loading.load_pretrained(cold_started(name, env) if name.startswith(PREFIX) else name, dtype=dtype)
 
 
 def load_config(name: str, env: str = "alfworld"):
     """The architecture of what `load_model` would load, without its weights."""
     if name == "tiny":
         return tiny_model(len(tiny_tokenizer(env)), seed=0).config
-    return lm.loading.load_config(name.removeprefix(PREFIX))
+    return lm.loading.load_architecture(name.removeprefix(PREFIX))

@@ -117,8 +117,8 @@ def official(play: Play, t: int, env) -> str:
 def name_words() -> tuple[str, ...]:
     """The words that stand in names alone, sorted."""
     names = {word for fact in facts() for name in (fact.given, fact.found, fact.near) for word in words(name).split()}
-    told = [text for hop in HOPS.values() for text in (hop.sentence, *hop.questions, hop.query, hop.phrase)]
-    return tuple(sorted(names - set(words(" ".join([*told, *TITLES.values()])).split())))
+    sentences = [text for hop in HOPS.values() for text in (hop.sentence, *hop.questions, hop.query, hop.phrase)]
+    return tuple(sorted(names - set(words(" ".join([*sentences, *TITLES.values()])).split())))
 
 
 def renamed(play: Play, rng: random.Random) -> Play:
@@ -166,11 +166,11 @@ def flaw_of(play: Play) -> str:
 
 def avoidance(play: Play, flaw: str) -> str:
     """What to avoid, and so what to do instead, for one flaw."""
-    told = {
+    what = {
         "whole question": "never search whole question first search each",
         "first doc": "never answer from first doc before search each and read doc with same name",
     }
-    return f"for {topic(play)} {told[flaw]}"
+    return f"for {topic(play)} {what[flaw]}"
 
 
 SUMMARIES = {"whole question": "whole question", "first doc": "doc"}

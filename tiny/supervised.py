@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from lm.logprobs import sequence_logprobs
-from lm.packing import Sequence, micro_batches
+from lm.scoring import Sequence, micro_batches, sequence_logprobs
 
 DECISIVE = 2.5  # weight of a response that is given by what a skill says
 SHOWN = 50  # latest steps whose mean loss is shown
@@ -23,7 +22,7 @@ def demonstration_loss(model, sequences: list[Sequence], others: float, *, autoc
         scored = sequences
     weights = torch.tensor([weight for s in sequences for weight in token_weights(s, others)])  # (N,)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-        logprobs, _, _ = sequence_logprobs(model, scored, 1.0)  # (N,)
+        logprobs, _ = sequence_logprobs(model, scored, 1.0)  # (N,)
     weights = weights.to(model.device)
     return -(logprobs * weights).sum() / weights.sum()
 

@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from data import Skills
 from envs import ENVIRONMENTS
 from lm.loading import write_whole
-from lm.packing import Sequence, micro_batches
 from lm.precision import multiplies_bfloat16
+from lm.scoring import Sequence, micro_batches
 from tiny.demonstrations import Demonstrator, Turn, demonstrations, judgements
 from tiny.muon import ExactMuon
 from tiny.plays import Play, script
@@ -107,8 +107,8 @@ class TinyDemonstrator(Demonstrator):
 
     def turns(self, play: Play) -> tuple[str, list[Turn]]:
         """As they were played: where names are exchanged for others, they cannot be played again."""
-        told = enumerate(play.turns)
-        return play.task, [Turn(seen, [], command, command, t not in play.slips) for t, (seen, command, _) in told]
+        numbered = enumerate(play.turns)
+        return play.task, [Turn(seen, [], command, command, t not in play.slips) for t, (seen, command, _) in numbered]
 
     def spell(self, skills: Skills) -> str:
         return skills_json(skills)
@@ -156,8 +156,8 @@ def curriculum(
     layers learn it within 400; mixed with plays from the beginning they had not in 1,200, and without more of them they
     forgot it in 200.
     """
-    asked = shuffled_batches(list(judged), BATCH_TOKENS, 1, seed)
-    batches, rest = asked[:first], asked[first:]
+    judging = shuffled_batches(list(judged), BATCH_TOKENS, 1, seed)
+    batches, rest = judging[:first], judging[first:]
     plays = shuffled_batches(played, BATCH_TOKENS, epochs, seed)
     for i, batch in enumerate(plays, 1):
         batches += [batch, *rest[len(rest) * (i - 1) // len(plays) : len(rest) * i // len(plays)]]
@@ -168,8 +168,8 @@ def key_of(env: str, tokenizer) -> str:
     """What the weights depend on, in 12 digits: the seed, the words, the demonstrations (the ids of the first games':
     all of them take minutes), and the code, less comments, that makes and trains the model."""
     demonstrator = TinyDemonstrator(tokenizer, SEED, env)
-    told = demonstrator.script
-    games = told.games(KEY_GAMES)
+    source = demonstrator.script
+    games = source.games(KEY_GAMES)
     judged = [s for game in games for s in demonstrator.judging(demonstrator.play(game, set()))]
     played = [s for game in games for s in demonstrator.sequences(game)]
     learnt = [(s.ids, s.responses, sorted(getattr(s, "decisive", ()))) for s in [*judged, *played]]
@@ -177,7 +177,7 @@ def key_of(env: str, tokenizer) -> str:
     code += [teach, demonstration_loss, token_weights, shuffled_batches, micro_batches]
     code = [without_comments(inspect.getsource(function)) for function in code]
     settings = [LEARNING_RATE, BATCH_TOKENS, OTHER_TOKENS, DECISIVE]
-    settings += [told.GAMES, told.PLAYS, told.JUDGED, told.JUDGED_FIRST]
+    settings += [source.GAMES, source.PLAYS, source.JUDGED, source.JUDGED_FIRST]
     key = repr((env, SEED, sorted(tokenizer.get_vocab().items()), learnt, code, settings))
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 

@@ -85,14 +85,14 @@ class Adviser(Shopper):
     def hint(self) -> str:
         """The advice in general words: no product, no value, no place on the page."""
         verb, _, value = self.advice.partition(" ")
-        told = {
+        phrases = {
             "search": "search all words",
             "open": "open fitting title with fitting price",
             "back": "back one is missing",
         }
         if verb == "choose":
-            told["choose"] = f"choose {next(name for name, wanted in self.goal.options.items() if wanted == value)}"
-        return f"for {self.goal.kind} {told.get(verb, verb)}"
+            phrases["choose"] = f"choose {next(name for name, wanted in self.goal.options.items() if wanted == value)}"
+        return f"for {self.goal.kind} {phrases.get(verb, verb)}"
 
     def critical(self) -> bool:
         return not self.advice.startswith("search ")
@@ -188,11 +188,11 @@ def flaw_of(play: Play) -> str:
 
 def avoidance(play: Play, flaw: str) -> str:
     """What to avoid, and so what to do instead, for one flaw."""
-    told = {
+    what = {
         "forgets option": f"never buy before choose {option_names(play)}",
         "first hit": "never buy first one before check every feature and price",
     }
-    return f"for {topic(play)} {told[flaw]}"
+    return f"for {topic(play)} {what[flaw]}"
 
 
 SUMMARIES = {"forgets option": "option", "first hit": "feature"}

@@ -3,7 +3,7 @@
 python tools/coldstart.py --model smollm2 --env alfworld --games 150 --out runs/cold
 
 The same command goes on where a stopped one was; of a finished one it only measures again. --out is then a model:
-train.py --model runs/cold --prompt compact (docs/coldstart.md).
+train.py --model runs/cold (docs/coldstart.md).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from config import Config, flag
 from data import Trajectory
 from evaluate import columns_of, environment, evaluate, format_table
 from lm.encoder import Encoder
-from lm.loading import load_model
+from lm.loading import load_pretrained
 from lm.writers import model_writer
-from runlog.memory import peak_mib
+from memory.machine import peak_mib
 from skills import write_skills
 from tiny.coldstart import ColdStart, cold_start, folder_of
 from tiny.plays import script
@@ -36,11 +36,18 @@ SKILL_TOKENS = 160  # of an answer with skills: the scripts' longest has 92
 
 def measured(model, tokenizer, settings: ColdStart, games: int, date: str | None = None) -> str:
     """Held-out success, and how often the skills that the model writes of these episodes are right."""
-    told = script(settings.env)
-    style = {"prompt": settings.prompt, "context": settings.context, "context_limit": settings.context_limit}
-    limits = {"max_steps": told.MAX_STEPS, "max_new_tokens": RESPONSE[settings.prompt]}
-    how = {"mixed_precision": settings.mixed_precision, "eval_games": games}
-    config = Config(model=settings.model, env=settings.env, **style, **limits, **how)
+    config = Config.from_recipe(
+        "laptop",
+        model=settings.model,
+        env=settings.env,
+        prompt=settings.prompt,
+        context=settings.context,
+        context_limit=settings.context_limit,
+        max_steps=script(settings.env).MAX_STEPS,
+        max_new_tokens=RESPONSE[settings.prompt],
+        mixed_precision=settings.mixed_precision,
+        eval_games=games,
+    )
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     encoder = Encoder(tokenizer, config.context, date)
     results = evaluate(model, encoder, config)
@@ -60,8 +67,8 @@ def skills_of(trajectories: list[Trajectory], model, encoder: Encoder, config: C
         rollout_budget=config.rollout_budget,
     )
     torch.manual_seed(0)
-    told = {"max_step_skills": config.max_step_skills, "template": environment(config)().analysis_prompt()}
-    skills, metrics = write_skills(trajectories, write, **told)
+    template = environment(config)().analysis_prompt()
+    skills, metrics = write_skills(trajectories, write, max_step_skills=config.max_step_skills, template=template)
     right = share_right(trajectories, skills, script(config.env), config.prompt)
     return f"skills: {100 * metrics['skills/first_parse_rate']:.0f}% parse; of the episode skills right: {right}"
 
@@ -69,8 +76,13 @@ def skills_of(trajectories: list[Trajectory], model, encoder: Encoder, config: C
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(ColdStart):
-        told = {"help": f"{f.metadata['help']} (default: {f.default})", "choices": f.metadata["choices"]}
-        parser.add_argument(flag(f.name), type=type(f.default), default=f.default, **told)
+        parser.add_argument(
+            flag(f.name),
+            type=type(f.default),
+            default=f.default,
+            help=f"{f.metadata['help']} (default: {f.default})",
+            choices=f.metadata["choices"],
+        )
     parser.add_argument("--out", type=Path, help="folder of the model (default: runs/cold-MODEL-ENV)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
     parser.add_argument("--eval-games", type=int, default=40, help="games per held-out split; 0: none (default: 40)")
@@ -80,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = ColdStart(**args)
         out = out or folder_of(settings.model, settings.env, settings.prompt)
         record = cold_start(settings, out, save_every)
-        model, tokenizer = load_model(str(out))
+        model, tokenizer = load_pretrained(str(out))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"coldstart.py: {error}")
     first, last = record["losses"][:SHOWN], latest(record["losses"])

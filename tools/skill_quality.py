@@ -53,15 +53,16 @@ def share_right(trajectories: list[Trajectory], skills: list[Skills | None], scr
     for trajectory, own in zip(trajectories, skills, strict=True):
         if own is not None:
             play = script.played(trajectory.game, random.Random(0), set(), prompt=prompt)  # it knows what the task is
-            told = [script.workflow(play)] if trajectory.success else [script.avoidance(play, f) for f in script.FLAWS]
-            counts.update(name for name, right in agreement(own.episode, told, script.names()).items() if right)
+            avoidances = [script.avoidance(play, flaw) for flaw in script.FLAWS]
+            scripted = [script.workflow(play)] if trajectory.success else avoidances
+            counts.update(name for name, right in agreement(own.episode, scripted, script.names()).items() if right)
     written = max(1, sum(own is not None for own in skills))
     return ", ".join(f"{name} {100 * counts[name] / written:.0f}%" for name in (*script.names(), "order", "all"))
 
 
-def agreement(text: str, told: list[str], names: dict[str, set[str]]) -> dict[str, bool]:
-    """Which kinds of names, and which order of all other words, a skill shares with the most similar of `told`."""
-    closest = max(told, key=lambda other: SequenceMatcher(None, text.split(), other.split()).ratio())
+def agreement(text: str, scripted: list[str], names: dict[str, set[str]]) -> dict[str, bool]:
+    """Which kinds of names, and which order of all other words, a skill shares with the most similar of `scripted`."""
+    closest = max(scripted, key=lambda other: SequenceMatcher(None, text.split(), other.split()).ratio())
     right = {}
     for kind, known in names.items():
         own, wanted = ([w for w in after_find(words).split() if w in known] for words in (text, closest))
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--games", type=int, default=200, help="games of valid_seen")
     parser.add_argument("--temperature", type=float, default=1.0, help="of play and of skill writing")
     args = parser.parse_args()
-    config = Config(eval_games=args.games, prompt="compact")
+    config = Config.from_recipe("laptop", eval_games=args.games)
     model, tokenizer = load_model(args.model)
     torch.manual_seed(0)
     encoder = Encoder(tokenizer, config.context)

@@ -18,31 +18,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from torch import Tensor
 
 from config import Config, parse_args
-from data import Batch, Guidance, Skills, Trajectory
-from lm.packing import pack
-from rescore import guided_context, response_logprobs
-from router import guided_messages
-from skills import asked_before
-from train import Routes, Run, outcome_of, policy_loss
+from data import Batch, Guidance, Route, Skills, Trajectory
+from lm.scoring import pack, response_logprobs
+from lm.writers import Writer
+from rescore import rescore, skill_context
+from rollout import play
+from router import guided_messages, route
+from runlog.start import Run, start
+from skills import own_skills
+from train import opid_advantages, opid_loss, policy_loss, update
 
-SETTINGS = "--tasks 4 --rollouts 4 --max-steps 12 --train-games 40 --eval-games 1 --eval-every 0 --iterations 1"
+SETTINGS = "--recipe laptop --tasks 4 --rollouts 4 --max-steps 12 --train-games 40 --mini-batch 0"
+SETTINGS += " --iterations 1 --eval-games 1 --eval-every 0"
 
 
-class Recorded(Run):
-    """A run that keeps what its skill writer was asked and what it answered: first of each rollout, then again."""
+def recorded(write: Writer, exchanges: list[tuple[str, str | None]]) -> Writer:
+    """The same writer; `exchanges` gets what it is asked and what it answers: first of each rollout, then again."""
 
-    def _writer(self):
-        write, self.asked = super()._writer(), []
+    def write_and_keep(prompts: list[str]) -> list[str | None]:
+        answers = write(prompts)
+        exchanges.extend(zip(prompts, answers, strict=True))
+        return answers
 
-        def recorded(prompts: list[str]) -> list[str | None]:
-            answers = write(prompts)
-            self.asked += zip(prompts, answers, strict=True)
-            return answers
-
-        return recorded
+    return write_and_keep
 
 
 def title(text: str) -> None:
@@ -59,17 +59,17 @@ def row_of(trajectories: list[Trajectory], i: int, t: int) -> int:
     return sum(len(trajectory.steps) for trajectory in trajectories[:i]) + t
 
 
-def pick(trajectories: list[Trajectory], routes: Routes, batch: Batch) -> tuple[int, int]:
+def pick(batch: Batch) -> tuple[int, int]:
     """(trajectory, step): of the guided steps the one that its skill moved most, rather one with a step skill, and of a
     group whose outcomes differ. Raises ValueError where no step is guided."""
     outcomes: dict[int, set[bool]] = {}
-    for trajectory in trajectories:
+    for trajectory in batch.trajectories:
         outcomes.setdefault(trajectory.group, set()).add(trajectory.success)
     worth = {}
-    for i, (trajectory, route) in enumerate(zip(trajectories, routes, strict=True)):
-        for t, guidances in enumerate(route):
+    for i, routes in enumerate(batch.routes):
+        for t, guidances in enumerate(routes):
             if guidances:
-                moved = batch.skill_advantages[row_of(trajectories, i, t)].nan_to_num().abs().max().item()
+                moved = batch.advantages.skill[row_of(batch.trajectories, i, t)].nan_to_num().abs().max().item()
                 worth[i, t] = len(outcomes[trajectory.group]), guidances[0].level == "step", moved
     if not worth:
         raise ValueError("no step is guided: no answer could be read as skills, or the method has none")
@@ -87,14 +87,14 @@ def show_rollout(trajectories: list[Trajectory], i: int) -> None:
         print(f"{t:>4}  {step.observation[:65]:<65} -> {step.text}{'' if step.valid else '   (not admissible)'}")
 
 
-def show_skills(run: Recorded, i: int, skills: Skills) -> None:
+def show_skills(run: Run, i: int, skills: Skills, exchanges: list[tuple[str, str | None]]) -> None:
     title("2. Skills")
-    if run.asked:
-        prompt, answer = run.asked[i]
+    if exchanges:
+        prompt, answer = exchanges[i]
         print(f"the writer ({run.config.skill_writer}) was asked about rollout {i}:\n\n{prompt}")
         print(f"\nand answered:\n\n{answer}\n")
-        for asked, second in run.asked if answer is not None else ():
-            if asked.startswith(asked_before(prompt, answer)):
+        for again, second in exchanges if answer is not None else ():
+            if again.startswith(f"{prompt}\n\nEarlier answer:\n{answer[:1000]}"):
                 print(f"which could not be read; told why and asked again, it answered:\n\n{second}\n")
                 break
     print("read from it:")
@@ -103,14 +103,14 @@ def show_skills(run: Recorded, i: int, skills: Skills) -> None:
         print(f"  step skill {t}: {text}")
 
 
-def show_routes(run: Run, trajectory: Trajectory, route: list[tuple[Guidance, ...]], t: int) -> None:
+def show_routes(run: Run, trajectory: Trajectory, routes: Route, t: int) -> None:
     title("3. Routing")
     print("which skill guides which step:")
-    print("  " + "  ".join(f"{k} {'+'.join(g.level for g in guidances) or '-'}" for k, guidances in enumerate(route)))
-    own = route[t][0]
+    print("  " + "  ".join(f"{k} {'+'.join(g.level for g in guidances) or '-'}" for k, guidances in enumerate(routes)))
+    own = routes[t][0]
     print(f"\nh_{t} beside h^_{t}, which has the {own.level} skill of step {t} (> where they differ):\n")
     side_by_side(run, trajectory, own, t)
-    for k, guidances in enumerate(route):
+    for k, guidances in enumerate(routes):
         if guidances and guidances[0].level != own.level:
             print(f"\nh_{k} beside h^_{k}, which has the {guidances[0].level} skill; only what differs:\n")
             side_by_side(run, trajectory, guidances[0], k, whole=False)
@@ -138,19 +138,19 @@ def print_columns(left: str, right: str, width: int = 58) -> None:
 
 def show_scores(run: Run, trajectory: Trajectory, t: int, batch: Batch, row: int, guidance: Guidance) -> None:
     title("4. Re-scoring")
-    step, augmented = trajectory.steps[t], guided_context(run.encoder, trajectory, t, guidance)
+    step, augmented = trajectory.steps[t], skill_context(run.encoder, trajectory, t, guidance)
     lengths = len(step.context), len(augmented), len(step.response)
     print("h_{0}: {1} tokens, h^_{0}: {2} tokens, y_{0}: the same {3} tokens\n".format(t, *lengths))
-    old, shift = batch.old_logprobs[row], batch.skill_advantages[row]  # (R,) each
+    old, shift = batch.old_logprobs[row], batch.advantages.skill[row]  # (R,) each
     print(f"{'token of y':<16}{'log pi_old(y|h)':>17}{'log pi(y|h^)':>14}{'A_skill':>9}")
     for k, token in enumerate(step.response):
         scores = f"{number(old[k]):>17}{number(old[k] + shift[k]):>14}{number(shift[k], sign='+'):>9}"
         print(f"{run.tokenizer.decode([token]):<16}{scores}")
 
 
-def show_outcomes(run: Run, trajectories: list[Trajectory], group: int) -> Tensor:
-    """Prints A_ep of one group, with its mean and standard deviation over steps -> A_ep of every step (B,)."""
-    outcome, _ = outcome_of(run.method, trajectories)  # (B,)
+def show_outcomes(run: Run, batch: Batch, group: int) -> None:
+    """A_ep of one group, with its mean and standard deviation over steps."""
+    trajectories, outcome = batch.trajectories, batch.advantages.outcome  # (B,)
     title("5. Advantage")
     mine = [trajectory for trajectory in trajectories if trajectory.group == group]
     rewards = [run.config.success_reward * trajectory.success for trajectory in mine]  # R(tau)
@@ -161,13 +161,13 @@ def show_outcomes(run: Run, trajectories: list[Trajectory], group: int) -> Tenso
         if trajectory.group == group:
             reward, advantage = run.config.success_reward * trajectory.success, outcome[row_of(trajectories, i, 0)]
             print(f"  rollout {i}: R = {reward:.0f}, A_ep = (R - mean) / std = {number(advantage, sign='+')}")
-    return outcome
 
 
-def show_tokens(run: Run, step, batch: Batch, row: int, outcome: Tensor, weight: float) -> None:
+def show_tokens(run: Run, step, batch: Batch, row: int, weight: float) -> None:
+    found = batch.advantages
     print(f"\n{'token of y':<16}{'A_ep':>8} + {f'{weight} A_skill':>11} = {'A':>7}")
     for k, token in enumerate(step.response):
-        parts = outcome[row], weight * batch.skill_advantages[row, k], batch.advantages[row, k]
+        parts = found.outcome[row], weight * found.skill[row, k], found.total[row, k]
         one, two, both = (number(part, 3, "+") for part in parts)
         print(f"{run.tokenizer.decode([token]):<16}{one:>8}{two:>14}{both:>10}")
 
@@ -175,20 +175,22 @@ def show_tokens(run: Run, step, batch: Batch, row: int, outcome: Tensor, weight:
 def show_update(run: Run, batch: Batch, step, row: int, updated: dict[str, float]) -> None:
     """What one optimizer step did to the loss, and to the tokens of one step."""
     title("6. Update")
-    config, sequences = run.config, pack(batch.contexts, batch.responses)
-    print(f"{len(batch.responses)} steps, {int(batch.mask.sum())} tokens, in {len(sequences)} packed sequences")
-    print(f"minus the mean of A: {number(-batch.advantages.sum() / batch.mask.sum(), 3, '+')}\n")
+    config, steps = run.config, batch.steps
+    sequences = pack([step.context for step in steps], [step.response for step in steps])
+    print(f"{len(steps)} steps, {int(batch.mask.sum())} tokens, in {len(sequences)} packed sequences")
+    print(f"minus the mean of A: {number(-batch.advantages.total.sum() / batch.mask.sum(), 3, '+')}\n")
     with torch.no_grad():
-        losses, terms = run.losses(sequences, batch)  # (N,)
+        losses, terms = opid_loss(run, sequences, batch)  # (n,)
     after = {name: term.mean().item() for name, term in terms.items()}
     print(f"{'':<22}{'PPO-clip':>9}{'KL':>8}{'loss':>9}{'clipped':>9}")
     for when, means in (("before the step", updated), ("after it", after)):
         loss = means["loss/policy"] + config.kl * means["loss/kl"]
         parts = f"{number(means['loss/policy'], 3, '+'):>9}{number(means['loss/kl'], 3):>8}{number(loss, 3, '+'):>9}"
         print(f"{when:<22}{parts}{number(100 * means['clip_fraction'], 0):>8}%")
-    limits = {"temperature": config.temperature, "token_budget": config.token_budget}
-    new = response_logprobs(run.policy, [step.context], [step.response], **limits)[0]  # (len(y),)
-    old, advantages = (part[row, : len(new)] for part in (batch.old_logprobs, batch.advantages))
+    new = response_logprobs(
+        run.policy, [step.context], [step.response], temperature=config.temperature, token_budget=config.token_budget
+    )[0]  # (len(y),)
+    old, advantages = (part[row, : len(new)] for part in (batch.old_logprobs, batch.advantages.total))
     losses, _ = policy_loss(new, old, advantages, config.clip, config.dual_clip)  # (len(y),)
     print(f"\n{'token of y':<16}{'A':>8}{'pi_old':>8}{'pi_theta':>10}{'r':>6}{'PPO-clip':>10}")
     for k, token in enumerate(step.response):
@@ -199,28 +201,30 @@ def show_update(run: Run, batch: Batch, step, row: int, updated: dict[str, float
 
 def walk(config: Config) -> None:
     """Plays one iteration and prints it. Raises ValueError where no step is guided, or A_skill is another one."""
-    if config.shift_base != "old" or config.centred or config.divergence != "sampled" or config.skill_clip is not None:
-        raise ValueError("it shows the shift of the paper: no --shift-base, --centred, --divergence or --skill-clip")
+    if config.algo != "opid":
+        raise ValueError("it shows the shift of the paper: --algo opid")
     if (config.normalize, config.group_over, config.invalid_penalty) != ("mean_std", "steps", 0.0):
         raise ValueError("it shows one outcome advantage: no other --normalize, --group-over or --invalid-penalty")
-    run = Recorded(config)
-    start = json.loads(Path(config.out, "start.json").read_text())
-    print(f"model {config.model}, weights {start['weights'][:12]}, seed {config.seed}")
-    rng = run.seed(0)
-    trajectories, _ = run.rollout(0, rng)
-    skills, _ = run.write_skills(trajectories, rng)
-    routes = run.route(trajectories, skills)
-    batch, _ = run.rescore(trajectories, routes, 0)
-    i, t = pick(trajectories, routes, batch)
+    run, exchanges = start(config), []
+    run.writer = recorded(run.writer, exchanges)
+    weights = json.loads(Path(config.out, "start.json").read_text())["weights"]
+    print(f"model {config.model}, weights {weights[:12]}, seed {config.seed}")
+    run.begin(0)
+    trajectories, _ = play(run, run.rng.sample(run.games, min(config.tasks, len(run.games))))
+    skills, _ = own_skills(run, trajectories)
+    routes = [route(tau, own, config.routing, run.levels) for tau, own in zip(trajectories, skills, strict=True)]
+    batch, _ = rescore(run, trajectories, skills, routes)
+    batch.advantages = opid_advantages(run, batch)
+    i, t = pick(batch)
     trajectory, guidance, row = trajectories[i], routes[i][t][0], row_of(trajectories, i, t)
     show_rollout(trajectories, i)
-    show_skills(run, i, skills[i])
+    show_skills(run, i, skills[i], exchanges)
     show_routes(run, trajectory, routes[i], t)
     show_scores(run, trajectory, t, batch, row, guidance)
-    outcome = show_outcomes(run, trajectories, trajectory.group)
+    show_outcomes(run, batch, trajectory.group)
     weight = config.step_weight if guidance.level == "step" else config.episode_weight
-    show_tokens(run, trajectory.steps[t], batch, row, outcome, weight)
-    show_update(run, batch, trajectory.steps[t], row, run.update(batch, 0, rng))
+    show_tokens(run, trajectory.steps[t], batch, row, weight)
+    show_update(run, batch, trajectory.steps[t], row, update(run, batch, opid_loss))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     _, flags = parser.parse_known_args(argv)
     torch.set_num_threads(1)  # the order of sums, and so the last digits, are the same on every machine
     with tempfile.TemporaryDirectory() as folder:
-        settings = [*SETTINGS.split(), "--mini-batch", "0", "--out", folder, *flags]
+        settings = [*SETTINGS.split(), "--out", folder, *flags]
         try:
             walk(parse_args(settings))
         except ValueError as error:

@@ -6,27 +6,26 @@ compute_step_discounted_returns and step_norm_reward.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from advantage import combine, outcome_advantage, outcome_advantages, sum_of_scored
+from advantage import combine, outcome_advantage, sum_of_scored
 from config import OWN
 from data import Advantages, Batch
 from runlog.start import Run
-from train import OPID
+from train import OPID, outcomes
 from variants.grpo import Settings as GrpoSettings
 
 
 @dataclass
 class Settings(GrpoSettings):
-    state_weight: float = OWN(1.0, "weight of the step-relative advantage")
-    gamma: float = OWN(0.95, "discount per step of the return that state groups compare")
+    state_weight: float = OWN(1.0, "weight of the step-relative advantage", bounds=(0, None))
+    gamma: float = OWN(0.95, "discount per step of the return that state groups compare", bounds=(0, 1))
 
 
-def advantages(run: Run, batch: Batch, rng: random.Random) -> Advantages:
+def advantages(run: Run, batch: Batch) -> Advantages:
     config = run.config
     steps = [(trajectory, t, step) for trajectory in batch.trajectories for t, step in enumerate(trajectory.steps)]
     groups = torch.tensor([trajectory.group for trajectory, _, _ in steps])  # (B,)
@@ -38,10 +37,10 @@ def advantages(run: Run, batch: Batch, rng: random.Random) -> Advantages:
     # G = gamma^steps_left R(tau) - penalty;  A = A_ep + w (G - mean) / (std + eps) over its state group
     returns = rewards * config.gamma**steps_left - penalties  # (B,)
     relative = step_relative_advantage(returns, states, config.normalize)  # (B,)
-    outcome = outcome_advantages(batch.trajectories, config) + config.state_weight * relative  # (B,)
+    outcome = outcomes(config, batch.trajectories) + config.state_weight * relative  # (B,)
 
-    metrics = {"advantage/state_group_size": max(1, len(states)) / max(1, len(states.unique()))}
-    return Advantages(combine(outcome, {}, {}, batch.mask), outcome, sum_of_scored({}, batch.mask), metrics)
+    run.metrics["advantage/state_group_size"] = max(1, len(states)) / max(1, len(states.unique()))
+    return Advantages(combine(outcome, {}, {}, batch.mask), outcome, sum_of_scored({}, {}, batch.mask))
 
 
 def state_groups(group_ids: Tensor, observations: list[str]) -> Tensor:
@@ -57,7 +56,7 @@ def step_relative_advantage(returns: Tensor, state_ids: Tensor, normalize: str) 
     A step alone in its group has nothing to be relative to, hence 0 (an outcome group of one is another matter).
     """
     _, group, sizes = state_ids.unique(return_inverse=True, return_counts=True)  # (groups,), (B,), (groups,)
-    relative = outcome_advantage(returns, state_ids, torch.arange(len(returns)), normalize)
+    relative = outcome_advantage(returns, state_ids, torch.arange(len(returns)), normalize=normalize)
     return torch.where(sizes[group] > 1, relative, torch.zeros_like(relative))
 
 

@@ -1,15 +1,18 @@
 """GRPO: OPID whose lambdas are 0, so that no skill is written and nothing is re-scored under one."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
-from config import OWN, Config
+from config import Config
 from train import OPID
 
 
 @dataclass
 class Settings(Config):
-    episode_weight: float = OWN(0.0, "lambda_ep: 0")
-    step_weight: float = OWN(0.0, "lambda_step: 0")
+    def __post_init__(self):
+        self.episode_weight = self.step_weight = 0.0
+        super().__post_init__()
 
 
 VARIANT = replace(OPID, settings=Settings)

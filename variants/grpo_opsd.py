@@ -1,4 +1,7 @@
-"""GRPO + OPSD: SDAR with its gate held at one half, which has no direction in expectation: a control for the gate."""
+"""GRPO + OPSD: SDAR with its gate held at one half, which has no direction in expectation: a control for the gate. SDAR
+release: examples/grpo_opsd_trainer."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +12,7 @@ from variants.sdar import Settings as SdarSettings
 
 @dataclass
 class Settings(SdarSettings):
-    gate_beta: float = OWN(0.0, "beta: 0 holds the gate at one half")
+    gate_beta: float = OWN(0.0, "beta: 0 holds the gate at one half", bounds=(0, 0))
 
 
 VARIANT = replace(SDAR, settings=Settings)

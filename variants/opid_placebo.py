@@ -1,16 +1,19 @@
 """OPID with fixed words that say nothing where the own skills would stand: a skill is there, and has no content."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
-from data import Skills
+from data import Skills, Trajectory
+from runlog.start import Run
 from skills import own_skills
 from train import OPID
 
 EPISODE, STEP = "first one and then one", "now one"
 
 
-def placebo_skills(run, trajectories, rng):
-    written, metrics = own_skills(run, trajectories, rng)
+def placebo_skills(run: Run, trajectories: list[Trajectory]) -> tuple[list[Skills | None], dict[str, float]]:
+    written, metrics = own_skills(run, trajectories)
     return [own and Skills("", EPISODE, dict.fromkeys(own.steps, STEP)) for own in written], metrics
 
 

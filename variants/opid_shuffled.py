@@ -3,7 +3,6 @@ content against the mere change of context."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 
 from config import Config
@@ -15,24 +14,21 @@ from train import OPID
 
 @dataclass
 class Settings(Config):
-    def __post_init__(self):
-        super().__post_init__()
-        if self.tasks < 2:
-            raise ValueError(f"--algo {self.algo} takes skills from other tasks: --tasks must be at least 2")
+    @property
+    def least_tasks(self) -> int:
+        return 2
 
 
-def shuffled_skills(
-    run: Run, trajectories: list[Trajectory], rng: random.Random
-) -> tuple[list[Skills | None], dict[str, float]]:
-    written, metrics = own_skills(run, trajectories, rng)
+def shuffled_skills(run: Run, trajectories: list[Trajectory]) -> tuple[list[Skills | None], dict[str, float]]:
+    written, metrics = own_skills(run, trajectories)
     having = [own is not None for own in written]
     sources = [other_tasks(trajectories, at, having) for at in range(len(trajectories))]
-    return [written[rng.choice(source)] if source else None for source in sources], metrics
+    return [written[run.rng.choice(source)] if source else None for source in sources], metrics
 
 
 def other_tasks(trajectories: list[Trajectory], at: int, having: list[bool]) -> list[int]:
     """Which trajectories' skills may stand in for those of trajectory `at`: of those `having` some, the ones of another
-    task type; where there are none, of another task."""
+    task type; where there are none, of another task; none where only one task was played."""
     own = trajectories[at]
     others = [i for i, t in enumerate(trajectories) if having[i] and t.group != own.group]
     return [i for i in others if trajectories[i].task_type != own.task_type] or others

@@ -14,38 +14,36 @@ Shapes: n response tokens of a micro-batch, K layers, H hidden size.
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from advantage import opid_advantages
-from config import OWN, Config
+from config import OWN
 from data import Advantages, Batch, Level
-from lm.logprobs import At
-from lm.packing import Sequence
-from lm.states import layer_states
+from lm.distributions import layer_states
+from lm.scoring import At, Sequence
 from router import LEVELS
 from runlog.start import Run
-from train import OPID, Terms
-from variants.opd import teacher_shift
-from variants.reverse_kl import guided_micro_batches
+from train import OPID, Terms, opid_advantages
+from variants.opd import frozen_teacher, teacher_shift
+from variants.opid_full import guided_micro_batches
+from variants.sdar import OneTeacher
 
 
 @dataclass
-class Settings(Config):
-    kl: float = OWN(0.0, "no KL term")
+class Settings(OneTeacher):
     teacher: str | None = OWN(None, "a larger model, named as --model is; none: the scorer under the skill")
     oprd_layers: str = OWN(
         "all", "layers whose states are matched; even: the first, third, ...", ("last", "all", "even", "odd")
     )
     oprd_positions: str = OWN("all", "tokens of a response that count: all, first-K or last-K, as in last-32")
     oprd_normalize: bool = OWN(False, "states of length 1 (the release), not as they are (the paper's numbers)")
-    oprd_weight: float = OWN(1.0, "weight of the loss (the release: 1)")
+    oprd_weight: float = OWN(1.0, "weight of the loss (the release: 1)", bounds=(0, None))
 
     def __post_init__(self):
+        self.kl = 0.0  # its loss has no such term
         super().__post_init__()
         if self.shard:
             raise ValueError("--algo oprd reads hidden states of whole models: no --shard")
@@ -58,15 +56,18 @@ class Settings(Config):
     def levels(self) -> tuple[Level, ...]:
         return () if self.teacher else LEVELS
 
+    def further_models(self, tokenizer, device) -> dict:
+        return {"teacher": frozen_teacher(self, tokenizer, device)} if self.teacher else {}
 
-def no_advantages(run: Run, batch: Batch, rng: random.Random) -> Advantages:
-    """None: the loss reads none. What is logged as A_skill is how far the teacher's log-probs are off."""
-    opid = opid_advantages(run, batch, rng)
-    shift = teacher_shift(run, batch) if run.config.teacher else opid.skill  # (B, R)
+
+def no_advantages(run: Run, batch: Batch) -> Advantages:
+    """The loss reads none. What is logged as A_skill is how far the teacher's log-probs are off."""
+    opid = opid_advantages(run, batch)
+    shift = teacher_shift(run, batch)[1] if run.config.teacher else opid.skill  # (B, R)
     return replace(opid, total=torch.zeros_like(opid.total), skill=shift)
 
 
-def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+def oprd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
     config = run.config
     own, at = layer_states(run.policy, micro, config.oprd_layers)  # (n, K, H)
     theirs = teacher_states(run, micro, batch, own.detach(), at)  # (n, K', H)
@@ -83,17 +84,15 @@ def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
 @torch.no_grad()
 def teacher_states(run: Run, micro: list[Sequence], batch: Batch, own: Tensor, at: At) -> Tensor:
     """The teacher's states of these response tokens, (n, K, H); the policy's `own` where no skill guides it."""
-    layers = run.config.oprd_layers
-    if run.config.teacher:
-        return layer_states(run.models["teacher"], micro, layers)[0]  # the same sequences, hence the same order
-    scorer, states = run.models[run.config.scorer], own.clone()
-    training = scorer.training
-    scorer.eval()
-    contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
-    for part, place in guided_micro_batches(batch, contexts, at, run.config.token_budget):
-        read, where = layer_states(scorer, part, layers)  # (m, K, H)
-        states[place[where]] = read.to(states.dtype)
-    scorer.train(training)
+    config, layers = run.config, run.config.oprd_layers
+    teacher, states = run.models["teacher" if config.teacher else config.scorer], own.clone()
+    with run.reading(teacher):
+        if config.teacher:
+            return layer_states(teacher, micro, layers)[0]  # the same sequences, hence the same order
+        contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
+        for part, place in guided_micro_batches(batch, contexts, at, config.token_budget):
+            read, where = layer_states(teacher, part, layers)  # (m, K, H)
+            states[place[where]] = read.to(states.dtype)
     return states
 
 
@@ -126,4 +125,4 @@ def representation_loss(student: Tensor, teacher: Tensor, normalize: bool) -> Te
     return ((student - teacher.detach()) ** 2).mean((-1, -2))
 
 
-VARIANT = replace(OPID, advantages=no_advantages, loss=loss, settings=Settings)
+VARIANT = replace(OPID, advantages=no_advantages, loss=oprd_loss, settings=Settings)

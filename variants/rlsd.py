@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from advantage import opid_advantages
-from config import OWN, Config
+from config import OWN
 from data import Advantages, Batch
 from runlog.start import Run
-from train import OPID
+from train import OPID, opid_advantages
+from variants.sdar import OneTeacher
 
 
 @dataclass
-class Settings(Config):
-    rlsd_mix: float = OWN(0.5, "mu: how far Delta rescales A_ep at first, 0 to 1")
-    rlsd_iterations: int = OWN(50, "iterations in which mu falls to 0 (the release: 100); 0: it stays")
-    rlsd_clip: float = OWN(0.2, "bound of the rescaling, 1 - eps to 1 + eps")
+class Settings(OneTeacher):
+    rlsd_mix: float = OWN(0.5, "mu: how far Delta rescales A_ep at first", bounds=(0, 1))
+    rlsd_iterations: int = OWN(50, "iterations in which mu falls to 0 (release: 100); 0: it stays", bounds=(0, None))
+    rlsd_clip: float = OWN(0.2, "bound of the rescaling, 1 - eps to 1 + eps", bounds=(0, None))
 
 
-def advantages(run: Run, batch: Batch, rng: random.Random) -> Advantages:
-    config, opid = run.config, opid_advantages(run, batch, rng)
+def advantages(run: Run, batch: Batch) -> Advantages:
+    config, opid = run.config, opid_advantages(run, batch)
     left = max(0.0, 1 - run.iteration / config.rlsd_iterations) if config.rlsd_iterations else 1.0
     total = rescale(opid.outcome, opid.skill.nan_to_num(), batch.mask, config.rlsd_mix * left, config.rlsd_clip)
     return replace(opid, total=total)

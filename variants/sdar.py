@@ -3,30 +3,45 @@ verl/trainer/ppo/sdar_utils.py, compute_sdar_loss."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from advantage import combine, opid_advantages
+from advantage import combine
 from config import OWN, Config
-from data import Advantages, Batch
-from lm.logprobs import sequence_logprobs
-from lm.packing import Sequence
+from data import Advantages, Batch, Level
+from lm.scoring import Sequence, sequence_logprobs
+from router import LEVELS
 from runlog.start import Run
-from train import OPID, Terms, grpo_loss
+from train import OPID, Terms, grpo_loss, opid_advantages
 
 
 @dataclass
-class Settings(Config):
-    distill_weight: float = OWN(0.01, "c: weight of the gated term (the release's ALFWorld scripts)")
-    gate_beta: float = OWN(5.0, "beta: steepness of the gate sigmoid(beta Delta), per nat")
+class OneTeacher(Config):
+    """Of a method whose skill is a teacher in the loss: lambda has no say, and a token has at most one teacher."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.levels and self.routing == "additive":
+            raise ValueError(
+                f"--algo {self.algo} has at most one teacher per token: --routing {self.routing} gives a step two"
+            )
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return LEVELS
 
 
-def outcome_only(run: Run, batch: Batch, rng: random.Random) -> Advantages:
-    """A = A_ep: the skill acts through the loss, and lambda has no say. Its shift is logged all the same."""
-    opid = opid_advantages(run, batch, rng)
+@dataclass
+class Settings(OneTeacher):
+    distill_weight: float = OWN(0.01, "c: weight of the gated term (the release's ALFWorld scripts)", bounds=(0, None))
+    gate_beta: float = OWN(5.0, "beta: steepness of the gate sigmoid(beta Delta), per nat", bounds=(0, None))
+
+
+def outcome_only(run: Run, batch: Batch) -> Advantages:
+    """A = A_ep: the skill acts through the loss. Its shift is logged all the same."""
+    opid = opid_advantages(run, batch)
     return replace(opid, total=combine(opid.outcome, {}, {}, batch.mask))
 
 
@@ -43,10 +58,11 @@ def gated_pull(new: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
     Descending it ascends g log pi_theta: every sampled token becomes likelier, but in the mean over samples a common
     pull cancels (E[grad log pi] = 0), and what is left is a policy gradient whose reward is g. g grows with Delta_now,
-    so probability moves to the tokens that the teacher likes better: towards the teacher.
+    so probability moves to the tokens that the teacher likes better: towards the teacher. Where g is constant (beta 0,
+    grpo+opsd) everything cancels: there is no direction in expectation, only noise.
     """
     scored = ~teacher.isnan()  # (n,)
-    # Selected, not multiplied by 0: a NaN times 0 is a NaN, in the gradient too.
+    # Selected, not multiplied by 0: NaN times 0 is NaN, in the gradient too.
     delta = teacher[scored] - new[scored]  # (scored,) Delta_now
     term = (beta * delta.detach()).sigmoid() * delta  # (scored,)
     return torch.zeros_like(scored, dtype=term.dtype).masked_scatter(scored, term)

@@ -52,7 +52,7 @@ def play_under_skills(run: Run, games: list) -> tuple[list[Trajectory], dict[str
         return envs[-1]
 
     trajectories, metrics = play(run, games, make_env)
-    skills, written = own_skills(run, trajectories, None)
+    skills, written = own_skills(run, trajectories)
     run.state["episode_skills"] = remember(known, gather_object(lessons(trajectories, skills)))
     return trajectories, metrics | written | {"rollout/skilled": sum(env.skill is not None for env in envs)}
 

@@ -7,18 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from config import OWN, Config
+from config import OWN
 from data import Batch
-from lm.logprobs import sequence_logprobs
-from lm.packing import Sequence
+from lm.scoring import Sequence, sequence_logprobs
 from runlog.start import Run
 from train import OPID, Terms, grpo_loss
-from variants.sdar import only_teacher, outcome_only
+from variants.sdar import OneTeacher, only_teacher, outcome_only
 
 
 @dataclass
-class Settings(Config):
-    distill_weight: float = OWN(0.001, "weight of the term (the release's)")
+class Settings(OneTeacher):
+    distill_weight: float = OWN(0.001, "weight of the term (the release's)", bounds=(0, None))
 
 
 def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
@@ -31,10 +30,12 @@ def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
 
 def weighted_k3(new: Tensor, old: Tensor, teacher: Tensor) -> Tensor:
     """rho k3, rho = pi_theta / pi_old, both with gradient: KL(pi_theta || pi_teacher) in expectation over pi_old,
-    gradient included. All (n,) -> (n,), 0 where `teacher` is NaN."""
+    gradient included, which is -rho d grad log pi_theta. All (n,) -> (n,), 0 where `teacher` is NaN."""
     scored = ~teacher.isnan()  # (n,)
-    delta, ratio = teacher[scored] - new[scored], (new - old)[scored].clamp(max=10.0).exp()  # the release's bounds
-    term = ratio * (delta.clamp(max=20.0).exp() - 1 - delta)  # (scored,)
+    d, log_ratio = teacher[scored] - new[scored], (new - old)[scored]  # (scored,) each
+    # Beyond the release's bounds a token carries no gradient: of one factor alone it would point the other way.
+    term = log_ratio.clamp(max=10.0).exp() * (d.clamp(max=20.0).exp() - 1 - d.clamp(max=20.0))  # (scored,)
+    term = torch.where((d < 20.0) & (log_ratio < 10.0), term, term.detach())
     return torch.zeros_like(scored, dtype=term.dtype).masked_scatter(scored, term)
 
 

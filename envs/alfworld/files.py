@@ -244,10 +244,10 @@ def task_type(path: str, goal: Goal) -> str:
     """From traj_data.json beside the file, else from a folder's name, else from the goal."""
     folder = Path(path).parent
     try:
-        told = json.loads((folder / "traj_data.json").read_text(encoding="utf-8")).get("task_type")
+        named = json.loads((folder / "traj_data.json").read_text(encoding="utf-8")).get("task_type")
     except (OSError, ValueError, AttributeError):
-        told = None  # the file is a convenience, the game can be played without it
-    if known := told if told in TASK_TYPES else named_type(path):
+        named = None  # the file is a convenience, the game can be played without it
+    if known := named if named in TASK_TYPES else named_type(path):
         return known
     if goal.lamp:
         return "look_at_obj_in_light"

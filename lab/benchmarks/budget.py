@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -29,10 +28,10 @@ from config import parse_args
 from evaluate import environment, games_of
 from lab.experiments.runs import on_the_laptop
 from lm.encoder import Encoder
-from lm.memory import give_back
+from lm.processes import give_back
 from lm.sampler import Sampler
+from memory.machine import peak_mib, reset_peak
 from rollout import rollout
-from runlog.memory import peak_mib, reset_peak
 from tiny.loading import load_model
 
 
@@ -48,9 +47,18 @@ def case(budget: int, repeats: int, argv: list[str]) -> dict:
 
     def play(count: int, size: int) -> list[list[list[int]]]:
         torch.manual_seed(0)
-        sampler = Sampler(model, tokenizer, replace(config.sampling, rollout_budget=budget))
+        sampler = Sampler(
+            model,
+            tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            rollout_budget=budget,
+            token_budget=config.token_budget,
+        )
         with bfloat16:
-            trajectories, _ = rollout(sampler, encoder, environment(config), games[:count], size, config.context_limit)
+            trajectories, _ = rollout(
+                sampler, encoder, environment(config), games[:count], size, context_limit=config.context_limit
+            )
         return [[step.response for step in trajectory.steps] for trajectory in trajectories]
 
     model.to(device)

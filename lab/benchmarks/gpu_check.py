@@ -25,8 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lm.loading import save_policy
+from memory.plan import architecture_of
 from runlog.metrics import read_lines
-from runlog.plan import architecture_of
 from tiny.warmstart import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent

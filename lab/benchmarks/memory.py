@@ -21,8 +21,8 @@ import matplotlib
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm.logprobs import token_logprobs
-from runlog.memory import peak_mib
+from lm.scoring import token_logprobs
+from memory.machine import peak_mib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

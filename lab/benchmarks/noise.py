@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
 
-from lab.benchmarks.score import LIMITS, load, play, rows
+from lab.benchmarks.score import LIMIT, load, play, rows
 from lm.encoder import Encoder
 from lm.loading import frozen_copy
-from lm.scoring import Limits, response_logprobs, tree_logprobs
+from lm.scoring import response_logprobs, tree_logprobs
 from train import k3
 
 PRECISIONS = {
@@ -34,24 +34,23 @@ PRECISIONS = {
 
 def scores_of(model, contexts, responses, guided) -> tuple[dict, torch.Tensor]:
     """(name -> log-probs (B, R) of the plain contexts, A_skill (B, R) of the guided ones, each step alone)."""
-    one = Limits(temperature=1.0, token_budget=1)
     layouts = {
-        "per step": response_logprobs(model, contexts, responses, one, packed=False),
-        "packed": response_logprobs(model, contexts, responses, LIMITS),
-        "tree": tree_logprobs(model, contexts, responses, guided, LIMITS)[0],
+        "per step": response_logprobs(model, contexts, responses, token_budget=1, packed=False),
+        "packed": response_logprobs(model, contexts, responses, token_budget=LIMIT),
+        "tree": tree_logprobs(model, contexts, responses, guided, token_budget=LIMIT)[0],
     }
-    return layouts, response_logprobs(model, guided, responses, one, packed=False) - layouts["per step"]
+    return layouts, response_logprobs(model, guided, responses, token_budget=1, packed=False) - layouts["per step"]
 
 
 def frozen_effects(model, contexts, responses, guided) -> dict[str, dict]:
     """--frozen-dtype -> MiB of the copy, and |change| (B, R) of what is made of its log-probs, all under autocast."""
     found = {}
     with torch.autocast(model.device.type, torch.bfloat16):
-        old = response_logprobs(model, contexts, responses, LIMITS)
+        old = response_logprobs(model, contexts, responses, token_budget=LIMIT)
         for dtype in ("float32", "auto", "bfloat16"):
             copied = frozen_copy(model, dtype, mixed_precision="bf16")
-            plain = response_logprobs(copied, contexts, responses, LIMITS)
-            shift = response_logprobs(copied, guided, responses, LIMITS) - old
+            plain = response_logprobs(copied, contexts, responses, token_budget=LIMIT)
+            shift = response_logprobs(copied, guided, responses, token_budget=LIMIT) - old
             found[dtype] = {"log p": plain, "A_skill": shift, "KL": k3(old, plain)}
             found[dtype]["MiB"] = sum(p.numel() * p.element_size() for p in copied.parameters()) / 2**20
     whole = dict(found["float32"])

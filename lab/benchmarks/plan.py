@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from config import parse_args, variant_of
 from lab.experiments.runs import on_the_laptop
-from lm.loading import load_model
-from runlog.memory import peak_mib, reset_peak
-from runlog.plan import Plan, libraries_of
+from memory.machine import peak_mib, reset_peak
+from memory.plan import Plan, libraries_of
 from runlog.start import start
+from tiny.loading import load_model
 from train import train
 
 PLANNED = {"rescore": "scoring"}  # a step of training -> what the plan calls it, where it is another name

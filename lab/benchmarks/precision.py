@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
 
-from lm.packing import Sequence
 from lm.precision import multiplies_bfloat16
+from lm.scoring import Sequence
 from tiny.loading import load_model
 from tiny.muon import ExactMuon
 from tiny.supervised import demonstration_loss

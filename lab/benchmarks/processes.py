@@ -32,7 +32,7 @@ from transformers import GenerationConfig
 
 from config import variant_of
 from lab.benchmarks.iteration import PHASES, phases, random_model, run, settings
-from lm.parallel import gathered, parts_of, shard
+from lm.processes import gathered, parts_of, shard
 from runlog.start import start
 from tiny.loading import load_model
 from train import train

@@ -27,7 +27,7 @@ import torch
 from envs.alfworld import AlfworldEnv, cached_games
 from lab.benchmarks.score import load
 from lm.encoder import Encoder
-from lm.sampler import COMPACT_AT, Sampler, Sampling
+from lm.sampler import COMPACT_AT, Sampler
 from rollout import rollout
 
 WAYS = {"re-read": (False, COMPACT_AT), "cached": (True, 1.0), "compacted": (True, COMPACT_AT)}  # reused, compacted at
@@ -37,12 +37,12 @@ def played(model, encoder: Encoder, prompt: str, turns: int, episodes: int, new_
     """(seconds, responses by episode, columns of the cache at the end or 0). One seed, whatever the way."""
     torch.manual_seed(0)
     reused, compact_at = WAYS[way]
-    sampler = Sampler(model, encoder.tokenizer, Sampling(new_tokens, temperature=1.0, reuse_cache=reused))
+    sampler = Sampler(model, encoder.tokenizer, max_new_tokens=new_tokens, temperature=1.0, reuse_cache=reused)
     sampler.compact_at = compact_at
     make_env = lambda: AlfworldEnv(max_steps=turns, prompt=prompt)
     games = cached_games("small", "valid_seen", episodes)
     started = time.perf_counter()
-    trajectories, _ = rollout(sampler, encoder, make_env, games, 1, 10**6)
+    trajectories, _ = rollout(sampler, encoder, make_env, games, 1, context_limit=10**6)
     seconds = time.perf_counter() - started  # responses are on the CPU by then
     columns = sampler.held.ids.shape[1] if sampler.held else 0
     return seconds, [[step.response for step in t.steps] for t in trajectories], columns

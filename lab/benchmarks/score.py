@@ -26,16 +26,14 @@ import torch
 from data import Skills, Trajectory
 from envs.alfworld import AlfworldEnv, cached_games
 from lm.encoder import Encoder
-from lm.packing import graft, pack
-from lm.sampler import Sampler, Sampling
-from lm.scoring import Limits, response_logprobs, tree_logprobs
-from rescore import guided_contexts
+from lm.sampler import Sampler
+from lm.scoring import graft, pack, response_logprobs, tree_logprobs
+from rescore import skill_contexts
 from rollout import rollout
 from router import route
 from tiny.loading import load_model
 
 LIMIT = 8192  # tokens: of a context in the episode, and of a forward pass
-LIMITS = Limits(temperature=1.0, token_budget=LIMIT)
 SKILL = "look in every closed place once, take the thing as soon as it is seen, and go straight to where it belongs"
 
 
@@ -57,8 +55,8 @@ def play(model, encoder: Encoder, prompt: str, turns: int) -> Trajectory:
     torch.manual_seed(0)
     make_env = lambda: AlfworldEnv(max_steps=turns, prompt=prompt)
     game = cached_games("small", "valid_seen", 1)
-    sampler = Sampler(model, encoder.tokenizer, Sampling(max_new_tokens=24, temperature=1.0))
-    return rollout(sampler, encoder, make_env, game, 1, LIMIT)[0][0]
+    sampler = Sampler(model, encoder.tokenizer, max_new_tokens=24, temperature=1.0)
+    return rollout(sampler, encoder, make_env, game, 1, context_limit=LIMIT)[0][0]
 
 
 def rows(encoder: Encoder, trajectory: Trajectory, turns: int, skills: int):
@@ -66,7 +64,7 @@ def rows(encoder: Encoder, trajectory: Trajectory, turns: int, skills: int):
     part = Trajectory(trajectory.task, 0, trajectory.steps[:turns], False)
     taught = {k * len(part.steps) // skills: SKILL for k in range(skills)}
     routes = [route(part, Skills("", SKILL, taught), "step")]
-    guided, _ = guided_contexts(encoder, [part], routes, "step", LIMIT)
+    guided, _ = skill_contexts(encoder, [part], routes, "step", LIMIT)
     return [step.context for step in part.steps], [step.response for step in part.steps], guided
 
 
@@ -76,11 +74,11 @@ def ways(model, contexts, responses, guided) -> dict:
     more = sum(len(context) + len(response) for context, response in augmented)
 
     def apart(packed: bool):
-        plain = response_logprobs(model, contexts, responses, LIMITS, packed=packed)
-        return plain, response_logprobs(model, guided, responses, LIMITS, packed=packed)
+        plain = response_logprobs(model, contexts, responses, token_budget=LIMIT, packed=packed)
+        return plain, response_logprobs(model, guided, responses, token_budget=LIMIT, packed=packed)
 
     def tree():
-        return tree_logprobs(model, contexts, responses, guided, LIMITS)
+        return tree_logprobs(model, contexts, responses, guided, token_budget=LIMIT)
 
     read = lambda sequences: sum(len(sequence.ids) for sequence in sequences)
     together = pack(contexts, responses)

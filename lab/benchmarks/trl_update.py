@@ -30,12 +30,10 @@ from config import Config
 from evaluate import environment, games_of
 from lm.encoder import Encoder
 from lm.loading import save_policy
-from lm.logprobs import sequence_logprobs
-from lm.packing import micro_batches, pack
 from lm.sampler import Sampler
-from lm.scoring import Limits, response_logprobs
+from lm.scoring import micro_batches, pack, response_logprobs, sequence_logprobs
+from memory.machine import peak_mib
 from rollout import rollout
-from runlog.memory import peak_mib
 from tiny.loading import load_model
 from train import policy_loss
 
@@ -52,9 +50,12 @@ def compare(config: Config, repeats: int, folder: Path) -> None:
     save_policy(model, tokenizer, folder / "policy")  # plain from_pretrained loads it, whatever it came from
     model.to(device())
     torch.manual_seed(config.seed)
-    sampler, encoder = Sampler(model, tokenizer, config.sampling), Encoder(tokenizer, config.context)
+    encoder = Encoder(tokenizer, config.context)
+    sampler = Sampler(model, tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     games = games_of(config, "train")[: config.tasks]
-    trajectories, _ = rollout(sampler, encoder, environment(config), games, config.rollouts, config.context_limit)
+    trajectories, _ = rollout(
+        sampler, encoder, environment(config), games, config.rollouts, context_limit=config.context_limit
+    )
     steps = [step for trajectory in trajectories for step in trajectory.steps]
     work = {
         "model": str(folder / "policy"),
@@ -113,7 +114,7 @@ def ours(work: dict) -> float:
     """Packed sequences through the functions that train.py uses. -> seconds"""
     model = AutoModelForCausalLM.from_pretrained(work["model"]).to(device()).train()
     prompts, completions, budget = work["prompts"], work["completions"], work["token_budget"]
-    old = response_logprobs(model, prompts, completions, Limits(1.0, budget))  # (B, R)
+    old = response_logprobs(model, prompts, completions, token_budget=budget)  # (B, R)
     tokens, sequences = sum(map(len, completions)), pack(prompts, completions)
 
     def parts():

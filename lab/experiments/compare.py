@@ -30,10 +30,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from config import Config, flag, parse_args, variant_of
+from config import Config, parse_args, variant_of
 from evaluate import eval_splits, games_of
 from lab.experiments.children import Children
-from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, on_the_laptop, settings
+from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, flags_of, on_the_laptop, settings
 from lab.experiments.stored import add, differing, find, read
 from lab.experiments.tables import by_episodes, by_type, draw, efficiency, leads, table
 from lm.loading import remove, save_policy, write_whole
@@ -102,14 +102,7 @@ def is_there(job: Job) -> bool:
 
 def launch(job: Job, children: Children) -> None:
     """Train in a process of its own. Raises RuntimeError with the end of its output where that fails."""
-    command = [sys.executable, "train.py"]
-    for name, value in job.config.to_dict().items():
-        if isinstance(value, bool):
-            command += [flag(name) if value else f"--no-{flag(name)[2:]}"]
-        elif isinstance(value, dict):
-            command += [flag(name), *(f"{key}={text}" for key, text in value.items())]
-        else:
-            command += [flag(name), "none" if value is None else str(value)]
+    command = [sys.executable, "train.py", *flags_of(job.config.to_dict())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = children.run(command, cwd=ROOT, env=environment)
     if done.returncode:

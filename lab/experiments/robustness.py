@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from config import Config
-from evaluate import date_of_run, environment, evaluate
+from evaluate import environment, evaluate
 from lab.experiments.perturb import CHANGES, Change, Perturbed
 from lab.experiments.runs import RESULTS, arm_of, commit, config_of, fingerprint, settings
 from lab.experiments.stored import add, differing, find, read
 from lab.experiments.tables import markdown, split_cells, split_titles
 from lm.encoder import Encoder
+from lm.loading import about_policy
 from tiny.loading import load_model
 
 SEED = 0  # of the changes
@@ -52,7 +53,7 @@ def measure(run: Path, config: Config, temperatures: list[float]) -> dict:
     told = conditions(config, temperatures)
     model, tokenizer = load_model(str(run / "policy"), env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, success = Encoder(tokenizer, config.context, date_of_run(str(run / "policy"))), {}
+    encoder, success = Encoder(tokenizer, config.context, about_policy(str(run / "policy")).get("date")), {}
     for condition, (hot, make_env) in told.items():
         results = evaluate(model, encoder, hot, make_env=make_env)
         success[condition] = {split: float(np.mean([t.success for t in played])) for split, played in results.items()}

@@ -7,7 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from config import Config, parse_args
+from config import Config, flag, parse_args
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "lab" / "results"
@@ -43,9 +43,22 @@ def arm_of(name: str) -> str:
     return name.rpartition("-seed")[0] or name
 
 
+def flags_of(settings: dict) -> list[str]:
+    """The command line that says all of these settings."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags += [flag(name) if value else f"--no-{flag(name)[2:]}"]
+        elif isinstance(value, dict):
+            flags += [flag(name), *(f"{key}={text}" for key, text in value.items())]
+        else:
+            flags += [flag(name), "none" if value is None else str(value)]
+    return flags
+
+
 def config_of(run: Path, flags: list[str]) -> Config:
     """The settings of a run folder, `flags` of train.py on top. Raises FileNotFoundError where it holds no run."""
     written = run / "config.json"
     if not written.is_file():
         raise FileNotFoundError(f"{run} is no run folder: it has no config.json")
-    return parse_args(flags, base=json.loads(written.read_text()))
+    return parse_args([*flags_of(json.loads(written.read_text())), *flags])

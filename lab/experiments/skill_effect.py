@@ -32,12 +32,13 @@ import numpy as np
 import torch
 
 from config import Config, parse_args
-from evaluate import date_of_run, environment, held_out_games, play
+from evaluate import environment, held_out_games, play
 from lab.experiments.estimates import bootstrap_interval
 from lab.experiments.runs import RESULTS, commit, on_the_laptop, settings
 from lab.experiments.stored import add, read
 from lab.experiments.tables import markdown
 from lm.encoder import Encoder
+from lm.loading import about_policy
 from tiny.loading import load_model
 from tiny.plays import Play, Script, script
 from variants.opid_placebo import EPISODE as NOTHING
@@ -94,7 +95,7 @@ def measure(config: Config, temperatures: list[float]) -> tuple[list[str], Won]:
     games = [game for split in held_out_games(config).values() for game in split]
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, won = Encoder(tokenizer, config.context, date_of_run(config.model)), {}
+    encoder, won = Encoder(tokenizer, config.context, about_policy(config.model).get("date")), {}
     make_env = environment(config)
     for kind, texts in told_by(config, games).items():
         mine = [game for game in games if game in texts or kind == "none"]

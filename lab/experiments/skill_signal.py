@@ -36,7 +36,7 @@ from lab.experiments.estimates import bootstrap_interval, probability_of_superio
 from lab.experiments.runs import RESULTS, commit, config_of, on_the_laptop, settings
 from lab.experiments.stored import add, read
 from lab.experiments.tables import markdown
-from rescore import score
+from rescore import rescore
 from router import route
 from runlog.metrics import silent_groups
 from runlog.start import start
@@ -78,14 +78,14 @@ def batch_of(config: Config, run: Path | None) -> Batch:
                 (Path(folder) / file.relative_to(run)).symlink_to(file.absolute())
         config = replace(config, out=folder, resume=run is not None, eval_every=0, tracker="none")
         run, variant = start(config), variant_of(config.algo)
-        rng = run.begin(run.log.first_iteration)  # from here on as train.train does it
-        games = rng.sample(run.games, min(config.tasks, len(run.games)))
+        run.begin(run.log.first_iteration)  # from here on as train.train does it
+        games = run.rng.sample(run.games, min(config.tasks, len(run.games)))
         trajectories, _ = variant.play(run, games)
-        skills, _ = variant.skills(run, trajectories, rng)
+        skills, _ = variant.skills(run, trajectories)
         pairs = zip(trajectories, skills, strict=True)
-        routes = [route(trajectory, own, config.routing, config.levels) for trajectory, own in pairs]
-        batch, _ = score(run, trajectories, skills, routes)
-        batch.advantages = variant.advantages(run, batch, rng)
+        routes = [route(trajectory, own, config.routing, run.levels) for trajectory, own in pairs]
+        batch, _ = rescore(run, trajectories, skills, routes)
+        batch.advantages = variant.advantages(run, batch)
         return batch
 
 

@@ -36,9 +36,9 @@ from evaluate import eval_splits, games_of
 from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint
 from lab.experiments.stored import add, read
 from lab.experiments.tables import markdown
-from lm.loading import load_model
 from router import guided_messages
 from tiny.demonstrations import Demonstrator
+from tiny.loading import load_model
 from tiny.plays import Play
 from tiny.search import FLAWS, avoidance
 from variants.opid_placebo import EPISODE as NOTHING

@@ -26,7 +26,7 @@ from lab.experiments.skill_signal import (
     rows_of,
 )
 from lm.loading import save_policy
-from rescore import response_logprobs
+from lm.scoring import response_logprobs
 from runlog.start import start as start_run
 from tiny.loading import load_model
 from tiny.warmstart import tiny_model
@@ -138,7 +138,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_left_alone(start, tmp_path):
     for folder, kept in ((run / "policy", batch.old_logprobs), (start, batch.reference_logprobs)):
         model, _ = load_model(str(folder))
         contexts, responses = [step.context for step in batch.steps], [step.response for step in batch.steps]
-        scored = response_logprobs(model, contexts, responses, config.limits)
+        scored = response_logprobs(model, contexts, responses, token_budget=4096)
         assert torch.allclose(scored, kept, atol=1e-4, equal_nan=True)
     assert not torch.allclose(batch.old_logprobs, batch.reference_logprobs, atol=1e-2, equal_nan=True)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

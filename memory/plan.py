@@ -4,7 +4,7 @@ It also says what the run writes to disk (disk.py).
 
 Planned from the model's configuration, no weights loaded. Exact: weights, gradients, optimizer, copies, keys and
 values. What a pass holds besides is counted on tensors without data, by the run's own code (passes.py). All rows are
-taken to be as long as they may be. benchmarks/plan.py compares with what runs really take.
+taken to be as long as they may be. lab/benchmarks/plan.py compares with what runs really take.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from config import LOCAL_WRITERS, RECIPES, Config, flag
+from config import FREE, LOCAL_WRITERS, RECIPES, Config, flag
 from lm.loading import frozen
-from lm.memory import give_back
-from runlog import FREE, disk, memory
-from runlog.counting import bytes_of, shell
-from runlog.passes import Pass, Passes
+from lm.processes import give_back
+from memory import disk, machine
+from memory.counting import bytes_of, shell
+from memory.passes import Pass, Passes
 from tiny.loading import load_config
 
 MIB, GIB = 2**20, 2**30
-FROZEN = ("reference", "teacher", "ema")  # models that only read
+FROZEN = ("reference", "teacher")  # models that only read
 CARDS = (16, 24, 48, 80, 141)  # GiB, of one GPU
 # of a card or of this machine: the rest is for the CUDA context, libraries' workspaces, and pieces that fit nothing
 USABLE = 0.9
@@ -102,8 +102,7 @@ class Plan:
         parts = {
             "weights": weights,
             "reference": self._frozen(config.model) if config.reads("reference") and not config.lora_rank else 0,
-            "teacher": self._frozen(config.teacher) if config.teacher else 0,
-            "ema": weights if config.reads("ema") else 0,
+            "teacher": self._frozen(config.teacher) if getattr(config, "teacher", None) else 0,
             "optimizer": 2 * bytes_of(self.model, trained=True),
         }
         if config.offload and self.gpu:
@@ -159,12 +158,11 @@ def advice(plan: Plan, there: float) -> str | None:
         return None
     tried = []
     for words, changes in _changes(plan):
-        same = {"processes": plan.processes, "libraries": plan.libraries}
         try:
             changed = replace(plan.config, **changes)
         except ValueError:  # this run cannot have that, such as --shard with a method that needs whole models
             continue
-        other = Plan(changed, plan.architecture, **same)
+        other = Plan(changed, plan.architecture, processes=plan.processes, libraries=plan.libraries)
         if other.peak <= USABLE * there:
             return f"{words} is enough ({other.peak / GIB:.1f} GiB)"
         tried.append((other.peak, words))
@@ -202,9 +200,9 @@ def _changes(plan: Plan) -> list[tuple[str, dict]]:
     return [(words, change) for words, change in changes if not config.resume or change.keys() <= FREE]
 
 
-def line(config: Config, model, processes: int) -> str:
+def planned(config: Config, model, processes: int) -> str:
     """For the start of a run: one line each for memory and disk, with a warning where it would run out."""
-    return f"{_memory(config, model, processes)}\n{disk.told(config, model)}"
+    return f"{_memory(config, model, processes)}\n{disk.describe(config, model)}"
 
 
 def _memory(config: Config, model, processes: int) -> str:
@@ -212,19 +210,19 @@ def _memory(config: Config, model, processes: int) -> str:
         plan = Plan(config, model.config, processes=processes, libraries=libraries_of(model))
     except Exception as error:  # an architecture that does not run without data; no reason to refuse it
         return f"memory: not planned, {type(error).__name__} in this architecture's code"
-    there = memory.there()
-    told = (
+    there = machine.there()
+    line = (
         f"memory: at most {plan.peak / GIB:.1f} GiB by plan (in the {plan.largest.name}), {there / GIB:.1f} GiB there"
     )
     change = advice(plan, there)
-    return told if change is None else f"{told}\nWARNING: this run may run out of memory. Change {change}; see --plan"
+    return line if change is None else f"{line}\nWARNING: this run may run out of memory. Change {change}; see --plan"
 
 
-def told(config: Config) -> str:
+def describe(config: Config) -> str:
     """What --plan prints."""
     launched = "WORLD_SIZE" in os.environ
     plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries_of())
-    there = memory.there()
+    there = machine.there()
     change = advice(plan, there)
     lines = [format_phases(plan.phases)]
     lines += [f"peak, estimated: {plan.peak / MIB:.1f} MiB a process, in the {plan.largest.name}"]
@@ -238,13 +236,13 @@ def told(config: Config) -> str:
         peak = Plan(config, plan.architecture, processes=count).peak
         card = next((f"fits a GPU of {card} GB" for card in CARDS if peak <= USABLE * card * GIB), "fits no GPU")
         lines += [f"on {count} GPU{'s' * (count > 1)}: {peak / GIB:.1f} GiB each, {card}"]
-    return "\n".join([*lines, disk.told(config, plan.model)])
+    return "\n".join([*lines, disk.describe(config, plan.model)])
 
 
 def libraries_of(*models: nn.Module) -> float | None:
     """Bytes of this process without the models that it holds; None on a GPU, where it is not in the card's memory."""
     give_back()
-    return None if torch.cuda.is_available() else max(0, memory.resident() - sum(map(bytes_of, models)))
+    return None if torch.cuda.is_available() else max(0, machine.resident() - sum(map(bytes_of, models)))
 
 
 def format_phases(phases: list[Phase]) -> str:

@@ -1,31 +1,33 @@
-"""OPID whose A_skill is the difference to a skill of another task, so that what any skill does cancels."""
+"""OPID whose A_skill is the difference to a skill of another task, so that what any skill does cancels: the idea of
+RLCSD (arXiv 2606.11709)."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
 
-from advantage import combine, outcome_advantages, skill_advantage, sum_of_scored
+from advantage import combine, skill_advantage, sum_of_scored
 from data import Advantages, Batch, Guidance, Route
-from rescore import score
+from rescore import rescore
 from router import LEVELS
 from runlog.start import Run
-from train import OPID
+from train import OPID, outcomes
 from variants.opid_shuffled import Settings, other_tasks
 
 
-def advantages(run: Run, batch: Batch, rng: random.Random) -> Advantages:
-    config = run.config
-    outcome = outcome_advantages(batch.trajectories, config)  # (B,)
-    foreign, _ = score(run, batch.trajectories, batch.skills, other_routes(batch, rng), readers=())
+def advantages(run: Run, batch: Batch) -> Advantages:
+    config, mask = run.config, batch.mask
+    outcome = outcomes(config, batch.trajectories)  # (B,)
+    other, _ = rescore(run, batch.trajectories, batch.skills, other_routes(batch, run.rng), plain=False)
 
-    # A_skill = log pi(y | h^) - log pi(y | h^ with another task's skill)
+    # A_skill = (log pi(y | h^) - log pi(y | h^ with another task's skill)) * m
     shifts = {
-        level: skill_advantage(logprobs, foreign.skill_logprobs[level])
+        level: skill_advantage(logprobs, other.skill_logprobs[level], mask)
         for level, logprobs in batch.skill_logprobs.items()
     }  # (B, R) each
-    weights = {"episode": config.episode_weight, "step": config.step_weight}
-    return Advantages(combine(outcome, shifts, weights, batch.mask), outcome, sum_of_scored(shifts, batch.mask))
+    both = {level: logprobs + other.skill_logprobs[level] for level, logprobs in batch.skill_logprobs.items()}  # or NaN
+    total = combine(outcome, shifts, {"episode": config.episode_weight, "step": config.step_weight}, mask)
+    return Advantages(total, outcome, sum_of_scored(shifts, both, mask))
 
 
 def other_routes(batch: Batch, rng: random.Random) -> list[Route]:

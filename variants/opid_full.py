@@ -5,21 +5,23 @@
 so an advantage of weight lambda on sampled tokens and lambda times this KL in the loss have the same gradient on
 average, and the loss has it without the noise of sampling. The frozen scorer reads h^ once more in each loss: nothing
 is stored.
+
+Shapes: n tokens of a micro-batch of the policy's, m of one of the scorer's, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from config import Config
+from config import OWN, Config
 from data import Batch, Contexts
-from lm.logprobs import At
-from lm.packing import Sequence, micro_batches, pack
-from lm.states import divergences, sequence_states, states_and_logprobs
+from lm.distributions import DIVERGENCES, divergence, divergences, sequence_states, states_and_logprobs, states_obstacle
+from lm.scoring import At, Sequence, micro_batches, pack
 from runlog.start import Run
 from train import OPID, Terms, grpo_loss
 from variants.sdar import outcome_only
@@ -27,36 +29,47 @@ from variants.sdar import outcome_only
 
 @dataclass
 class Settings(Config):
+    scorer: str = OWN("reference", "frozen: the policy itself moves with each step", ("reference",))
+    divergence: str = OWN("reverse", "KL(pi_theta || pi), KL(pi || pi_theta), or Jensen-Shannon", DIVERGENCES)
+    jsd_beta: float = OWN(0.5, "jsd: from near 0 (forward's direction) to near 1 (reverse's)", bounds=(0.001, 0.999))
+
     def __post_init__(self):
         super().__post_init__()
-        if self.scorer != "reference" or self.shard:
-            raise ValueError(f"--algo {self.algo} reads a frozen scorer in each loss: --scorer reference, no --shard")
+        if self.shard:
+            raise ValueError(f"--algo {self.algo} reads whole distributions of a frozen scorer: no --shard")
+
+    def check_model(self, model) -> None:
+        if obstacle := states_obstacle(model):
+            raise ValueError(
+                f"--algo {self.algo} needs whole distributions, which {self.model} does not give: {obstacle}"
+            )
 
 
-def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+def full_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
     config = run.config
     states, new, at = states_and_logprobs(run.policy, micro, config.temperature)  # (n, H), (n,)
     losses, terms = grpo_loss(new, at, batch, config)
 
-    # lambda KL(pi_theta(. | h) || pi(. | h^)), by the level of the skill in h^
+    # lambda D(pi_theta(. | h), pi(. | h^)), by the level of the skill in h^
     exact = torch.zeros_like(losses)  # (n,)
     for level, weight in (("episode", config.episode_weight), ("step", config.step_weight)):
         if level in batch.skill_contexts:
-            exact = exact + weight * kl_to_scorer(run, batch, level, states, at)
+            exact = exact + weight * distance_to_scorer(run, batch, level, states, at)
     return losses + exact, terms | {"loss/distill": exact}
 
 
-def kl_to_scorer(run: Run, batch: Batch, level: str, states: Tensor, at: At) -> Tensor:
-    """KL of the policy, hidden states (n, H) at these rows and columns, to the scorer under the skill. -> (n,), 0 where
+def distance_to_scorer(run: Run, batch: Batch, level: str, states: Tensor, at: At) -> Tensor:
+    """D of the policy, hidden states (n, H) at these rows and columns, to the scorer under the skill. -> (n,), 0 where
     no skill of the level guides the step."""
-    scorer, temperature = run.models[run.config.scorer], run.config.temperature
+    config, scorer = run.config, run.models[run.config.scorer]
+    measure = partial(divergence, config.divergence, beta=config.jsd_beta)
     heads = run.policy.get_output_embeddings(), scorer.get_output_embeddings()
     total = torch.zeros(len(states), device=states.device)  # (n,)
-    for micro, place in guided_micro_batches(batch, batch.skill_contexts[level], at, run.config.token_budget):
+    for micro, place in guided_micro_batches(batch, batch.skill_contexts[level], at, config.token_budget):
         with torch.no_grad(), run.reading(scorer):
             theirs, _, where = sequence_states(scorer, micro)  # (m, H)
         here = place[where].to(states.device)  # (m,)
-        term = divergences(heads[0], states[here], heads[1], theirs, reverse_kl, temperature)  # (m,)
+        term = divergences(heads[0], states[here], heads[1], theirs, measure, config.temperature)  # (m,)
         total = total.index_add(0, here, term)
     return total
 
@@ -74,9 +87,4 @@ def guided_micro_batches(
         yield micro, place
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """sum p (log p - log q): the student stays where the teacher is. Log-probs (m, V) -> (m,)"""
-    return (student.exp() * (student - teacher)).sum(-1)
-
-
-VARIANT = replace(OPID, advantages=outcome_only, loss=loss, settings=Settings)
+VARIANT = replace(OPID, advantages=outcome_only, loss=full_loss, settings=Settings)

@@ -1,6 +1,9 @@
-"""What a model's output layer reads at response tokens: for whole distributions instead of one log-prob.
+"""Whole next-token distributions in place of one log-prob, for the variants that need them. OPID does not.
 
-Shapes: N tokens, H hidden size, V vocabulary.
+A distribution over V words is V numbers, the hidden state that it comes from only H. So states travel, and
+distributions are made of them CHUNK logits at a time.
+
+Shapes: N and n tokens, H hidden size, V vocabulary. Student and teacher are log-probs; gradient flows into the student.
 """
 
 from __future__ import annotations
@@ -11,8 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lm.logprobs import CHUNK, At, asked, attention_for, has_linear_head, head_logprobs, hidden_states
-from lm.packing import Sequence
+from lm.scoring import (
+    CHUNK,
+    At,
+    Sequence,
+    attention_for,
+    has_linear_head,
+    head_logprobs,
+    hidden_states,
+    model_inputs,
+)
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # of log-probs of two models (n, V) each -> (n,)
 
@@ -25,7 +36,7 @@ def states_obstacle(model) -> str | None:
 def sequence_states(model, sequences: list[Sequence]) -> tuple[Tensor, Tensor, At]:
     """One forward pass -> states (N, H) that predict the response tokens, these tokens (N,), and where in the batch
     they belong. Gradient flows if enabled."""
-    inputs, keep, targets, at = asked(model, sequences)
+    inputs, keep, targets, at = model_inputs(model, sequences)
     with attention_for(model, sequences):
         states = hidden_states(model, inputs)[keep]  # (N, H)
     return states, targets, at
@@ -46,7 +57,7 @@ def layer_states(model, sequences: list[Sequence], layers: str) -> tuple[Tensor,
     chosen = {"last": slice(-1, None), "all": slice(1, None), "even": slice(1, None, 2), "odd": slice(2, None, 2)}
     if layers not in chosen:
         raise ValueError(f"layers must be one of {', '.join(chosen)}, not {layers!r}")
-    inputs, keep, _, at = asked(model, sequences)
+    inputs, keep, _, at = model_inputs(model, sequences)
     tokens = keep.roll(1, 1)  # (S, L) a response token stands one behind where it is predicted
     with attention_for(model, sequences):
         states = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
@@ -80,3 +91,32 @@ def divergences(
 
     chunks = zip(states.split(size), teacher_states.split(size), strict=True)
     return torch.cat([checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
+# ---- how far two distributions are apart -----------------------------------------------------------------------------
+
+
+DIVERGENCES = ("reverse", "forward", "jsd")
+
+
+def divergence(kind: str, student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> Tensor:
+    """Of log-probs (n, V) each -> (n,), in nats, at least 0. Raises ValueError for an unknown kind.
+
+    reverse  KL(p || q) = sum p (log p - log q): the student stays where the teacher is
+    forward  KL(q || p) = sum q (log q - log p): the student covers all that the teacher does
+    jsd      beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649, eq. 1)
+    """
+    if kind == "reverse":
+        return kl(student, teacher)
+    if kind == "forward":
+        return kl(teacher, student)
+    if kind == "jsd":
+        shares = student.new_tensor([beta, 1 - beta]).log()  # (2,)
+        between = torch.logaddexp(teacher + shares[0], student + shares[1])  # (n, V) log m
+        return beta * kl(teacher, between) + (1 - beta) * kl(student, between)
+    raise ValueError(f"unknown divergence {kind!r}; known: {', '.join(DIVERGENCES)}")
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """sum exp(a) (a - b), of log-probs (n, V) -> (n,)"""
+    return (a.exp() * (a - b)).sum(-1)

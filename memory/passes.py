@@ -16,10 +16,10 @@ from transformers import DynamicCache
 
 from config import Config
 from lm.cache import RoomyLayer, roomy_cache
-from lm.logprobs import CHUNK, head_logprobs, hidden_states
 from lm.obstacles import takes
 from lm.sampler import Draws
-from runlog.counting import Count, Shells
+from lm.scoring import CHUNK, head_logprobs, hidden_states
+from memory.counting import Count, Shells
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Passes:
     def sampling(self, rows: int, length: int) -> Pass:
         """`rows` x `length` keys and values, with the largest piece of a context being read, or one more token."""
         piece = min(length, max(1, self.config.token_budget // rows))
-        asked = [(f"sampling {rows} {length} {n}", self._sample(rows, length, n)) for n in sorted({1, piece})]
-        passes = [self._count(name, work) for name, work in asked]
+        pieces = [(f"sampling {rows} {length} {n}", self._sample(rows, length, n)) for n in sorted({1, piece})]
+        passes = [self._count(name, work) for name, work in pieces]
         return max(passes, key=lambda each: each.peak)
 
     def scoring(self) -> Pass:

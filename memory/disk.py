@@ -9,14 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from config import Config
-from runlog.counting import bytes_of
+from memory.counting import bytes_of
 
 
 def most(config: Config, model: nn.Module) -> float:
     """Bytes of checkpoints and final policy when they are most: a new checkpoint is whole before the oldest goes.
     What is logged is not counted."""
     checkpoint = 3 * bytes_of(model, trained=True)  # the weights and AdamW's two moments
-    checkpoint += bytes_of(model) if config.reads("ema") else 0
     count = -(-config.iterations // config.save_every)
     kept = min(count, config.keep_checkpoints)
     return max(min(count, kept + 1) * checkpoint, kept * checkpoint + bytes_of(model))
@@ -29,7 +28,7 @@ def room(folder: Path) -> float:
     return shutil.disk_usage(there).free + held
 
 
-def told(config: Config, model: nn.Module) -> str:
+def describe(config: Config, model: nn.Module) -> str:
     """One line, and a warning where the disk would run full."""
     size, free = most(config, model), room(Path(config.out))
     line = f"disk: at most {_shown(size)} of checkpoints and policy, {_shown(free)} there"
