@@ -49,9 +49,9 @@ CONFIG_FLAGS |= {"--no-" + name[2:] for name in CONFIG_FLAGS}
 
 OTHERS = ("agent_system/", "opid/", "verl/", "gigpo/", "examples/")  # folders of the authors' release
 
-# What stored runs were made with stands in the table of old flags.
+# What stored runs were made with.
 OLD_SETTINGS = json.loads((ROOT / "lab" / "experiments" / "old_settings.json").read_text())["defaults"]
-OLD_FLAGS = {"lab/README.md": {flag(name) for name in OLD_SETTINGS}}
+OLD_FLAGS = dict.fromkeys(("lab/README.md", "docs/results.md"), {flag(name) for name in OLD_SETTINGS})
 
 MADE_UP = ("--anchor-weight", "self.config.anchor_weight")  # a setting that a reader of docs/forking.md would add
 
