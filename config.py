@@ -34,22 +34,22 @@ LOCAL_WRITERS = ("policy", "reference")
 RECIPES, VARIANTS = Path(__file__).parent / "recipes", Path(__file__).parent / "variants"
 OFFICIAL_ANSWER = 24  # tokens: the tags of an official answer around a command, and hardly a thought
 
-# What may differ between a run and its resumption; everything else would make it another run. Among it what messages
-# and docs recommend against running out of memory, a context that is too short, or a gradient that is NaN.
+# What may differ between a run and its resumption. Anything else would make it another run. Among these are the flags
+# that messages and docs recommend where memory, the context limit or a NaN gradient stopped a run.
 FREE = {
     *("out", "resume", "plan", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"),
     *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
     *("skill_context_limit", "learning_rate", "max_grad_norm"),
 }
 
-# What a saved policy says of itself (opid.json beside its weights): how it acts, and how it was evaluated.
+# The settings that a saved policy keeps in opid.json, beside its weights: how it acts, and how it was evaluated.
 ACTS = ("env", "env_options", "prompt", "context", "history", "context_limit", "max_new_tokens", "max_steps")
 ACTS += ("max_step_skills", "skill_tokens", "skill_context_limit", "skill_prefill")
 EVALUATED = ("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "dtype", "mixed_precision", "seed")
 
 
 def group(title: str):
-    """-> a function that makes a setting of that group of `--help`."""
+    """-> a function that makes one setting, shown in this group of `--help`."""
 
     def setting(default, help: str, choices=None, bounds: tuple[float | None, float | None] = (None, None)):
         about = {"help": help, "choices": choices, "group": title, "bounds": bounds}
@@ -75,15 +75,15 @@ OWN = group("this --algo (variants/)")
 
 @dataclass
 class Config:
-    """Defaults are the authors' ALFWorld run (examples/opid_trainer/run_alfworld_opid_guide.sh). What a recipe does
-    otherwise stands in recipes/*.toml, each line with its reason. Units stand in each setting's help."""
+    """The defaults are the authors' ALFWorld run (examples/opid_trainer/run_alfworld_opid_guide.sh). What differs from
+    it stands in recipes/*.toml, each line with its reason. Each setting's help says its unit."""
 
     algo: str = FIRST("opid", "opid, grpo, or a file of variants/, whose flags --algo NAME --help shows")
     env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
     model: str = FIRST(
         "Qwen/Qwen2.5-3B-Instruct",
-        "'tiny', 'smollm2', a folder or a hub id; with cold: in front after its cold start. Neither --model nor "
-        "--recipe: the laptop recipe",
+        "'tiny', 'smollm2', a folder or a hub id; cold:NAME is NAME after its cold start. With neither --model nor "
+        "--recipe the run is the laptop recipe",
     )
     iterations: int = FIRST(160, "training iterations")
     tasks: int = FIRST(16, "tasks per iteration")
@@ -97,17 +97,19 @@ class Config:
     resume: bool = FIRST(False, "go on from the newest checkpoint in --out")
     plan: bool = FIRST(False, "print the estimated peak memory of this run, without loading weights, and exit")
 
-    context: str = ROLLOUT("window", "each step a growing conversation, or a prompt of its own", ("chat", "window"))
+    context: str = ROLLOUT(
+        "window", "chat: one growing conversation; window: each step is a prompt of its own", ("chat", "window")
+    )
     context_limit: int = ROLLOUT(2560, "most tokens of prompt and response together (2048 and 512)")
     max_new_tokens: int = ROLLOUT(512, "most tokens of a response")
     temperature: float = ROLLOUT(1.0, "sampling temperature of training rollouts")
     reuse_cache: bool = ROLLOUT(
-        True, "keep keys and values from turn to turn where a model's architecture makes that exact; off: read anew"
+        True, "keep keys and values from turn to turn where the model allows it exactly; off: read each context anew"
     )
     rollout_budget: int = ROLLOUT(
         262144,
-        "most rows x length of what is sampled at a time, in rollouts, evaluation and skill writing: it bounds their "
-        "memory. Episodes beyond it wait",
+        "most rows x length sampled at a time, in rollouts, evaluation and skill writing. It bounds their memory; "
+        "further episodes wait",
     )
     success_reward: float = ROLLOUT(10.0, "outcome reward of a solved task")
     invalid_penalty: float = ROLLOUT(0.1, "taken off a step's return for an invalid action")
@@ -119,9 +121,11 @@ class Config:
     )
     max_step_skills: int = SKILLS(5, "K: most step skills per trajectory")
     skill_tokens: int = SKILLS(1024, "most tokens of a skill answer")
-    skill_context_limit: int | None = SKILLS(12288, "most tokens of transcript and answer; none: --context-limit")
+    skill_context_limit: int | None = SKILLS(
+        12288, "most tokens of a skill prompt and its answer; none: --context-limit"
+    )
     skill_temperature: float = SKILLS(1.0, "temperature of skill writing; 0: greedy")
-    skill_prefill: str = SKILLS("", "text that starts every skill answer of a local model, such as '{'")
+    skill_prefill: str = SKILLS("", "text that every skill answer of a local model starts with, such as '{'")
     openai_base_url: str | None = SKILLS(None, "endpoint for --skill-writer openai; none: the library's default")
     openai_model: str | None = SKILLS(None, "model name for --skill-writer openai (key: OPENAI_API_KEY)")
 
@@ -129,17 +133,19 @@ class Config:
 
     scorer: str = SCORES(
         "old",
-        "who scores the skill-augmented context: the policy before the update, or the frozen start",
+        "who scores the tokens under a skill. old: the policy before the update; reference: the frozen start",
         ("old", "reference"),
     )
     token_budget: int = SCORES(16384, "most padded tokens of a forward pass (micro-batch), in the update too")
 
-    normalize: str = ADVANTAGE("mean_std", "outcome advantage: group mean and std, or mean only", ("mean_std", "mean"))
-    group_over: str = ADVANTAGE("steps", "what group statistics are taken over", ("steps", "trajectories"))
+    normalize: str = ADVANTAGE(
+        "mean_std", "how A_ep is taken against its group: mean and std, or mean only", ("mean_std", "mean")
+    )
+    group_over: str = ADVANTAGE("steps", "what a group's mean and std are taken over", ("steps", "trajectories"))
 
     clip: float = UPDATE(0.2, "PPO clip range of the token ratio")
     dual_clip: float | None = UPDATE(
-        3.0, "c: bound c |A| of the loss of a token with A < 0 (core_algos.py: clip_ratio_c); none: unbounded"
+        3.0, "c: the loss of a token with A < 0 is at most c |A| (core_algos.py: clip_ratio_c); none: unbounded"
     )
     kl: float = UPDATE(0.01, "beta: weight of KL(pi || reference), k3 estimator; 0: no reference pass")
     kl_clip: float | None = UPDATE(
@@ -148,7 +154,7 @@ class Config:
     epochs: int = UPDATE(1, "passes over an iteration's batch")
     mini_batch: int = UPDATE(256, "step samples per gradient step; 0: all of the iteration")
     warmup: int = UPDATE(0, "iterations of linear warm-up")
-    lr_halving: int = UPDATE(0, "iterations in which the learning rate halves; 0: constant")
+    lr_halving: int = UPDATE(0, "the learning rate halves in so many iterations; 0: constant")
     weight_decay: float = UPDATE(0.01, "AdamW's weight decay")
     max_grad_norm: float = UPDATE(1.0, "gradient clipping, L2 norm")
 
@@ -161,20 +167,20 @@ class Config:
     )
     train_games: int = ENV(1000, "generated training games")
     prompt: str = ENV("official", "prompt style: the authors', or short ones for small models", ("official", "compact"))
-    history: int = ENV(5, "last steps shown in a 'window' prompt")
+    history: int = ENV(5, "how many past steps a 'window' prompt shows")
 
     dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
     mixed_precision: str = MODEL(
-        "auto", "accelerate's autocast; auto: bf16 where the device multiplies in it", ("no", "bf16", "auto")
+        "auto", "autocast of matrix products; auto: bf16 where the device has it in hardware", ("no", "bf16", "auto")
     )
     frozen_dtype: str = MODEL(
         "auto",
-        "dtype of frozen models (reference, teacher); auto: bfloat16 for those weights that --mixed-precision bf16 "
-        "rounds anyway, which changes no number",
+        "dtype of frozen models (reference, teacher). auto: bfloat16 for the weights that --mixed-precision bf16 "
+        "rounds before each use, so no number changes",
         ("auto", "float32", "bfloat16"),
     )
-    offload: bool = MODEL(False, "reference and optimizer state in host memory while they are not needed")
-    shard: bool = MODEL(False, "weights, gradients, optimizer and frozen models split over all processes (FSDP2)")
+    offload: bool = MODEL(False, "keep reference and optimizer state in host memory while they are not needed")
+    shard: bool = MODEL(False, "split weights, gradients, optimizer and frozen models over all processes")
     gradient_checkpointing: bool = MODEL(False, "recompute activations in the backward pass")
     lora_rank: int = MODEL(0, "rank of LoRA adapters on all linear layers (needs peft); 0: full fine-tuning")
 
@@ -217,7 +223,7 @@ class Config:
         self._check_routing()
 
     def _check_routing(self) -> None:
-        """No level of skill could guide a step: that would be GRPO, at OPID's cost."""
+        """Raises ValueError where no skill could guide a step: that would be GRPO at OPID's cost."""
         usable = {"episode": {"episode"}, "step": {"step"}, "none": set()}.get(self.routing, {"episode", "step"})
         usable = (usable & set(self.levels)) - ({"step"} if self.max_step_skills == 0 else set())
         if self.levels and not usable:
@@ -261,7 +267,7 @@ class Config:
             raise ValueError(f"--skill-tokens leaves no room for a transcript in {flag(room)}")
 
     def check_trainable(self) -> None:
-        """Raises ValueError for what would train on wrong numbers, or not do what was line."""
+        """Raises ValueError for settings that would train on wrong numbers, or not do what they say."""
         if self.dtype == "bfloat16" and not self.lora_rank:
             raise ValueError(
                 "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
@@ -284,15 +290,21 @@ class Config:
 
     @property
     def least_tasks(self) -> int:
-        """How many tasks a process must play."""
+        """The fewest tasks that each process must play in an iteration."""
         return 1
 
     def check_model(self, model) -> None:
-        """Raises ValueError where a variant cannot train this model."""
+        """Raises ValueError where this variant cannot train this model."""
 
     def further_models(self, tokenizer, device) -> dict:
         """Frozen models that a variant reads beside policy and reference, by name."""
         return {}
+
+    @property
+    def read_in_loss(self) -> tuple[str, ...]:
+        """The frozen models that a variant's loss reads: with --offload they stay on the device for all of the update,
+        since the backward pass may read them again."""
+        return ()
 
     @property
     def longest(self) -> int:
@@ -315,8 +327,8 @@ class Config:
 
 
 def changed(before: dict, now: dict) -> list[str]:
-    """The settings of `now` that a run with the settings `before` did not have. Of a flag that came later it had the
-    default."""
+    """The names of the settings that differ between a run's settings `before` and `now`. A flag that is newer than the
+    run counts as its default."""
     had = {f.name: f.default for f in fields(variant_of(now["algo"]).settings)} | before
     return [name for name in now if had.get(name) != now[name]]
 
@@ -371,7 +383,7 @@ def read_recipe(name: str, known: set[str], above: tuple[str, ...] = ()) -> dict
 
 
 def _over(below: dict, above: dict) -> dict:
-    """Settings on top of others. Options of an environment are taken one by one, unless the environment is another."""
+    """`below` overridden by `above`. An environment's options are merged one by one, unless the environment changes."""
     merged = below | above
     if "env_options" in below and "env_options" in above and above.get("env", below.get("env")) == below.get("env"):
         merged["env_options"] = below["env_options"] | above["env_options"]
@@ -400,7 +412,8 @@ def variant_of(algo: str):
 
 
 def settings_to_save(config: Config, date: str) -> dict:
-    """What a policy says of itself when it is saved. `date`: the day that chat templates print."""
+    """What a policy says of itself when it is saved. `date`: the day that some chat templates
+    print into every prompt."""
     values = config.to_dict()
     return {
         "base": about_policy(config.model).get("base", config.model),
@@ -412,7 +425,7 @@ def settings_to_save(config: Config, date: str) -> dict:
 
 
 def default_recipe(model: str, env: str) -> str:
-    """The recipe that stands for flags not given: the laptop's for its own models, else the paper's run of `env`."""
+    """The recipe for flags that are not given: the laptop's for its own models, else the paper's run of `env`."""
     base = about_policy(model).get("base", model)
     if base == "tiny" or base.startswith(PREFIX):
         kind = "laptop" if base == "tiny" else "laptop-smollm2"
@@ -422,7 +435,7 @@ def default_recipe(model: str, env: str) -> str:
 
 @dataclass
 class CommandLine:
-    """What the command line says before all flags are known: these decide which there are, and their defaults."""
+    """The flags that are read first: they decide which other flags there are, and their defaults."""
 
     recipe: str | None
     model: str | None
@@ -437,8 +450,8 @@ class CommandLine:
         return cls(**vars(parser.parse_known_args(argv)[0]))
 
     def starts_from(self, known: set[str], parts: tuple[str, ...] = ("acts",)) -> tuple[str | None, dict]:
-        """-> the default recipe where there is no --recipe, and all settings that stand below the flags: that recipe,
-        without data, which are the user's own; `parts` of what the model's folder says of itself; --recipe."""
+        """-> the default recipe's name (None where --recipe takes its place), and all settings below the flags. From
+        low to high: the default recipe, but for its data; `parts` of what a saved policy says of itself; --recipe."""
         recipe = read_recipe(self.recipe, known) if self.recipe else {}
         model = self.model or recipe.get("model", "tiny")
         said = about_policy(model)
@@ -450,22 +463,26 @@ class CommandLine:
         if not name.startswith("laptop"):  # a paper's run: on generated data, in the precision of this machine
             settings = {key: value for key, value in settings.items() if key not in ("env_options", "mixed_precision")}
         settings = _over(settings | {"model": model}, saved)
-        return None if self.recipe else name, _over(settings, recipe)
+        return name, _over(settings, recipe)
 
 
 def settings_come_from(argv: list[str] | None = None) -> str:
-    """One line: which settings stand below the flags."""
+    """One line for the user: where the settings below the flags come from."""
     line = CommandLine.read(argv)
-    if line.recipe:
-        return f"settings: recipe {line.recipe}, and flags"
     name, _ = line.starts_from(every_setting())
-    if line.model is None:
+    if not (line.model or line.recipe):
         return (
             f"no --model: the laptop recipe, recipes/{name}.toml (--model NAME trains your own by the paper's settings)"
         )
-    if name.startswith("laptop"):
-        return f"settings: recipes/{name}.toml, what {line.model} says of itself, and flags"
-    return f"settings: the paper's (recipes/{name}.toml) on generated data, and flags"
+    below = []
+    if name:
+        file = f"recipes/{name}.toml"
+        below.append(file if name.startswith("laptop") else f"the paper's ({file}) on generated data")
+    if line.model and about_policy(line.model):
+        below.append(f"what {line.model} says of itself")
+    if line.recipe:
+        below.append(f"recipe {line.recipe}")
+    return f"settings: {', '.join(below)}, and flags"
 
 
 def every_setting() -> set[str]:
@@ -492,16 +509,15 @@ def parse_args(
     )
     try:
         _, settings = line.starts_from(every_setting(), saved)
-        kind = variant_of(line.algo or settings.get("algo", Config.algo)).settings
+        algo = line.algo or settings.get("algo", Config.algo)
+        kind = variant_of(algo).settings
         add_flags(parser, kind, shown)
         given = vars(parser.parse_args(argv))
         given.pop("recipe", None)
         given |= {"env_options": dict(given["env_options"])} if "env_options" in given else {}
         settings = _over(settings, given)
         if others := settings.keys() - {f.name for f in fields(kind)}:
-            raise ValueError(
-                f"--algo {line.algo or settings.get('algo')} has no {', '.join(map(flag, sorted(others)))}"
-            )
+            raise ValueError(f"--algo {algo} has no {', '.join(map(flag, sorted(others)))}")
         return kind(**settings)
     except ValueError as error:
         parser.error(str(error))

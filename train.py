@@ -161,7 +161,7 @@ def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
     parts = max(1, round(processes.sum(len(batch.steps)) / config.mini_batch)) if config.mini_batch else 1
     run.policy.train()
     taken, skipped = [], 0
-    with run.offload.needed(optimizer):
+    with run.offload.needed(optimizer, *run.read_in_loss):
         for mini_batch in progress(mini_batches(sequences, parts, config.epochs, run.rng), "update"):
             tokens = processes.sum(sum(size for sequence in mini_batch for _, _, size in sequence.responses))
             if not tokens:  # more mini-batches than sequences, on every process alike

@@ -119,7 +119,8 @@ class Plan:
         return Phase(name, parts | {"pass": work.peak - work.copies - work.cache})
 
     def _update(self) -> Phase:
-        work, trained, parts = self.passes.update(), bytes_of(self.model, trained=True), self._lasting(("optimizer",))
+        work, trained = self.passes.update(), bytes_of(self.model, trained=True)
+        parts = self._lasting(("optimizer", *self.config.read_in_loss))
         mine = trained / (self.processes if self.config.shard else 1)
         if self.config.shard:
             parts["gathered"] = self._units()

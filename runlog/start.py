@@ -60,6 +60,12 @@ class Run:
     def trained(self) -> list[torch.nn.Parameter]:
         return self.optimizer.param_groups[0]["params"]
 
+    @property
+    def read_in_loss(self) -> list[torch.nn.Module]:
+        """Those with weights of their own."""
+        models = [self.models[name] for name in self.config.read_in_loss]
+        return [model for model in models if isinstance(model, torch.nn.Module)]
+
     def begin(self, iteration: int) -> None:
         """Seeds everything random for this iteration, PyTorch by process, `rng` alike in all; and its learning rate."""
         self.iteration, self.metrics, self.lap = iteration, {}, time.perf_counter()

@@ -1,7 +1,8 @@
 """Settings for tests: the laptop recipe's, which a machine without a GPU can run."""
 
-from config import Config
+from config import Config, variant_of
 
 
 def laptop(**changes) -> Config:
-    return Config.from_recipe("laptop", **changes)
+    """Those of `algo`, where it is given, have its own flags."""
+    return variant_of(changes.get("algo", "opid")).settings.from_recipe("laptop", **changes)

@@ -13,10 +13,9 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from lm.loading import frozen_copy, without_dropout
-from lm.logprobs import sequence_logprobs
-from lm.obstacles import check_model
-from lm.packing import pack
-from lm.sampler import Sampler, check_gap, logprob_gap
+from lm.obstacles import check_gap, check_model, logprob_gap
+from lm.sampler import Sampler
+from lm.scoring import pack, sequence_logprobs
 from rescore import response_logprobs, tree_logprobs
 from tests.architectures import VOCABULARY, architectures, small_model
 

@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny.coldstart
 import tiny.demonstrations
 import tiny.warmstart
-from config import Config, read_recipe
+from config import Config
 from envs import make_env
 from envs.webshop import compact
+from lm.answers import parse_skills
 from lm.encoder import Encoder
-from lm.loading import load_model as load_plainly
-from lm.loading import save_policy
-from lm.packing import Sequence
+from lm.loading import load_pretrained, save_policy
+from lm.scoring import Sequence
 from rollout import rollout
-from skills import parse_skills
+from tests.settings import laptop
 from tiny.coldstart import ColdStart, cold_start, folder_of, save_checkpoint, write_record
 from tiny.demonstrations import HISTORY, Demonstrator
 from tiny.loading import load_model
@@ -213,7 +213,7 @@ def start(tmp_path_factory):
 
 
 def weights(folder) -> torch.Tensor:
-    model, _ = load_plainly(str(folder))
+    model, _ = load_pretrained(str(folder))
     return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
 
@@ -279,7 +279,7 @@ def test_another_cold_start_is_not_mixed_up_with_this_one(start, tmp_path):
 
 
 def test_only_responses_are_learnt_unless_told_otherwise(start):
-    model, tokenizer = load_plainly(start)
+    model, tokenizer = load_pretrained(start)
     demonstrator = Demonstrator(tokenizer, 0)
     told = demonstrator.sequences(demonstrator.script.games(1)[0])
     sequences = [Sequence(s.ids, s.responses) for s in told]  # none that weighs more
@@ -342,7 +342,7 @@ def test_a_cold_start_that_diverges_keeps_nothing(start, tmp_path):
         cold_start(ColdStart(model=start, games=12, learning_rate=1e30, batch_tokens=512), out)
     assert [path.name for path in out.iterdir()] == ["coldstart.json"]
     assert "seconds" not in json.loads((out / "coldstart.json").read_text())
-    model, _ = load_plainly(start)
+    model, _ = load_pretrained(start)
     model.lm_head.weight.data[0, 0] = float("inf")  # as a last step may leave it
     with pytest.raises(FloatingPointError, match="is not finite: nothing is written"):
         save_checkpoint(out / "checkpoint.pt", model, torch.optim.AdamW(model.parameters()), [], 0.0)
@@ -356,15 +356,15 @@ def test_window_prompts_show_as_many_steps_as_a_run_does():
 
 
 def test_cold_models_speak_compact_prompts():
-    assert Config(model="cold:smollm2").prompt == "compact"
-    with pytest.raises(ValueError, match="for others run"):
-        Config(model="cold:smollm2", prompt="official")
-    settings = read_recipe("laptop-smollm2")
-    assert Config(**settings).model == "cold:smollm2"
+    for changes in ({"prompt": "official", "max_new_tokens": 64}, {"context": "window"}):
+        with pytest.raises(ValueError, match="for others run"):
+            laptop(model="cold:smollm2", **changes)
+    recipe = Config.from_recipe("laptop-smollm2")
+    assert (recipe.model, recipe.prompt, recipe.context) == ("cold:smollm2", "compact", "chat")
 
 
 def test_the_laptop_recipe_holds_the_longest_demonstration(smollm2):
-    config = Config(**read_recipe("laptop-smollm2"))
+    config = Config.from_recipe("laptop-smollm2")
     demonstrator = Demonstrator(smollm2[1], 0, config.env)
     for game in demonstrator.script.games(100):
         *acting, writing = demonstrator.sequences(game)

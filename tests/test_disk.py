@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,16 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from config import Config, parse_args
+from config import Config, parse_args, variant_of
 from lm.loading import add_lora, save_policy, write_whole
-from runlog.disk import most, room, told
+from memory.disk import describe, most, room
+from runlog.start import start as start_run
 from tiny.warmstart import tiny_model, tiny_tokenizer
 from train import train
 
 ROOT = Path(__file__).parent.parent
-FLAGS = (
-    "--algo grpo --tasks 2 --rollouts 2 --max-steps 2 --max-new-tokens 4 --train-games 4 --eval-games 2 --eval-every 0 "
-)
-FLAGS += "--save-every 1"
+FLAGS = "--recipe laptop --algo grpo --tasks 2 --rollouts 2 --max-steps 2 --max-new-tokens 4 --train-games 4 "
+FLAGS += "--eval-games 2 --eval-every 0 --save-every 1"
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -45,18 +43,18 @@ def test_the_most_by_hand():
     assert most(Config(keep_checkpoints=1), model) == 2 * each
     assert most(Config(iterations=10), model) == each + 480  # one checkpoint, and the policy
     assert most(Config(iterations=11), model) == 2 * each + 480
-    assert most(Config(scorer="ema"), model) == 3 * (each + 480)
     lora = add_lora(tiny_model(len(tiny_tokenizer()), seed=0, width=48), 4)
     adapters = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in lora.parameters())
     assert most(Config(lora_rank=4, iterations=10), lora) == 4 * (3 * adapters + whole)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scorer": "ema", "algo": "opid"}, {"lora_rank": 4}], ids=str)
+@pytest.mark.parametrize("changes", ["", "--algo opid", "--lora-rank 4"], ids=str)
 def test_what_is_planned_is_what_is_written(changes, start, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
-    config = replace(parse_args([*FLAGS.split(), "--out", str(tmp_path), "--model", str(start)]), iterations=1)
-    train(config := replace(config, **changes))
+    monkeypatch.setattr("runlog.start.model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
+    flags = [*FLAGS.split(), "--iterations", "1", "--out", str(tmp_path), "--model", str(start)]
+    config = parse_args([*flags, *changes.split()])
+    train(start_run(config), variant_of(config.algo))
     written = [*(tmp_path / "checkpoints").iterdir(), *(tmp_path / "policy").glob("*.safetensors")]
     model = tiny_model(len(tiny_tokenizer()), seed=0, width=48)
     planned = most(config, add_lora(model, 4) if config.lora_rank else model)
@@ -81,7 +79,7 @@ def test_a_warning_says_what_helps(tmp_path, monkeypatch):
 
     def with_room(gib: float, **changes) -> str:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, gib * 2**30))
-        return told(Config(out=str(tmp_path), **changes), model)
+        return describe(Config(out=str(tmp_path), **changes), model)
 
     assert with_room(9.1) == "disk: at most 9.0 GiB of checkpoints and policy, 9.1 GiB there"
     warning = f"WARNING: the disk of {tmp_path} may run full: free some of it, or take another --out"

@@ -1,4 +1,4 @@
-"""Whole distributions against one another, by hand: their values, their gradients, and what is lost with few words."""
+"""Whole distributions against one another, by hand: their values, their gradients, and sharp distributions."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.divergences import divergence
+from lm.distributions import divergence
 
 P, Q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])
 KINDS = ("reverse", "forward", "jsd")
@@ -40,9 +40,8 @@ def test_values_by_hand():
 def test_never_negative_and_zero_at_the_teacher(a, b, beta):
     student, teacher = (torch.tensor([x]).log_softmax(-1) for x in (a, b))
     for kind in KINDS:
-        for top_k in (0, 2):
-            assert divergence(kind, student, teacher, beta=beta, top_k=top_k).item() >= -1e-5
-            assert divergence(kind, teacher, teacher, beta=beta, top_k=top_k).item() == pytest.approx(0, abs=1e-5)
+        assert divergence(kind, student, teacher, beta=beta).item() >= -1e-5
+        assert divergence(kind, teacher, teacher, beta=beta).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_jsd_is_symmetric_at_one_half_and_goes_to_either_kl():
@@ -50,44 +49,6 @@ def test_jsd_is_symmetric_at_one_half_and_goes_to_either_kl():
     # near the ends it shrinks like beta (1 - beta), and what is left is the KL of that end
     assert of("jsd", beta=1e-3) / 1e-3 == pytest.approx(of("forward"), rel=0.01)
     assert of("jsd", beta=1 - 1e-3) / 1e-3 == pytest.approx(of("reverse"), rel=0.01)
-
-
-def test_all_words_are_no_truncation_whatever_becomes_of_the_rest():
-    for rest in ("bin", "drop"):
-        for kind in KINDS:
-            assert of(kind, top_k=3, rest=rest) == of(kind)
-    assert torch.allclose(gradient("reverse", P, top_k=3, rest="hold"), gradient("reverse", P), atol=1e-6)
-
-
-def test_the_other_words_are_one_bin():
-    """The teacher's likeliest word is the third: P has 0.2 there and 0.8 elsewhere, Q 0.6 and 0.4."""
-    expected = 0.2 * math.log(0.2 / 0.6) + 0.8 * math.log(0.8 / 0.4)
-    assert of("reverse", top_k=1) == pytest.approx(expected, abs=1e-6)
-    own = 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)  # the student's is the first
-    assert of("reverse", top_k=1, top_k_of="student") == pytest.approx(own, abs=1e-6)
-    assert of("reverse", top_k=1, rest="drop") == pytest.approx(0.2 * math.log(0.2 / 0.6), abs=1e-6)
-
-
-def test_a_truncated_reverse_kl_pushes_away_from_words_that_agree():
-    """Three words, the student has the first two as the teacher has them. Nothing is to be learnt about these, and with
-    held weights or a bin nothing is. Left out as it is, the sum's own gradient p log p' + p moves probability from them
-    to the third, of which nobody asked."""
-    teacher = torch.tensor([[0.5, 0.3, 0.2]])
-    biased = gradient("reverse", teacher, teacher, top_k=2, rest="drop")
-    # d/dz of sum over k of p (log p - log q) at p = q: sum p dlog p/dz = p_i - p_i (p_1 + p_2)
-    assert torch.allclose(biased, torch.tensor([0.5 * 0.2, 0.3 * 0.2, -0.2 * 0.8]), atol=1e-6)
-    for rest in ("hold", "bin"):
-        assert torch.allclose(gradient("reverse", teacher, teacher, top_k=2, rest=rest), torch.zeros(3), atol=1e-6)
-
-
-def test_held_weights_have_the_part_of_the_whole_gradient_that_belongs_to_their_words():
-    """sum over k of p (log p - log q) grad log p, by hand."""
-    weights = P[0] * (P / Q).log()[0]  # (3,)
-    kept = torch.tensor([True, False, True])  # the teacher's two likeliest are the third, then the first (or second)
-    teacher = torch.tensor([[0.25, 0.15, 0.6]])
-    weights = P[0] * (P / teacher).log()[0] * kept
-    expected = weights - weights.sum() * P[0]  # grad log p_i = e_i - p
-    assert torch.allclose(gradient("reverse", P, teacher, top_k=2, rest="hold"), expected, atol=1e-6)
 
 
 def test_the_reverse_kl_is_the_mean_of_the_sampled_shift():
@@ -101,14 +62,11 @@ def test_where_few_words_have_it_all_nothing_is_infinite():
     sharp = torch.tensor([[40.0, 0.0, -40.0]])
     own = sharp.clone().requires_grad_()
     for kind in KINDS:
-        got = divergence(kind, own.log_softmax(-1), -sharp.log_softmax(-1).flip(-1).neg(), top_k=1)
+        got = divergence(kind, own.log_softmax(-1), sharp.log_softmax(-1).flip(-1))
         got.sum().backward()
         assert got.isfinite().all() and own.grad.isfinite().all()
 
 
-def test_unknown_options_are_refused():
-    for options, message in (({"rest": "x"}, "rest bin"), ({"top_k_of": "x"}, "top_k_of must be")):
-        with pytest.raises(ValueError, match=message):
-            of("reverse", **options)
+def test_an_unknown_one_is_refused():
     with pytest.raises(ValueError, match="unknown divergence"):
         of("sideways")

@@ -7,24 +7,15 @@ import pytest
 import torch
 
 import evaluate as evaluate_module
-from config import Config, parse_args
+from config import ACTS, EVALUATED, Config, parse_args, settings_to_save
 from data import Trajectory
 from envs.alfworld import TASK_TYPES
 from envs.search import DATA_SOURCES, GENERATED_SOURCES
-from evaluate import (
-    ASKED,
-    date_of_run,
-    environment,
-    eval_splits,
-    evaluate,
-    format_table,
-    games_of,
-    settings_of_run,
-    success_by_type,
-    wilson,
-)
+from evaluate import environment, eval_splits, evaluate, format_table, games_of, success_by_type, wilson
 from lm.encoder import Encoder
+from lm.loading import SAVED
 from lm.sampler import Sampler
+from tests.settings import laptop
 
 
 def played(task_type, *outcomes):
@@ -61,12 +52,12 @@ def test_table_of_questions_by_data_set():
 
 
 def test_search_questions_of_a_run(tmp_path):
-    config = Config(env="search", train_games=30, eval_games=5)
+    config = laptop(env="search", train_games=30, eval_games=5)
     assert [len(games_of(config, split)) for split in ("train", *eval_splits(config))] == [30, 5, 5]
     for split in ("train", "test"):
         rows = "".join(f'{{"question": "q{i}", "golden_answers": ["a"]}}\n' for i in range(8))
         (tmp_path / f"{split}.jsonl").write_text(rows)
-    config = Config(
+    config = laptop(
         env="search",
         model="smollm2",
         env_options={"questions": str(tmp_path)},
@@ -97,7 +88,7 @@ class OneSplit:
 def test_a_split_without_games_is_left_out_of_the_evaluation(monkeypatch, caplog):
     monkeypatch.setattr("evaluate.environment", lambda config: OneSplit)
     monkeypatch.setattr("evaluate.play", lambda *args, **options: played("pick", True))
-    shares = [evaluate(None, None, Config(), process=process, processes=2) for process in range(2)]
+    shares = [evaluate(None, None, laptop(), share=(process, 2)) for process in range(2)]
     assert [share.keys() for share in shares] == [{"valid_unseen"}] * 2  # also where a process has nothing to play
     assert "alfworld has no games in valid_seen" in caplog.text
 
@@ -108,14 +99,14 @@ def test_a_table_without_games_has_no_numbers():
 
 
 def test_webshop_games():
-    config = Config(env="webshop", eval_games=3)
+    config = laptop(env="webshop", eval_games=3)
     assert games_of(config, "valid_seen") == [f"webshop/valid_seen/{i}" for i in range(3)]
     assert len(games_of(config, "train")) == 1000
     assert environment(config)().prompt == "compact"
 
 
 def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, tokenizer):
-    config = Config(eval_games=3, max_steps=3, max_new_tokens=6)
+    config = laptop(eval_games=3, max_steps=3, max_new_tokens=6)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     encoder = Encoder(tokenizer, "chat")
@@ -127,7 +118,7 @@ def test_evaluation_is_repeatable_and_leaves_the_random_state_alone(llama, token
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_games_are_played_in_the_runs_precision(precision, llama, tokenizer, monkeypatch):
-    config = Config(eval_games=1, max_steps=1, max_new_tokens=6, mixed_precision=precision)
+    config = laptop(eval_games=1, max_steps=1, max_new_tokens=6, mixed_precision=precision)
     seen, original = [], Sampler.__call__
     look = lambda self, *a: (seen.append(torch.is_autocast_enabled("cpu")), original(self, *a))[1]
     monkeypatch.setattr(Sampler, "__call__", look)
@@ -143,15 +134,21 @@ def test_data_that_are_missing_are_one_line(monkeypatch, tmp_path):
         evaluate_module.main(["--env-options", f"data={tmp_path}"])
 
 
-def test_templates_are_told_the_day_of_the_run(tmp_path):
-    assert date_of_run(str(tmp_path / "policy")) is None
-    (tmp_path / "start.json").write_text(json.dumps({"weights": "0", "date": "2026-01-02"}))
-    assert date_of_run(str(tmp_path / "policy")) == "2026-01-02"
+def test_templates_are_told_the_day_of_the_run(tmp_path, llama, tokenizer, monkeypatch, capsys):
+    days = []
+    monkeypatch.setattr("tiny.loading.load_model", lambda *args, **options: (llama, tokenizer))
+    monkeypatch.setattr(evaluate_module, "Encoder", lambda tokenizer, style, date: days.append((style, date)))
+    monkeypatch.setattr(evaluate_module, "evaluate", lambda *args: {"valid_seen": played("pick", True)})
+    evaluate_module.main(["--model", str(tmp_path), "--env", "alfworld"])
+    (tmp_path / SAVED).write_text(json.dumps(settings_to_save(laptop(), "2026-01-02")))
+    evaluate_module.main(["--model", str(tmp_path)])
+    assert days == [("window", None), ("chat", "2026-01-02")]
+    assert "100.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("budget, sizes", [(2 * 1024, [2, 2, 1]), (131072, [5])])
 def test_games_are_played_within_the_budget(budget, sizes, llama, tokenizer, monkeypatch):
-    config = Config(eval_games=5, max_steps=1, max_new_tokens=6, rollout_budget=budget)
+    config = laptop(eval_games=5, max_steps=1, max_new_tokens=6, rollout_budget=budget)
     played, original = [], Sampler.__call__
     monkeypatch.setattr(Sampler, "__call__", lambda self, *a: (played.append(len(a[0])), original(self, *a))[1])
     evaluate(llama, Encoder(tokenizer, "chat"), config, ["valid_unseen"])
@@ -159,34 +156,58 @@ def test_games_are_played_within_the_budget(budget, sizes, llama, tokenizer, mon
 
 
 def test_processes_share_the_games_of_a_split(llama, tokenizer):
-    config = Config(eval_games=5, max_steps=2, max_new_tokens=6, tasks=2, rollouts=2)
+    config = laptop(eval_games=5, max_steps=2, max_new_tokens=6, tasks=2, rollouts=2)
     encoder, games = Encoder(tokenizer, "chat"), games_of(config, "valid_unseen")
     shares = [
-        evaluate(llama, encoder, config, ["valid_unseen"], process=process, processes=3)["valid_unseen"]
-        for process in range(3)
+        evaluate(llama, encoder, config, ["valid_unseen"], share=(process, 3))["valid_unseen"] for process in range(3)
     ]
     assert [[t.game for t in share] for share in shares] == [[games[0], games[3]], [games[1], games[4]], [games[2]]]
     alone = evaluate(llama, encoder, config, ["valid_unseen"])["valid_unseen"]
     assert [t.game for t in alone] == games
     # more processes than games: some have nothing to do; and each has a seed of its own
-    one = [evaluate(llama, encoder, config, ["valid_unseen"], process=p, processes=9)["valid_unseen"] for p in range(9)]
+    one = [evaluate(llama, encoder, config, ["valid_unseen"], share=(p, 9))["valid_unseen"] for p in range(9)]
     assert [len(share) for share in one] == [1] * 5 + [0] * 4
+
+
+def own(folder, config: Config) -> list[str]:
+    """Puts beside weights what a run leaves there -> the arguments of their evaluation."""
+    (folder / SAVED).write_text(json.dumps(settings_to_save(config, "2026-01-02")))
+    return ["--model", str(folder)]
 
 
 def test_the_settings_of_a_run_are_there_before_the_command_line_is_checked(tmp_path):
     """Options of another environment, and lengths above the defaults, are right for the run that has them."""
-    settings = Config(env="search", max_new_tokens=2048, context_limit=4096).to_dict()
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    argv = ["--model", str(tmp_path / "policy"), "--env-options", "retriever=generate", "--max-new-tokens", "3000"]
-    config = parse_args(argv, base=settings_of_run(argv), **ASKED)
+    run = Config(env="search", max_new_tokens=2048, context_limit=4096)
+    argv = [*own(tmp_path, run), "--env-options", "retriever=generate", "--max-new-tokens", "3000"]
+    config = parse_args(argv, saved=("acts", "evaluated"))
     assert (config.env, config.env_options, config.context_limit) == ("search", {"retriever": "generate"}, 4096)
     assert config.max_new_tokens == 3000
 
 
-@pytest.mark.parametrize("argv", [[], ["--model"], ["--model", "smollm2"], ["--model=x/checkpoint-10"]])
+def test_a_policy_is_evaluated_by_its_own_settings_and_trained_further_by_those_of_acting(tmp_path):
+    run = laptop(
+        env="webshop", history=7, max_steps=9, eval_games=11, eval_temperature=0.1, seed=5, rollout_budget=2000
+    )
+    values, argv = run.to_dict(), own(tmp_path, run)
+    again = parse_args(argv, saved=("acts", "evaluated")).to_dict()
+    assert {name: again[name] for name in ACTS + EVALUATED} == {name: values[name] for name in ACTS + EVALUATED}
+    more = parse_args(argv)
+    assert {name: more.to_dict()[name] for name in ACTS} == {name: values[name] for name in ACTS}
+    assert (more.eval_games, more.seed, more.eval_temperature) == (200, 0, 0.4)  # the laptop recipe's
+    assert more.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("argv", [[], ["--model", "smollm2"], ["--model=x/checkpoint-10"]])
 def test_a_config_beside_a_model_need_not_be_a_runs(argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("x").mkdir()
-    for place in (Path("config.json"), Path("x/config.json")):
+    Path("x/checkpoint-10").mkdir(parents=True)
+    before = parse_args(argv, saved=("acts", "evaluated"))
+    for place in (Path("config.json"), Path("x/config.json"), Path("x/checkpoint-10/config.json")):
         place.write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}))
-    assert settings_of_run(argv) == {}
+    assert parse_args(argv, saved=("acts", "evaluated")) == before
+
+
+def test_a_model_without_a_name_is_named(capsys):
+    with pytest.raises(SystemExit):
+        evaluate_module.main(["--model"])
+    assert "argument --model: expected one argument" in capsys.readouterr().err

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from runlog.metrics import over_processes, silent_groups
+from runlog.metrics import learns_nothing, over_processes, silent_groups
+from tests.settings import laptop
 
 
 def test_groups_whose_rollouts_are_equal_are_silent():
@@ -46,3 +47,22 @@ def test_a_process_without_a_share_counts_for_nothing_whatever_it_says():
     )
     got = over_processes({"advantage/outcome_abs": 0.5, "guided/step": 0.25}, {"tokens": 9, "steps": 3}, Process(other))
     assert got == {"advantage/outcome_abs": 0.5, "guided/step": 0.25}
+
+
+NOTHING = {"rollout/valid_actions": 0.0, "train/success": 0.0, "skills/parse_rate": 0.0, "rollout/response_tokens": 5.0}
+
+
+def test_a_run_that_learns_nothing_is_told_what_to_change():
+    warning = learns_nothing(config := laptop(), NOTHING)
+    assert warning.startswith("WARNING: this run is learning nothing: no action was valid, no episode succeeded, ")
+    assert "no answer could be read as skills" in warning and "--max-new-tokens" not in warning
+    assert "Does --prompt compact fit --model tiny?" in warning
+    cut = learns_nothing(config, NOTHING | {"rollout/response_tokens": 11.9})  # of 12
+    assert "responses fill their 12 tokens: raise --max-new-tokens" in cut
+    grpo = learns_nothing(laptop(algo="grpo"), {k: v for k, v in NOTHING.items() if not k.startswith("skills/")})
+    assert "learning nothing" in grpo and "skills" not in grpo
+
+
+@pytest.mark.parametrize("name", ["rollout/valid_actions", "train/success", "skills/parse_rate"])
+def test_a_little_of_anything_is_something(name):
+    assert learns_nothing(laptop(), NOTHING | {name: 0.01}) == ""

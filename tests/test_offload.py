@@ -1,10 +1,37 @@
-"""lm/offload.py: what a phase does not need is in host memory. Here "the device" is the CPU, and "meta" the host: what
-has been moved there shows, and what stayed shows, too."""
+"""lm/processes.py: what a phase does not need is in host memory. Here "the device" is the CPU, and "meta" the host:
+what has been moved there shows, and what stayed shows, too."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from lm.offload import Offload
+from lm.processes import Offload
+
+
+class Poisoned(Offload):
+    """What rests is made no number until it is needed again."""
+
+    def __init__(self, *how):
+        super().__init__(*how)
+        self.aside: dict[int, torch.Tensor] = {}
+
+    def _tensors(self, things):
+        for thing in things:
+            moments = [m[name] for m in getattr(thing, "state", {}).values() for name in ("exp_avg", "exp_avg_sq")]
+            yield from moments if isinstance(thing, torch.optim.Optimizer) else thing.parameters()
+
+    def rest(self, *things):
+        for tensor in self._tensors(things):
+            self.aside[id(tensor)] = tensor.detach().clone()
+            tensor.detach().fill_(float("nan"))
+
+    @contextmanager
+    def needed(self, *things):
+        for tensor in self._tensors(things):
+            tensor.detach().copy_(self.aside.pop(id(tensor)))
+        yield
+        self.rest(*things)
 
 
 def offload(home: str) -> Offload:

@@ -1,21 +1,20 @@
 """Hidden states drawn to a teacher's: which layers and tokens, the loss by hand, and a run with either teacher."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from baselines.distillation import only_contexts
-from baselines.oprd import Oprd, positions, proportional, representation_loss
-from config import Config
-from data import Batch
+from data import Batch, Step, Trajectory
+from lm.distributions import layer_states
 from lm.loading import frozen
-from lm.packing import pack
-from lm.states import layer_states
+from lm.scoring import pack
 from tests.conftest import SMALL
-from tests.test_methods import run  # noqa: F401 a fixture
+from tests.test_variants import made, run, small  # noqa: F401 fixtures
 from tiny.warmstart import tiny_model
+from variants.oprd import Settings, oprd_loss, positions, proportional, representation_loss
 
 CONTEXTS, RESPONSES = [[5, 6, 7], [5, 6, 7, 8, 9, 11], [12, 13]], [[8, 9], [10], [14, 15, 16]]
 
@@ -34,7 +33,7 @@ def test_states_are_those_of_the_layers_at_the_response_tokens(layers, chosen):
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **SMALL | {"num_hidden_layers": 4}))
     with torch.no_grad():
-        states, rows, columns = layer_states(model, pack(CONTEXTS, RESPONSES), layers)
+        states, (rows, columns) = layer_states(model, pack(CONTEXTS, RESPONSES), layers)
     assert states.shape[1] == len(chosen)
     for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
         expected = by_hand(model, CONTEXTS[row], RESPONSES[row])[column, chosen]
@@ -74,21 +73,32 @@ def test_the_loss_by_hand():
     assert torch.allclose(student.grad, torch.tensor([[[0.5, 1.0], [0.0, 0.0]]]))  # 2 difference / 4
 
 
-def oprd_batch(guided=None):
-    empty = torch.zeros(3, 3)
-    return Batch(CONTEXTS, RESPONSES, empty.bool(), empty, None, empty, empty, guided=guided)
+GUIDED = {"episode": [[20, 5, 6, 7], None, None], "step": [None, None, [21, 12, 13]]}
+
+
+def distance(policy, scorer=None, *, guided=GUIDED, teacher=None, **changes):
+    """The loss of each token of the one micro-batch, (6,)."""
+    steps = [Step((), "", h, y, "", "", True) for h, y in zip(CONTEXTS, RESPONSES, strict=True)]
+    old = torch.full((3, 3), float("nan"))
+    for row, response in enumerate(RESPONSES):
+        old[row, : len(response)] = -1.0
+    batch = Batch([Trajectory("", 0, steps, True)], [None], [[()] * 3], guided, old, None, {})
+    names = {"scorer": "reference", "teacher": "larger" if teacher else None}
+    config = Settings(algo="oprd", **names, **changes)
+    models = {"reference": scorer, "teacher": teacher}
+    one = SimpleNamespace(config=config, policy=policy, models=models)
+    losses, terms = oprd_loss(one, pack(CONTEXTS, RESPONSES), batch)
+    assert torch.equal(terms["loss/distill"], losses) and not terms["loss/policy"].any()
+    return losses
 
 
 def test_the_scorer_under_the_skill_is_the_teacher(llama):
     """Rows 0 and 2 have a skill; each of their tokens is as far off as two plain passes say, in any micro-batch."""
-    guided = only_contexts(3, [[20, 5, 6, 7], None, None], [None, None, [21, 12, 13]])
-    assert guided == [[20, 5, 6, 7], None, [21, 12, 13]]
+    guided = [[20, 5, 6, 7], None, [21, 12, 13]]
     scorer = copy.deepcopy(llama)
     for budget in (1, 10**6):
-        method = Oprd(Config(algo="oprd", token_budget=budget, oprd_weight=2.0))
-        micro = pack(CONTEXTS, RESPONSES)
-        got = method.distance(llama, scorer, micro, oprd_batch(guided))
-        _, rows, columns = layer_states(llama, micro, "all")
+        got = distance(llama, scorer, token_budget=budget, oprd_weight=2.0)
+        _, (rows, columns) = layer_states(llama, pack(CONTEXTS, RESPONSES), "all")
         for value, row, column in zip(got.tolist(), rows.tolist(), columns.tolist(), strict=True):
             if guided[row] is None:
                 assert value == 0
@@ -96,47 +106,51 @@ def test_the_scorer_under_the_skill_is_the_teacher(llama):
             own, theirs = (by_hand(llama, context[row], RESPONSES[row])[column] for context in (CONTEXTS, guided))
             assert value == pytest.approx(2 * (own - theirs).square().mean().item(), rel=1e-3)
             assert value > 0.01
-    assert method.distance(llama, scorer, micro, oprd_batch([None] * 3)).tolist() == [0] * 6
+    nothing = {"episode": [None] * 3, "step": [None] * 3}
+    assert distance(llama, scorer, guided=nothing).tolist() == [0] * 6
 
 
 def test_a_scorer_in_another_precision(llama):
     """--frozen-dtype bfloat16: a third of a percent off, and no error."""
-    guided, micro = [[20, 5, 6, 7], None, [21, 12, 13]], pack(CONTEXTS, RESPONSES)
-    method, scorer = Oprd(Config(algo="oprd")), copy.deepcopy(llama)
-    exact = method.distance(llama, scorer, micro, oprd_batch(guided))
-    rounded = method.distance(llama, frozen(scorer, "bfloat16"), micro, oprd_batch(guided))
+    scorer = copy.deepcopy(llama)
+    exact, rounded = distance(llama, scorer), distance(llama, frozen(copy.deepcopy(scorer), "bfloat16"))
     assert torch.allclose(rounded, exact, rtol=0.1) and not torch.equal(rounded, exact)
 
 
 def test_only_the_policy_is_moved(llama):
     scorer = copy.deepcopy(llama)
-    method = Oprd(Config(algo="oprd"))
-    method.distance(llama, scorer, pack(CONTEXTS, RESPONSES), oprd_batch([[20, 5], None, None])).sum().backward()
+    distance(llama, scorer).sum().backward()
     assert all(p.grad is None for p in scorer.parameters())
     assert sum(p.grad.abs().sum() for p in llama.parameters() if p.grad is not None) > 0
 
 
 def test_another_width_is_refused(llama, tokenizer):
-    method = Oprd(Config(algo="oprd", teacher="wider"))
-    method.teacher = tiny_model(len(tokenizer), seed=0, width=72)
     with pytest.raises(ValueError, match="differ in hidden size"):
-        method.distance(llama, None, pack(CONTEXTS, RESPONSES), oprd_batch())
+        distance(llama, teacher=tiny_model(len(tokenizer), seed=0, width=72))
 
 
-@pytest.mark.parametrize("teacher", [None, "larger"])
-def test_descent_comes_to_the_teacher(teacher, llama, tokenizer):
-    method, scorer = Oprd(Config(algo="oprd", teacher=teacher)), copy.deepcopy(llama)
-    if teacher:
-        method.teacher = tiny_model(len(tokenizer), seed=5, width=48)
-    batch, micro = oprd_batch([[20, 5, 6, 7], None, [21, 12, 13]]), pack(CONTEXTS, RESPONSES)
+@pytest.mark.parametrize("larger", [False, True])
+def test_descent_comes_to_the_teacher(larger, llama, tokenizer):
+    scorer, teacher = copy.deepcopy(llama), tiny_model(len(tokenizer), seed=5, width=48) if larger else None
     optimizer, seen = torch.optim.Adam(llama.parameters(), 3e-3), []
     for _ in range(30):
         optimizer.zero_grad()
-        loss = method.distance(llama, scorer, micro, batch).sum()
+        loss = distance(llama, scorer, teacher=teacher).sum()
         loss.backward()
         optimizer.step()
         seen.append(loss.item())
     assert seen[-1] < 0.5 * seen[0]
+
+
+def test_what_it_cannot_read_is_refused():
+    for changes, message in (
+        ({"scorer": "old"}, "--scorer reference, or --teacher"),
+        ({"scorer": "reference", "shard": True}, "no --shard"),
+        ({"scorer": "reference", "oprd_positions": "middle"}, "all, first-K or last-K, not 'middle'"),
+        ({"scorer": "reference", "routing": "additive"}, "at most one teacher per token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Settings(algo="oprd", **changes)
 
 
 def test_a_run_with_a_larger_teacher(run):  # noqa: F811

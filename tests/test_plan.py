@@ -4,21 +4,22 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 import train
-from config import Config
 from lm.cache import CachedConversations
-from lm.logprobs import sequence_logprobs
-from lm.packing import Sequence
 from lm.sampler import Sampler
-from runlog import memory, metrics
-from runlog.counting import Count, Shells
-from runlog.passes import Passes
-from runlog.plan import GIB, Plan, _changes, advice, line, told
+from lm.scoring import Sequence, sequence_logprobs
+from memory import machine
+from memory.counting import Count, Shells
+from memory.passes import Passes
+from memory.plan import GIB, Plan, _changes, advice, describe, planned
+from runlog.start import Run
+from tests.settings import laptop
 from tiny.loading import load_config
 from tiny.warmstart import tiny_model, tiny_tokenizer
 
@@ -33,15 +34,15 @@ DEEP = LlamaConfig(vocab_size=WORDS, num_hidden_layers=6, tie_word_embeddings=Tr
 
 def parts(phase: str, processes: int = 1, **changes) -> dict[str, float]:
     """Of a run on a GPU."""
-    return next(p.parts for p in Plan(Config(**changes), processes=processes).phases if p.name == phase)
+    return next(p.parts for p in Plan(laptop(**changes), processes=processes).phases if p.name == phase)
 
 
 # ---- what lasts ----
 
 
 def test_the_exact_parts_by_hand():
-    rollout, update = parts("rollout", scorer="ema"), parts("update", scorer="ema")
-    assert rollout["weights"] == rollout["reference"] == rollout["ema"] == update["gradients"] == 4 * TINY
+    rollout, update = parts("rollout"), parts("update")
+    assert rollout["weights"] == rollout["reference"] == update["gradients"] == 4 * TINY
     assert rollout["optimizer"] == 8 * TINY
     token = 2 * 2 * 192 * 4  # K and V, two layers, float32
     assert rollout["keys, values"] == 32 * 1024 * token  # 32768 tokens of --rollout-budget
@@ -98,7 +99,7 @@ def test_counted_by_hand():
 
 @pytest.mark.parametrize("settings", [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}])
 def test_update_and_scoring_are_those_of_real_tensors(settings):
-    config = Config(context_limit=200, token_budget=400, max_steps=2, max_new_tokens=20, **settings)
+    config = laptop(context_limit=200, token_budget=400, max_steps=2, max_new_tokens=20, **settings)
     torch.manual_seed(0)
     model = LlamaForCausalLM(DEEP)
     if config.gradient_checkpointing:
@@ -125,9 +126,9 @@ def test_sampling_is_that_of_real_tensors(tokenizer):
     sampler = Sampler(model, tokenizer, max_new_tokens=20, temperature=1.0, token_budget=200)
     with Count([*model.parameters(), *model.buffers()]) as count:
         sampler(list(range(8)), [[5] * (180 - row) for row in range(8)])
-    planned = Passes(Config(token_budget=200), DEEP).sampling(8, 200)
-    assert planned.cache == 8 * 200 * (2 * 6 * 32 * 4)  # K and V, six layers of two heads of 16
-    assert max(count.peaks) <= planned.peak < 1.2 * max(count.peaks)  # the last piece read here is a short one
+    counted = Passes(laptop(token_budget=200), DEEP).sampling(8, 200)
+    assert counted.cache == 8 * 200 * (2 * 6 * 32 * 4)  # K and V, six layers of two heads of 16
+    assert max(count.peaks) <= counted.peak < 1.2 * max(count.peaks)  # the last piece read here is a short one
 
 
 def test_compacting_holds_no_second_cache():
@@ -145,8 +146,8 @@ def test_compacting_holds_no_second_cache():
 
 
 def test_keys_and_values_are_kept_as_autocast_uses_them():
-    planned = Passes(Config(mixed_precision="bf16"), DEEP).sampling(8, 200)
-    assert planned.cache == 8 * 200 * 6 * 32 * (2 + 2)
+    counted = Passes(laptop(mixed_precision="bf16"), DEEP).sampling(8, 200)
+    assert counted.cache == 8 * 200 * 6 * 32 * (2 + 2)
 
 
 def test_settings_move_what_they_should():
@@ -164,38 +165,38 @@ def test_settings_move_what_they_should():
 
 
 def test_advice_is_enough_or_the_best_there_is():
-    plan = Plan(Config(rollout_budget=131072))
+    plan = Plan(laptop(rollout_budget=131072))
     assert plan.largest.name == "rollout" and advice(plan, 2 * plan.peak) is None
     half = Plan(replace(plan.config, rollout_budget=65536)).peak
     assert advice(plan, half / 0.89).startswith("--rollout-budget 65536 is enough")
     assert advice(plan, half / 0.91).startswith("--rollout-budget 32768 is enough")  # nine tenths are planned with
-    plan = Plan(Config())
+    plan = Plan(laptop())
     assert plan.largest.name == "update"
     assert advice(plan, plan.peak).startswith("--gradient-checkpointing is enough")
     assert advice(plan, plan.peak / 100).startswith("first --")
     least = dict.fromkeys(("token_budget", "rollout_budget", "context_limit", "skill_context_limit"), 64)
     least["skill_tokens"] = 32
-    sparse = Plan(Config(**least, lora_rank=1, gradient_checkpointing=True), libraries=GIB)
+    sparse = Plan(laptop(**least, lora_rank=1, gradient_checkpointing=True), libraries=GIB)
     assert "smaller model" in advice(sparse, 1)
 
 
 def test_offload_is_no_advice_on_a_cpu():
     settings = {"context_limit": 64, "skill_context_limit": 64, "rollout_budget": 64, "token_budget": 64}
     settings["skill_tokens"] = 32
-    config = Config(**settings, gradient_checkpointing=True, algo="grpo")
+    config = laptop(**settings, gradient_checkpointing=True, algo="grpo")
     assert "--offload" in advice(Plan(config), 0.99 * Plan(config).peak)
     assert "--offload" not in advice(Plan(config, libraries=0.0), 0.99 * Plan(config).peak)
 
 
 def test_a_run_starts_with_a_line_and_warns_where_it_would_run_out(monkeypatch):
     model = tiny_model(WORDS, seed=0)
-    assert [text.split(":")[0] for text in line(Config(), model, 1).splitlines()] == ["memory", "disk"]
-    assert "GiB by plan (in the update)" in line(Config(), model, 1)
-    monkeypatch.setattr(memory, "there", lambda: 0.3 * GIB)
-    assert "WARNING: this run may run out of memory. Change " in line(Config(), model, 1)
+    assert [text.split(":")[0] for text in planned(laptop(), model, 1).splitlines()] == ["memory", "disk"]
+    assert "GiB by plan (in the update)" in planned(laptop(), model, 1)
+    monkeypatch.setattr(machine, "there", lambda: 0.3 * GIB)
+    assert "WARNING: this run may run out of memory. Change " in planned(laptop(), model, 1)
     model.config.num_attention_heads = 0  # such code cannot be run
-    told = line(Config(), model, 1).splitlines()[0]
-    assert told == "memory: not planned, ZeroDivisionError in this architecture's code"
+    line = planned(laptop(), model, 1).splitlines()[0]
+    assert line == "memory: not planned, ZeroDivisionError in this architecture's code"
 
 
 def test_limits_of_control_groups_count(monkeypatch, tmp_path):
@@ -205,24 +206,20 @@ def test_limits_of_control_groups_count(monkeypatch, tmp_path):
     (tmp_path / "memory" / "c").mkdir(parents=True)
     (tmp_path / "memory" / "c" / "memory.limit_in_bytes").write_text("2000\n")
     (tmp_path / "groups").write_text("4:memory:/c\n5:cpu:/other\n0::/a/b\n")
-    monkeypatch.setattr(memory, "LIMITS", tmp_path)
-    monkeypatch.setattr(memory, "GROUPS", tmp_path / "groups")
-    assert sorted(memory.group_limits()) == [1000, 2000]
+    monkeypatch.setattr(machine, "LIMITS", tmp_path)
+    monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
+    assert sorted(machine.group_limits()) == [1000, 2000]
 
 
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="glibc's heap")
 def test_what_a_phase_freed_goes_back_to_the_system():
-    before = memory.resident()
+    before = machine.resident()
     pieces = [torch.ones(25_000) for _ in range(3000)]  # 100 kB each, on the heap
     kept = pieces[::50]  # between what is freed
 
-    @metrics.timed("phase")
-    def phase():
-        pieces.clear()
-        return {}
-
-    phase()
-    assert memory.resident() < before + 50 * 2**20
+    pieces.clear()
+    Run.note(SimpleNamespace(metrics={}, lap=0.0), "phase", {})
+    assert machine.resident() < before + 50 * 2**20
     assert len(kept) == 60
 
 
@@ -246,10 +243,10 @@ def test_plan_prints_and_starts_nothing(tmp_path):
 
 def test_sharded_is_planned_for_several_numbers_of_processes(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    shown = told(Config(shard=True)).splitlines()
+    shown = describe(laptop(shard=True)).splitlines()
     assert [text.split(":")[0] for text in shown[-5:]] == ["on 1 GPU", "on 2 GPUs", "on 4 GPUs", "on 8 GPUs", "disk"]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert told(Config(shard=True)).splitlines()[-2].startswith("on 2 GPUs")
+    assert describe(laptop(shard=True)).splitlines()[-2].startswith("on 2 GPUs")
 
 
 def test_a_model_of_two_layers_of_named_kinds_is_counted_whole():
@@ -260,16 +257,16 @@ def test_a_model_of_two_layers_of_named_kinds_is_counted_whole():
     assert whole is architecture
 
 
-@pytest.mark.parametrize("settings", [{"divergence": "reverse"}, {"algo": "oprd"}])
+@pytest.mark.parametrize("settings", [{"algo": "opid-full"}, {"algo": "oprd"}])
 def test_advice_leaves_out_what_the_run_refuses(settings, monkeypatch):
-    monkeypatch.setattr(memory, "there", lambda: 0.2 * GIB)
-    told = line(Config(**settings), tiny_model(WORDS, seed=0), 2)
-    assert "WARNING" in told and "--shard" not in told
+    monkeypatch.setattr(machine, "there", lambda: 0.2 * GIB)
+    line = planned(laptop(**settings), tiny_model(WORDS, seed=0), 2)
+    assert "WARNING" in line and "--shard" not in line
 
 
 def test_a_resumed_run_is_told_of_what_it_may_change(monkeypatch):
-    monkeypatch.setattr(memory, "there", lambda: 0.2 * GIB)
-    run = Config(frozen_dtype="float32", offload=True, gradient_checkpointing=True)
+    monkeypatch.setattr(machine, "there", lambda: 0.2 * GIB)
+    run = laptop(frozen_dtype="float32", offload=True, gradient_checkpointing=True)
     first, resumed = (
         {flag for _, change in _changes(Plan(c)) for flag in change} for c in (run, replace(run, resume=True))
     )
@@ -286,6 +283,6 @@ def test_a_model_that_is_not_there_is_one_line(monkeypatch, tmp_path):
 def test_a_teacher_is_planned_for_the_environment_of_the_run(monkeypatch):
     asked = []
     architecture = tiny_model(WORDS, seed=0).config
-    monkeypatch.setattr("runlog.plan.load_config", lambda name, env: asked.append((name, env)) or architecture)
-    Plan(Config(env="search", algo="opd", teacher="cold:bigger"))
+    monkeypatch.setattr("memory.plan.load_config", lambda name, env: asked.append((name, env)) or architecture)
+    Plan(laptop(env="search", algo="opd", teacher="cold:bigger"))
     assert ("cold:bigger", "search") in asked

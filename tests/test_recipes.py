@@ -1,16 +1,25 @@
-"""Each recipe fits the card that it says it is for, planned from its model's published configuration."""
+"""Each recipe holds the settings that it always had, trains, and fits the card that it says it is for."""
 
 import copy
+import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-import train as train_module
-from config import RECIPES, Config, read_recipe
-from runlog.counting import bytes_of, shell
+import config as config_module
+import runlog.start
+from config import RECIPES, Config, every_setting, parse_args, read_recipe, variant_of
+from memory.counting import bytes_of, shell
+from memory.plan import GIB, USABLE, Plan, architecture_of
 from runlog.metrics import read_lines
-from runlog.plan import GIB, USABLE, Plan, architecture_of
+from train import train
+
+# The settings of each recipe at commit e24ebb7, where Config() was the laptop's: what most have, and what it has else.
+BEFORE = json.loads((Path(__file__).parent / "recipes_before.json").read_text())
+MOST = BEFORE.pop("most")
 
 CARDS = {
     **dict.fromkeys(("alfworld-qwen3-1.7b-lora",), (1, 24)),
@@ -22,6 +31,18 @@ CARDS = {
 WORDS = {1: "one", 4: "four"}
 
 
+def test_every_recipe_has_its_settings_of_before():
+    assert {path.stem for path in RECIPES.glob("*.toml")} == BEFORE.keys()
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_recipe_has_the_settings_that_it_had(name, monkeypatch):
+    """Key by key, whatever the defaults are. `auto` is compared as it stands, not as this machine reads it."""
+    monkeypatch.setattr(config_module, "mixed_precision", lambda setting: setting)
+    for config in (Config.from_recipe(name), parse_args(["--recipe", name])):
+        assert config.to_dict() == MOST | BEFORE[name]
+
+
 def test_every_recipe_for_a_gpu_has_its_card():
     assert {path.stem for path in RECIPES.glob("*qwen*.toml")} == CARDS.keys()
 
@@ -31,7 +52,7 @@ def test_a_recipe_fits_the_card_that_its_first_line_names(name):
     cards, size = CARDS[name]
     first = (RECIPES / f"{name}.toml").read_text().splitlines()[0]
     assert re.match(f"# For {WORDS[cards]} {size} GB cards?[.:,]", first)
-    plan = Plan(Config(**read_recipe(name)), processes=cards)
+    plan = Plan(Config.from_recipe(name), processes=cards)
     assert 0.4 * size * GIB < plan.peak < USABLE * size * GIB
 
 
@@ -41,7 +62,7 @@ def test_the_configurations_have_the_published_sizes():
         assert bytes_of(shell(architecture_of(name), "bfloat16", 0)) / 2e9 == pytest.approx(size, abs=0.005)
 
 
-SMALL = {"model": "small", "tasks": 2, "rollouts": 2, "max_steps": 2, "max_new_tokens": 3, "skill_tokens": 8}
+SMALL = {"model": "small", "tasks": 2, "rollouts": 2, "max_steps": 2, "max_new_tokens": 24, "skill_tokens": 8}
 SMALL |= {"iterations": 1, "eval_every": 0, "eval_games": 2, "save_every": 1, "shard": False, "env_options": {}}
 SIZES = {"rollout_budget", "token_budget", "learning_rate", "kl", "mini_batch", "history", "invalid_penalty", "warmup"}
 SIZES |= {"context_limit", "skill_context_limit", "max_step_skills", "normalize"}
@@ -51,7 +72,7 @@ def unlike_recipes() -> list[str]:
     """One of those that differ in the sizes and weights of things alone."""
     names: dict[str, str] = {}
     for path in sorted(RECIPES.glob("*.toml")):
-        settings = read_recipe(path.stem)
+        settings = read_recipe(path.stem, every_setting())
         names.setdefault(
             repr([(k, v) for k, v in sorted(settings.items()) if k not in SMALL.keys() | SIZES]), path.stem
         )
@@ -61,17 +82,17 @@ def unlike_recipes() -> list[str]:
 @pytest.mark.parametrize("name", unlike_recipes())
 def test_a_recipe_trains_an_iteration(name, llama, tokenizer, tmp_path, monkeypatch, own_precision):
     """With a small model and generated games in place of what a hub and a card have."""
-    settings = read_recipe(name)
-    model = llama.to(getattr(torch, settings.get("dtype", "float32")))
-    monkeypatch.setattr(train_module, "load_model", lambda *a, **k: (copy.deepcopy(model), tokenizer))
-    real, answer = train_module.model_writer, '{"episode_summary": "s", "episode_skill": "open every closed place"}'
+    config = replace(Config.from_recipe(name), **SMALL, out=str(tmp_path))
+    model = llama.to(getattr(torch, config.dtype))
+    monkeypatch.setattr(runlog.start, "load_model", lambda *a, **k: (copy.deepcopy(model), tokenizer))
+    real, answer = runlog.start.model_writer, '{"episode_summary": "s", "episode_skill": "open every closed place"}'
 
     def writer(*args, **options):
         write = real(*args, **options)
         return lambda prompts: [answer for _ in write(prompts)]  # a random model's own words are no JSON
 
-    monkeypatch.setattr(train_module, "model_writer", writer)
-    train_module.train(Config(**settings | SMALL | {"out": str(tmp_path)}))
+    monkeypatch.setattr(runlog.start, "model_writer", writer)
+    train(runlog.start.start(config), variant_of(config.algo))
     (record,) = read_lines(tmp_path / "metrics.jsonl")
     assert record["advantage/skill_abs"] > 0
     assert record["grad_norm"] > 0

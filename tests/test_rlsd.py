@@ -1,11 +1,14 @@
 """RLSD's rescaling in hand-computed numbers."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.rlsd import Rlsd, rescale
-from config import Config
+from data import Batch, Step, Trajectory
+from variants.rlsd import Settings, advantages, rescale
 
 values = st.floats(-100, 100, width=32)
 
@@ -31,5 +34,14 @@ def test_rescale_never_turns_a_sign(shifts, outcome, mix, clip):
 
 
 def test_rlsd_lets_go_of_the_skill_in_a_line():
-    assert [Rlsd(Config(algo="rlsd")).mix(i) for i in (0, 25, 50, 60)] == [0.5, 0.25, 0, 0]
-    assert Rlsd(Config(algo="rlsd", rlsd_iterations=0)).mix(1000) == 0.5
+    """A_ep 2 of a step that its skill praises beyond the bound: 2 (1 - mu + 1.2 mu), mu from 1/2 to 0."""
+    played = [Trajectory("t", 0, [Step((), "", [1], [2], "", "", True)], True)]
+    scored = {"episode": torch.zeros(1, 1)}
+    batch = Batch(played, [None], [[()]], {}, torch.full((1, 1), -9.0), None, scored)
+
+    def of(iteration, **changes) -> float:
+        config = Settings(algo="rlsd", success_reward=2.0, rlsd_clip=0.2, **changes)
+        return advantages(SimpleNamespace(config=config, iteration=iteration), batch).total.item()
+
+    assert [of(i) for i in (0, 25, 50, 60)] == pytest.approx([2.2, 2.1, 2, 2], rel=1e-5)
+    assert of(1000, rlsd_iterations=0) == pytest.approx(2.2, rel=1e-5)

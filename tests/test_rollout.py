@@ -12,7 +12,7 @@ from data import Guidance
 from envs.alfworld import AlfworldEnv, words
 from lm.encoder import Encoder
 from lm.sampler import Sampler, generate, temperature_sampling
-from rescore import guided_context, response_logprobs
+from rescore import response_logprobs, skill_context
 from rollout import rollout
 from tests import playing
 from tests.templates import TEMPLATES, byte_tokenizer
@@ -183,7 +183,7 @@ def test_trajectories_hold_what_was_seen_and_sampled(llama, tokenizer, compact_e
         for step, after in zip(trajectory.steps, trajectory.steps[1:], strict=False):
             assert after.context[: len(step.context) + len(step.response)] == step.context + step.response
             assert step.text == tokenizer.decode(step.response, skip_special_tokens=True)
-    plain = [guided_context(Encoder(tokenizer, "chat"), t, i, None) for t in trajectories for i in range(len(t.steps))]
+    plain = [skill_context(Encoder(tokenizer, "chat"), t, i, None) for t in trajectories for i in range(len(t.steps))]
     assert plain == [step.context for t in trajectories for step in t.steps]
 
 
@@ -290,7 +290,7 @@ def test_a_template_that_drops_thoughts_is_rendered_anew(llama, tokenizer, compa
     )
     trajectories, _ = play(llama, stripping, compact_env, games[:1])  # and rollouts go on, without cache
     step = Guidance("step", "open bed")
-    assert guided_context(encoder, trajectories[0], 2, step) != trajectories[0].steps[2].context
+    assert skill_context(encoder, trajectories[0], 2, step) != trajectories[0].steps[2].context
 
 
 def test_a_tag_that_the_template_opens_counts_as_part_of_the_response(llama, games, monkeypatch):

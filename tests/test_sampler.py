@@ -27,21 +27,21 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from lm import logprobs
-from lm.branches import tree_obstacle
+from lm import scoring
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy, without_dropout
-from lm.logprobs import sequence_logprobs
 from lm.obstacles import (
     cache_obstacle,
     cached_columns,
+    check_gap,
     check_model,
     check_positions,
+    logprob_gap,
     padding_obstacle,
     sampling_note,
 )
-from lm.packing import pack
-from lm.sampler import Draws, Sampler, check_gap, end_of_turn_ids, logprob_gap
+from lm.sampler import Draws, Sampler, end_of_turn_ids
+from lm.scoring import pack, sequence_logprobs, tree_obstacle
 from rescore import response_logprobs
 from tests.architectures import small_model
 from tests.test_architectures import ENDS, TOKENIZER, episodes
@@ -291,9 +291,9 @@ def test_a_nested_configuration_is_read_where_the_text_model_has_it(monkeypatch)
     sequences = pack([[5, 6, 7]], [[8, 9, 10]])
     whole = sequence_logprobs(model, sequences, 1.0)[0]
     chunks = []
-    original = logprobs.chunked_logprobs
-    monkeypatch.setattr(logprobs, "CHUNK", 97 * 2)
-    monkeypatch.setattr(logprobs, "chunked_logprobs", lambda *a: (chunks.append(a[-1]), original(*a))[1])
+    original = scoring.chunked_logprobs
+    monkeypatch.setattr(scoring, "CHUNK", 97 * 2)
+    monkeypatch.setattr(scoring, "chunked_logprobs", lambda *a: (chunks.append(a[-1]), original(*a))[1])
     assert torch.allclose(sequence_logprobs(model, sequences, 1.0)[0], whole, atol=1e-5)
     assert chunks == [97 * 2]
 

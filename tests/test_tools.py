@@ -5,19 +5,21 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 
 import tiny.loading
-from baselines.controls import scripted_skills
-from data import Trajectory
+from data import Advantages, Batch, Guidance, Step, Trajectory
 from runlog.curve import plot_curve
 from runlog.report import colour, write_report
 from skills import write_skills
 from tools import plot_run, report, skill_quality, walkthrough
+from variants.opid_oracle import scripted_skills
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -159,18 +161,32 @@ def test_small_tools_answer_without_waiting_for_pytorch(script):
 
 def test_the_walkthrough_shows_the_answer_that_was_read(capsys):
     """Of two rollouts that read alike one was asked again, and the other was not."""
-    asked, batches = [], [['{"episode_skill": "look first"}', "no idea"], ['{"episode_skill": "open it"}']]
+    exchanges, batches = [], [['{"episode_skill": "look first"}', "no idea"], ['{"episode_skill": "open it"}']]
 
-    def write(prompts):
-        asked.extend(zip(prompts, answers := batches.pop(0), strict=True))
-        return answers
-
+    write = walkthrough.recorded(lambda prompts: batches.pop(0), exchanges)
     played = [Trajectory("put a pen on the desk", 0, [], False) for _ in range(2)]
     skills, _ = write_skills(played, write, max_step_skills=0, template=None)
-    run = SimpleNamespace(asked=asked, config=SimpleNamespace(skill_writer="policy"))
+    run = SimpleNamespace(config=SimpleNamespace(skill_writer="policy"))
     shown = []
     for i in range(2):
-        walkthrough.show_skills(run, i, skills[i])
+        walkthrough.show_skills(run, i, skills[i], exchanges)
         shown.append(capsys.readouterr().out)
     assert "look first" in shown[0] and "asked again" not in shown[0] and "open it" not in shown[0]
     assert shown[1].index("no idea") < shown[1].index('asked again, it answered:\n\n{"episode_skill": "open it"}')
+
+
+def test_the_walkthrough_shows_a_step_of_a_task_that_was_won_and_lost():
+    """Rather one with a step skill, and of these the one that its skill moved most."""
+    step = Step((), "", [1], [2], "", "", True)
+    outcomes = [(0, False), (0, False), (1, True), (1, False)]  # (task, won)
+    trajectories = [Trajectory("", group, [step, step], success) for group, success in outcomes]
+    episode, own = (Guidance("episode", "in order"),), (Guidance("step", "open it"),)
+    routes = [[own, own], [own, own], [episode, own], [own, ()]]
+    skill = torch.tensor([[9.0], [9], [9], [9], [5], [-2], [1], [float("nan")]])  # (B, 1)
+    advantages = Advantages(torch.zeros(8, 1), torch.zeros(8), skill)
+    batch = Batch(trajectories, [None] * 4, routes, {}, torch.zeros(8, 1), None, {}, advantages)
+    assert walkthrough.pick(batch) == (2, 1)
+    trajectories.append(Trajectory("", 1, [], False))  # what comes last has no say
+    assert walkthrough.pick(replace(batch, routes=[*routes, []])) == (2, 1)
+    with pytest.raises(ValueError, match="no step is guided"):
+        walkthrough.pick(replace(batch, routes=[[(), ()]] * 4 + [[]]))

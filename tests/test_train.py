@@ -5,11 +5,9 @@ import json
 import math
 import re
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -26,11 +24,11 @@ from config import Config, parse_args, settings_come_from, settings_to_save, var
 from data import Batch, Step, Trajectory
 from envs.alfworld import AlfworldEnv
 from lm.loading import save_policy
-from lm.processes import Offload
 from rollout import play
 from runlog import checkpoints
 from runlog.start import Run, learning_rate, start
 from skills import own_skills
+from tests.test_offload import Poisoned
 from train import outcomes
 from variants import gigpo
 
@@ -310,29 +308,10 @@ def test_nothing_is_read_while_it_rests_in_host_memory(random_tiny, tmp_path, mo
     """What rests is made no number until it is needed again: the run is the same."""
     train(config(tmp_path, "plain", kl=0.1, scorer="reference"))
 
-    class Poisoned(Offload):
-        aside: ClassVar = {}
-
-        def _tensors(self, thing):
-            moments = [m[name] for m in getattr(thing, "state", {}).values() for name in ("exp_avg", "exp_avg_sq")]
-            return moments if isinstance(thing, torch.optim.Optimizer) else list(thing.parameters())
-
-        def rest(self, *things):
-            for tensor in (tensor for thing in things for tensor in self._tensors(thing)):
-                self.aside[id(tensor)] = tensor.detach().clone()
-                tensor.detach().fill_(math.nan)
-
-        @contextmanager
-        def needed(self, *things):
-            for tensor in (tensor for thing in things for tensor in self._tensors(thing)):
-                tensor.detach().copy_(self.aside.pop(id(tensor)))
-            yield
-            self.rest(*things)
-
     monkeypatch.setattr(start_module, "Offload", Poisoned)
-    train(config(tmp_path, "rested", kl=0.1, scorer="reference"))
+    run = train(config(tmp_path, "rested", kl=0.1, scorer="reference"))
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "rested"))
-    assert Poisoned.aside
+    assert run.offload.aside
 
 
 def test_every_logged_metric_is_explained(random_tiny, tmp_path):

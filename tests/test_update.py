@@ -2,27 +2,41 @@
 over two actions. Hand-computed numbers."""
 
 import math
+import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from advantage import combine, skill_advantage
-from baselines import METHODS
-from baselines.distillation import distillation_loss
-from baselines.rlsd import rescale
-from config import Config
-from data import Step, Trajectory
-from train import k3, make_batch, outcome_of, policy_loss
+from config import Config, variant_of
+from data import Advantages, Batch, Step, Trajectory
+from lm.distributions import divergence
+from train import k3, outcomes, policy_loss
+from variants import opd, opid_contrast
+from variants.rlsd import rescale
+from variants.sdar import gated_pull
+from variants.skill_sd import weighted_k3
 
 NAN = float("nan")
 
 
-def advantages_of(config, iteration, outcome, old, guided, base=None, teacher=None):
-    """-> (A (B, R), A_skill (B, R)) of the method that `config` names. `base`: the scorer's own plain log-probs."""
-    plain = {"old": old, "reference": old if base is None else base}  # (B, R) each
-    plain |= {} if teacher is None else {"teacher": teacher}
-    batch = make_batch(METHODS[config.algo](config), [], [], outcome, plain, guided, iteration)
-    return batch.advantages, batch.skill_advantages
+def settings(algo, **changes) -> Config:
+    return variant_of(algo).settings(algo=algo, **changes)
+
+
+def advantages_of(config, old, skill_logprobs, reference=None) -> Advantages:
+    """Of the method that `config` names, for steps that are all of tasks of their own, so that A_ep is the return: the
+    first step won, the others lost and were invalid."""
+    steps = [Step((), str(t), [1], [2] * len(row), "", "", t == 0) for t, row in enumerate(old)]
+    trajectories = [Trajectory("", t, [step], t == 0) for t, step in enumerate(steps)]
+    batch = Batch(trajectories, [None] * len(steps), [[()] for _ in steps], {}, old, reference, skill_logprobs)
+    reading = lambda *models: nullcontext()
+    run = SimpleNamespace(
+        config=config, iteration=0, metrics={}, rng=random.Random(0), reading=reading, models={"teacher": None}
+    )
+    return variant_of(config.algo).advantages(run, batch)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +47,8 @@ def advantages_of(config, iteration, outcome, old, guided, base=None, teacher=No
         ("opid", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
         ("opid-shuffled", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
         ("opid-placebo", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
+        ("opid-shift", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),  # of the policy, to itself
+        ("opid-full", [[2, 2], [-1, 0]]),
         ("opid-oracle", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
         ("opsd", [[0, 0], [0, 0]]),
         ("grpo+opsd", [[2, 2], [-1, 0]]),
@@ -47,38 +63,30 @@ def test_what_enters_the_advantage_of_each_method(algo, expected):
     """Two steps, the first guided by the episode skill, the second by a step skill."""
     old = torch.tensor([[-1.0, -1.0], [-2.0, NAN]])
     scored = {"episode": torch.tensor([[-0.7, -1.1], [NAN, NAN]]), "step": torch.tensor([[NAN, NAN], [-1.8, NAN]])}
-    config = Config(algo=algo, episode_weight=0.5, step_weight=0.25)
-    got, skill_advantages = advantages_of(config, 0, torch.tensor([2.0, -1.0]), old, scored if config.levels else {})
-    assert torch.allclose(got, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
-    assert skill_advantages.isnan().tolist() == ([[False, False], [False, True]] if config.levels else [[True] * 2] * 2)
+    weights = {} if algo in ("grpo", "gigpo", "skill-grpo") else {"episode_weight": 0.5, "step_weight": 0.25}
+    config = settings(algo, success_reward=2.0, invalid_penalty=1.0, **weights)
+    got = advantages_of(config, old, scored if config.levels else {})
+    assert torch.allclose(got.total, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
+    assert torch.allclose(got.outcome, torch.tensor([2.0, -1.0]), atol=1e-5)
+    assert got.skill.isnan().tolist() == ([[False, False], [False, True]] if config.levels else [[True] * 2] * 2)
 
 
 def test_the_shift_is_the_difference_to_its_base():
     """By the scorer's own plain log-prob -1.4 the skill praises with 0.4 what the policy's -0.5 would have blamed."""
     old, base, scored = torch.tensor([[-0.5, NAN]]), torch.tensor([[-1.4, NAN]]), {"step": torch.tensor([[-1.0, NAN]])}
-    outcome, config = torch.tensor([1.0]), Config(step_weight=2.0, shift_base="scorer")
-    assert torch.allclose(advantages_of(config, 0, outcome, old, scored, base)[0], torch.tensor([[1.8, 0.0]]))
-    config = Config(step_weight=2.0)
-    assert torch.allclose(advantages_of(config, 0, outcome, old, scored, base)[0], torch.tensor([[0.0, 0.0]]))
+    changes = {"success_reward": 1.0, "step_weight": 2.0, "scorer": "reference"}
+    for algo, expected, logged in (("opid-shift", 1.8, 0.4), ("opid", 0.0, -0.5)):
+        got = advantages_of(settings(algo, **changes), old, scored, base)
+        assert torch.allclose(got.total, torch.tensor([[expected, 0.0]]), atol=1e-5)
+        assert got.skill[0, 0].item() == pytest.approx(logged)
 
 
-def test_the_skill_term_fades_in_a_line_to_grpo():
-    config = Config(episode_weight=0.5, step_weight=1.0, skill_iterations=4)
-    old, outcome = torch.tensor([[-1.0], [-2.0]]), torch.tensor([2.0, -1.0])
-    scored = {"episode": torch.tensor([[-0.6], [NAN]]), "step": torch.tensor([[NAN], [-1.0]])}  # shifts 0.4 and 1
-    expected = {0: [2 + 0.5 * 0.4, -1 + 1], 1: [2 + 0.75 * 0.5 * 0.4, -1 + 0.75], 4: [2, -1], 9: [2, -1]}
-    for iteration, wanted in expected.items():
-        advantages, skills = advantages_of(config, iteration, outcome, old, scored)
-        assert torch.allclose(advantages[:, 0], torch.tensor(wanted, dtype=torch.float32))
-        assert torch.allclose(skills[:, 0], torch.tensor([0.4, 1.0]))  # what is logged stays what it was
-
-
-def test_opd_is_the_teachers_shift_and_nothing_else():
-    config = Config(algo="opd", teacher="smollm2")
-    old, teacher = torch.tensor([[-1.0, NAN]]), torch.tensor([[-0.25, NAN]])
-    assert advantages_of(config, 0, torch.tensor([7.0]), old, {}, teacher=teacher)[0].tolist() == [[0.75, 0]]
-    config = Config(algo="opd", teacher="smollm2", skill_clip=0.5)
-    assert advantages_of(config, 0, torch.tensor([7.0]), old, {}, teacher=teacher)[0].tolist() == [[0.5, 0]]
+def test_opd_is_the_teachers_shift_and_nothing_else(monkeypatch):
+    config = settings("opd", teacher="smollm2", success_reward=7.0)
+    monkeypatch.setattr(opd, "response_logprobs", lambda *a, **k: torch.tensor([[-0.25, NAN]]))
+    got = advantages_of(config, torch.tensor([[-1.0, NAN]]), {})
+    assert got.total.tolist() == [[0.75, 0]]
+    assert (got.outcome.item(), got.skill[0, 0].item()) == (pytest.approx(7.0, rel=1e-5), 0.75)  # logged, and no more
 
 
 def test_the_outcome_is_the_reward_less_the_steps_own_penalty():
@@ -86,9 +94,7 @@ def test_the_outcome_is_the_reward_less_the_steps_own_penalty():
     valid, invalid = (Step((), "", [1], [2], "", "", valid) for valid in (True, False))
     played = [Trajectory("t", 0, [valid, invalid], True), Trajectory("t", 0, [valid], False)]
     config = Config(success_reward=10.0, invalid_penalty=0.1, normalize="mean")
-    outcome, metrics = outcome_of(METHODS["opid"](config), played)
-    assert torch.allclose(outcome, torch.tensor([3.36667, 3.26667, -6.63333]), atol=1e-4)
-    assert metrics == {"advantage/silent_groups": 0}
+    assert torch.allclose(outcomes(config, played), torch.tensor([3.36667, 3.26667, -6.63333]), atol=1e-4)
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -164,7 +170,7 @@ def added(outcome, weight):
 
     def advantages(old):
         shift = skill_advantage(TEACHER[:, None], old[:, None], torch.ones(2, 1))  # (2, 1)
-        return combine(outcome, shift, None, torch.ones(2, 1), episode_weight=weight, step_weight=0.0)[:, 0]
+        return combine(outcome, {"episode": shift}, {"episode": weight, "step": 0.0}, torch.ones(2, 1))[:, 0]
 
     return advantages
 
@@ -177,8 +183,8 @@ def rescaled(outcome):
     return advantages
 
 
-def distilled(kind):
-    return lambda new, old: distillation_loss(kind, new, old, TEACHER, beta=5.0)
+def gated(beta):
+    return lambda new, old: gated_pull(new, TEACHER, beta)
 
 
 WON_BY_B = torch.tensor([-1.0, 1.0])
@@ -201,26 +207,13 @@ def test_added_shift_rests_at_the_teacher():
     assert gradient_of_a(clipped(added(torch.zeros(2), 1.0)), TEACHER.tolist()) == pytest.approx(0, abs=1e-6)
 
 
-def test_estimators_of_the_same_gradient():
-    """Whichever constant is taken off A_skill, or none: the mean gradient over samples is the exact one. (0.3, -0.2):
-    log-probs whose shift to the teacher has a mean far from 0."""
+def test_the_exact_loss_has_the_gradient_of_the_sampled_shift():
+    """opid-full's, on average over samples. (0.3, -0.2): log-probs whose shift to the teacher has a mean far from 0."""
     logits = (0.3, -0.2)
-    exact = gradient_of_a(lambda new, old: (new.exp() * (new - TEACHER)).sum() * torch.ones(2), logits)
-    plain = gradient_of_a(clipped(lambda old: TEACHER - old), logits)
-    expected = lambda old: (old.exp() * (TEACHER - old)).sum()
-    centred = gradient_of_a(clipped(lambda old: TEACHER - old - expected(old)), logits)
-    assert plain == pytest.approx(exact, abs=1e-6) and centred == pytest.approx(exact, abs=1e-6)
-
-
-def test_the_centred_shift_has_less_variance_in_its_gradient():
-    """Of the gradient at a's logit, A (1[a] - pi_a) for a sampled action, over the two actions."""
-    p = torch.tensor([0.6, 0.4])
-    shift = TEACHER - p.log()
-    score = torch.tensor([1.0, 0.0]) - p[0]
-    variance = lambda a: ((p * (a * score) ** 2).sum() - (p * a * score).sum() ** 2).item()
-    expected = (p * shift).sum()  # -KL
-    assert expected < 0
-    assert variance(shift - expected) < 0.5 * variance(shift)
+    exact = gradient_of_a(lambda new, old: divergence("reverse", new[None], TEACHER[None]).expand(2), logits)
+    assert gradient_of_a(clipped(added(torch.zeros(2), 1.0)), logits) == pytest.approx(exact, abs=1e-6)
+    assert gradient_of_a(clipped(added(torch.zeros(2), 0.25)), logits) == pytest.approx(0.25 * exact, abs=1e-6)
+    assert abs(exact) > 0.1
 
 
 def test_a_skill_that_does_what_any_skill_does_has_no_contrast():
@@ -232,17 +225,16 @@ def test_a_skill_that_does_what_any_skill_does_has_no_contrast():
     assert gradient_of_a(clipped(lambda old: TEACHER - opposite)) == pytest.approx(-0.5 * math.log(4))
 
 
-def test_bases_by_level_and_what_has_none():
+def test_bases_by_level_and_what_has_none(monkeypatch):
     """Own skill -0.7 against another's -1.2 on the episode-guided step; the step skill has no counterpart."""
     old = torch.tensor([[-1.0], [-2.0]])
     guided = {"episode": torch.tensor([[-0.7], [NAN]]), "step": torch.tensor([[NAN], [-1.8]])}
     bases = {"episode": torch.tensor([[-1.2], [NAN]]), "step": torch.tensor([[NAN], [NAN]])}
-    config = Config(episode_weight=2.0, step_weight=3.0, shift_base="other")
-    batch = make_batch(
-        METHODS["opid"](config), [], [], torch.zeros(2), {"old": old, "reference": old}, guided, 0, bases
-    )
-    assert torch.allclose(batch.advantages, torch.tensor([[1.0], [0.0]]))
-    assert batch.skill_advantages.isnan().tolist() == [[False], [True]]
+    monkeypatch.setattr(opid_contrast, "rescore", lambda *a, plain: (SimpleNamespace(skill_logprobs=bases), {}))
+    config = settings("opid-contrast", episode_weight=2.0, step_weight=3.0, success_reward=0.0, invalid_penalty=0.0)
+    got = advantages_of(config, old, guided)
+    assert torch.allclose(got.total, torch.tensor([[1.0], [0.0]]))
+    assert got.skill.isnan().tolist() == [[False], [True]]
 
 
 def test_rlsd_rescales_but_never_turns_the_outcome():
@@ -255,26 +247,44 @@ def test_rlsd_rescales_but_never_turns_the_outcome():
 def test_gated_distillation_goes_to_the_teacher():
     # g = sigmoid(5 log 1.6) = 0.912937 and sigmoid(5 log 0.4) = 0.010136; -(1/4) (g_a - g_b)
     g = [1 / (1 + 1.6**-5), 1 / (1 + 0.4**-5)]
-    assert gradient_of_a(distilled("gated")) == pytest.approx(-0.25 * (g[0] - g[1]))
+    assert gradient_of_a(gated(5.0)) == pytest.approx(-0.25 * (g[0] - g[1]))
 
 
 def test_gated_distillation_rests_at_the_teacher():
-    assert gradient_of_a(distilled("gated"), TEACHER.tolist()) == pytest.approx(0, abs=1e-6)
-    assert gradient_of_a(distilled("gated"), [3.0, 0.0]) > 0  # a is already likelier than the teacher has it
+    assert gradient_of_a(gated(5.0), TEACHER.tolist()) == pytest.approx(0, abs=1e-6)
+    assert gradient_of_a(gated(5.0), [3.0, 0.0]) > 0  # a is already likelier than the teacher has it
 
 
 def test_the_opposite_sign_would_leave_the_teacher():
-    assert gradient_of_a(lambda new, old: -distilled("gated")(new, old)) > 0
+    assert gradient_of_a(lambda new, old: -gated(5.0)(new, old)) > 0
 
 
 def test_ungated_distillation_has_no_direction():
-    assert gradient_of_a(distilled("ungated")) == pytest.approx(0, abs=1e-6)
-    assert gradient_of_a(distilled("ungated"), [1.0, -1.0]) == pytest.approx(0, abs=1e-6)
+    assert gradient_of_a(gated(0.0)) == pytest.approx(0, abs=1e-6)
+    assert gradient_of_a(gated(0.0), [1.0, -1.0]) == pytest.approx(0, abs=1e-6)
 
 
 def test_k3_distillation_is_the_gradient_of_the_reverse_kl():
     logits = torch.tensor([0.3, -0.2], requires_grad=True)
     new = logits.log_softmax(0)
     (new.exp() * (new - TEACHER)).sum().backward()
-    assert gradient_of_a(distilled("k3"), (0.3, -0.2)) == pytest.approx(logits.grad[0].item(), abs=1e-6)
-    assert gradient_of_a(distilled("k3")) < 0
+    assert gradient_of_a(lambda new, old: weighted_k3(new, old, TEACHER), (0.3, -0.2)) == pytest.approx(
+        logits.grad[0].item(), abs=1e-6
+    )
+    assert gradient_of_a(lambda new, old: weighted_k3(new, old, TEACHER)) < 0
+
+
+def test_the_kl_term_has_the_gradient_of_the_forward_kl_to_the_reference():
+    """-sum pi_ref grad log pi: of a's logit that is pi_a - 4/5."""
+    assert gradient_of_a(lambda new, old: k3(new, TEACHER)) == pytest.approx(0.5 - 0.8)
+
+
+def test_beyond_their_bounds_terms_carry_no_gradient():
+    """A token that is e^20 times likelier under the reference (or teacher), and one that is e^10 times likelier than it
+    was."""
+    far = torch.tensor([-25.0], requires_grad=True)
+    (k3(far, torch.zeros(1)) + weighted_k3(far, far.detach(), torch.zeros(1))).sum().backward()
+    assert far.grad.tolist() == [0]
+    risen = torch.tensor([0.0], requires_grad=True)
+    weighted_k3(risen, torch.tensor([-11.0]), torch.tensor([-1.0])).sum().backward()
+    assert risen.grad.tolist() == [0]

@@ -8,7 +8,7 @@ import torch
 import tiny.warmstart
 from envs.alfworld import AlfworldEnv
 from envs.alfworld.engine import load_game
-from skills import parse_skills
+from lm.answers import parse_skills
 from tiny.alfworld import hindsight, hint, novice, reciter, watch
 from tiny.demonstrations import demonstrations
 from tiny.plays import EMPTY_WORDS, one_flaw, script

@@ -4,13 +4,14 @@ import random
 
 import pytest
 
-from config import Config, read_recipe
+from config import Config
 from envs.search import SearchEnv
 from envs.search.questions import GENERATE, load_questions
 from envs.search.text import words
 from envs.webshop import WebshopEnv
 from envs.webshop.expert import read_goal
-from skills import parse_skills
+from lm.answers import parse_skills
+from tests.settings import laptop
 from tiny import search, webshop
 from tiny.plays import Play, script
 from tiny.warmstart import TinyDemonstrator, skills_json, tiny_tokenizer
@@ -138,14 +139,14 @@ def test_search_hint_words():
 
 
 def test_the_tiny_model_refuses_words_that_it_does_not_know(env):
-    assert Config(env=env, model="tiny").prompt == "compact"
+    assert laptop(env=env, model="tiny").prompt == "compact"
     with pytest.raises(ValueError, match="knows only the words of generated"):
-        Config(env=env, model="tiny", env_options={{"search": "questions", "webshop": "data"}[env]: "somewhere"})
+        laptop(env=env, model="tiny", env_options={{"search": "questions", "webshop": "data"}[env]: "somewhere"})
 
 
 @pytest.mark.parametrize("name", ["laptop-search", "laptop-webshop"])
 def test_recipes_hold_the_longest_response_and_prompt(name):
-    config = Config(**read_recipe(name))
+    config = Config.from_recipe(name)
     told = script(config.env)
     assert config.max_steps == told.MAX_STEPS
     demonstrator = TinyDemonstrator(tiny_tokenizer(config.env), 0, config.env)

@@ -66,8 +66,8 @@ def pick(batch: Batch) -> tuple[int, int]:
     for trajectory in batch.trajectories:
         outcomes.setdefault(trajectory.group, set()).add(trajectory.success)
     worth = {}
-    for i, routes in enumerate(batch.routes):
-        for t, guidances in enumerate(routes):
+    for i, (trajectory, guided) in enumerate(zip(batch.trajectories, batch.routes, strict=True)):
+        for t, guidances in enumerate(guided):
             if guidances:
                 moved = batch.advantages.skill[row_of(batch.trajectories, i, t)].nan_to_num().abs().max().item()
                 worth[i, t] = len(outcomes[trajectory.group]), guidances[0].level == "step", moved

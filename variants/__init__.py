@@ -1,7 +1,7 @@
 """Methods that are not OPID, a file each: `--algo NAME` takes variants/NAME.py, where some of OPID's functions change.
 
     opid-shuffled, opid-placebo, opid-oracle    controls: other tasks' skills, empty words, a script's skills
-    opid-contrast, opid-shift, opid-full        other skill advantages: to another skill, without the pull, exact
+    opid-contrast, opid-shift, opid-full        A_skill against another skill; of the skill alone; exact, in the loss
     grpo, gigpo                                 no skills
     sdar, grpo+opsd, opsd, skill-sd, rlsd       skills that act through the loss, or rescale A_ep
     skill-grpo                                  acts under skills

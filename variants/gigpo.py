@@ -53,7 +53,8 @@ def state_groups(group_ids: Tensor, observations: list[str]) -> Tensor:
 def step_relative_advantage(returns: Tensor, state_ids: Tensor, normalize: str) -> Tensor:
     """(G - mean) / (std + eps) over a state group; with normalize="mean" the std is left out. (B,), (B,) -> (B,)
 
-    A step alone in its group has nothing to be relative to, hence 0 (an outcome group of one is another matter).
+    A step alone in its group gets 0, since there is nothing to compare it with. (`outcome_advantage` gives a group of
+    one its raw return.)
     """
     _, group, sizes = state_ids.unique(return_inverse=True, return_counts=True)  # (groups,), (B,), (groups,)
     relative = outcome_advantage(returns, state_ids, torch.arange(len(returns)), normalize=normalize)

@@ -29,11 +29,11 @@ class Settings(GrpoSettings):
     teacher: str | None = OWN(None, "the larger model, named as --model is; it must have the same tokenizer")
     divergence: str = OWN(
         "sampled",
-        "what draws the policy to the teacher: the shift of sampled tokens, or, as a loss, a divergence of whole "
+        "how the policy follows the teacher. sampled: the advantage of sampled tokens; the others: a loss on whole "
         "distributions",
         ("sampled", *DIVERGENCES),
     )
-    jsd_beta: float = OWN(0.5, "jsd: from near 0 (forward's direction) to near 1 (reverse's)", bounds=(0.001, 0.999))
+    jsd_beta: float = OWN(0.5, "of jsd: near 0 it is like forward, near 1 like reverse", bounds=(0.001, 0.999))
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,6 +41,10 @@ class Settings(GrpoSettings):
             raise ValueError(f"--algo {self.algo} needs --teacher, the larger model")
         if self.divergence != "sampled" and self.shard:
             raise ValueError(f"--divergence {self.divergence} needs the teacher's output layer whole: no --shard")
+
+    @property
+    def read_in_loss(self) -> tuple[str, ...]:
+        return () if self.divergence == "sampled" else ("teacher",)
 
     def check_model(self, model) -> None:
         if self.divergence != "sampled" and (obstacle := states_obstacle(model)):
@@ -51,7 +55,7 @@ class Settings(GrpoSettings):
 
 
 def advantages(run: Run, batch: Batch) -> Advantages:
-    outcome = outcomes(run.config, batch.trajectories)  # (B,) logged, and no more
+    outcome = outcomes(run.config, batch.trajectories)  # (B,) only logged
     shift, shown = teacher_shift(run, batch)  # (B, R) each
     if run.config.divergence != "sampled":
         shift = torch.zeros_like(shift)
@@ -64,7 +68,7 @@ def opd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Ter
         return opid_loss(run, micro, batch)
     states, new, at = states_and_logprobs(run.policy, micro, config.temperature)  # (n, H), (n,)
     losses, terms = grpo_loss(new, at, batch, config)
-    with torch.no_grad(), run.reading(teacher):
+    with torch.no_grad():
         theirs, _, _ = sequence_states(teacher, micro)  # (n, H): the same sequences, hence the same order
     measure = partial(divergence, config.divergence, beta=config.jsd_beta)
     heads = run.policy.get_output_embeddings(), teacher.get_output_embeddings()
@@ -73,7 +77,7 @@ def opd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Ter
 
 
 def teacher_shift(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """log pi_teacher(y | h) - log pi_old(y | h), (B, R): 0 where not scored, as it enters a sum, and NaN, as it is
+    """log pi_teacher(y | h) - log pi_old(y | h), (B, R), twice: where not scored 0, to be added, and NaN, to be
     logged."""
     config, teacher = run.config, run.models["teacher"]
     contexts, responses = [step.context for step in batch.steps], [step.response for step in batch.steps]
@@ -86,8 +90,8 @@ def teacher_shift(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def frozen_teacher(config: Config, tokenizer, device):
-    """`--teacher`, as it is kept: in `--frozen-dtype`, on its device. Raises ValueError where its log-probs, or its
-    distributions where they are asked for, would be wrong."""
+    """Load `--teacher`, frozen, in `--frozen-dtype`, on the device. Raises ValueError where its log-probs would be
+    wrong, or the distributions that `--divergence` needs."""
     teacher = load_teacher(config.teacher, tokenizer, env=config.env, dtype=config.dtype)
     try:
         check_positions(teacher, config.context_limit)

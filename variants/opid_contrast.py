@@ -1,5 +1,5 @@
-"""OPID whose A_skill is the difference to a skill of another task, so that what any skill does cancels: the idea of
-RLCSD (arXiv 2606.11709)."""
+"""OPID whose A_skill compares the own skill with a skill of another task. What every skill does cancels out: the idea
+of RLCSD (arXiv 2606.11709)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def advantages(run: Run, batch: Batch) -> Advantages:
 
 
 def other_routes(batch: Batch, rng: random.Random) -> list[Route]:
-    """The same routes with the words of other tasks: each skill's place is taken by one of its level that was written
-    about a trajectory of another task. One episode skill a trajectory, step skills drawn anew."""
+    """The same routes with skills of other tasks: each skill is replaced by one of its level that was written about a
+    trajectory of another task. An episode skill is drawn once a trajectory, a step skill once a step."""
     written = {"episode": [[own.episode] if own else [] for own in batch.skills]}
     written["step"] = [list(own.steps.values()) if own else [] for own in batch.skills]
     texts = {level: [[text for text in own if text.strip()] for own in written[level]] for level in LEVELS}

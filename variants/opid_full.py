@@ -2,9 +2,8 @@
 
     E over y ~ pi of grad log pi(y) (log pi(y | h^) - log pi(y | h))  =  -grad KL(pi(. | h) || pi(. | h^))
 
-so an advantage of weight lambda on sampled tokens and lambda times this KL in the loss have the same gradient on
-average, and the loss has it without the noise of sampling. The frozen scorer reads h^ once more in each loss: nothing
-is stored.
+So lambda A_skill on sampled tokens, and lambda times this KL in the loss, have the same gradient on average. The loss
+has it without the noise of sampling. The frozen scorer reads h^ again in each loss, so nothing is stored.
 
 Shapes: n tokens of a micro-batch of the policy's, m of one of the scorer's, H hidden size.
 """
@@ -29,14 +28,18 @@ from variants.sdar import outcome_only
 
 @dataclass
 class Settings(Config):
-    scorer: str = OWN("reference", "frozen: the policy itself moves with each step", ("reference",))
+    scorer: str = OWN("reference", "must be frozen: the policy changes with each gradient step", ("reference",))
     divergence: str = OWN("reverse", "KL(pi_theta || pi), KL(pi || pi_theta), or Jensen-Shannon", DIVERGENCES)
-    jsd_beta: float = OWN(0.5, "jsd: from near 0 (forward's direction) to near 1 (reverse's)", bounds=(0.001, 0.999))
+    jsd_beta: float = OWN(0.5, "of jsd: near 0 it is like forward, near 1 like reverse", bounds=(0.001, 0.999))
 
     def __post_init__(self):
         super().__post_init__()
         if self.shard:
             raise ValueError(f"--algo {self.algo} reads whole distributions of a frozen scorer: no --shard")
+
+    @property
+    def read_in_loss(self) -> tuple[str, ...]:
+        return (self.scorer,)
 
     def check_model(self, model) -> None:
         if obstacle := states_obstacle(model):
@@ -59,14 +62,14 @@ def full_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Te
 
 
 def distance_to_scorer(run: Run, batch: Batch, level: str, states: Tensor, at: At) -> Tensor:
-    """D of the policy, hidden states (n, H) at these rows and columns, to the scorer under the skill. -> (n,), 0 where
-    no skill of the level guides the step."""
+    """D between the policy, whose hidden states (n, H) lie `at` these rows and columns, and the scorer under the skill.
+    -> (n,), 0 where no skill of the level guides the step."""
     config, scorer = run.config, run.models[run.config.scorer]
     measure = partial(divergence, config.divergence, beta=config.jsd_beta)
     heads = run.policy.get_output_embeddings(), scorer.get_output_embeddings()
     total = torch.zeros(len(states), device=states.device)  # (n,)
     for micro, place in guided_micro_batches(batch, batch.skill_contexts[level], at, config.token_budget):
-        with torch.no_grad(), run.reading(scorer):
+        with torch.no_grad():
             theirs, _, where = sequence_states(scorer, micro)  # (m, H)
         here = place[where].to(states.device)  # (m,)
         term = divergences(heads[0], states[here], heads[1], theirs, measure, config.temperature)  # (m,)
@@ -77,8 +80,8 @@ def distance_to_scorer(run: Run, batch: Batch, level: str, states: Tensor, at: A
 def guided_micro_batches(
     batch: Batch, contexts: Contexts, at: At, token_budget: int
 ) -> Iterator[tuple[list[Sequence], Tensor]]:
-    """What a teacher reads of a micro-batch, whose tokens lie `at` these rows and columns: the same responses under
-    their h^. With each, which of the n tokens lies where in the batch, (B, R)."""
+    """The teacher's micro-batches for one of the policy's, whose n tokens lie `at` these rows and columns: the same
+    responses under h^. With each comes `place` (B, R): which of the n tokens is at that row and column, -1 for none."""
     place = torch.full(batch.mask.shape, -1)  # (B, R)
     place[at] = torch.arange(len(at[0]))
     rows = {row for row in at[0].tolist() if contexts[row] is not None}

@@ -1,4 +1,4 @@
-"""OPID whose skills are written by a script that knows the game: meant as the upper bound."""
+"""OPID whose skills are written by a script that knows the game. A control, meant as the upper bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OPID with fixed words that say nothing where the own skills would stand: a skill is there, and has no content."""
+"""OPID with fixed, empty words in the place of each skill. A control: is it enough that a skill is there?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OPID without the pull towards a scorer that is not the policy: A_skill is the skill's own doing alone.
+"""OPID whose A_skill is the effect of the skill alone, without a pull towards the frozen scorer.
 
 With a frozen scorer log pi_ref(y | h^) - log pi_old(y | h) also holds how far the two models are apart without any
 skill. Here both terms are the scorer's.

@@ -1,5 +1,5 @@
-"""OPID with each trajectory guided by the skills of one of another task, of another type where there is one: a control,
-content against the mere change of context."""
+"""OPID with each trajectory guided by another task's skills, of another type where there is one. A control: does it
+matter what a skill says, or only that the context changes?"""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def shuffled_skills(run: Run, trajectories: list[Trajectory]) -> tuple[list[Skil
 
 
 def other_tasks(trajectories: list[Trajectory], at: int, having: list[bool]) -> list[int]:
-    """Which trajectories' skills may stand in for those of trajectory `at`: of those `having` some, the ones of another
-    task type; where there are none, of another task; none where only one task was played."""
+    """The trajectories whose skills may replace those of trajectory `at`: of those that have skills (`having`), the
+    ones of another task type, else of another task. Empty where only one task was played."""
     own = trajectories[at]
     others = [i for i, t in enumerate(trajectories) if having[i] and t.group != own.group]
     return [i for i in others if trajectories[i].task_type != own.task_type] or others

@@ -2,9 +2,9 @@
 
     L = mean over layers, response tokens, dimensions of (h_policy - h_teacher)^2
 
-Paper: arXiv 2606.06021; release (ShenzhiYang2000/OPRD): verl/utils/rep_distillation.py. No output layer, no outcome, no
-sampling noise but that of the tokens themselves. The teacher is a larger model under the plain context (`--teacher`),
-or, without one, the scorer under the skill.
+Paper: arXiv 2606.06021; release (ShenzhiYang2000/OPRD): verl/utils/rep_distillation.py. It reads no output layer and no
+outcome. Its only noise is which tokens were sampled. The teacher is a larger model under the plain context
+(`--teacher`), or, without one, the scorer under the skill.
 
 The states of a response token are those at its own position. The release normalises each state to length 1; the paper's
 numbers are without (`--oprd-normalize`). It projects where teacher and student differ in width; here they must not.
@@ -43,7 +43,7 @@ class Settings(OneTeacher):
     oprd_weight: float = OWN(1.0, "weight of the loss (the release: 1)", bounds=(0, None))
 
     def __post_init__(self):
-        self.kl = 0.0  # its loss has no such term
+        self.kl = 0.0  # its loss has no KL term
         super().__post_init__()
         if self.shard:
             raise ValueError("--algo oprd reads hidden states of whole models: no --shard")
@@ -56,12 +56,16 @@ class Settings(OneTeacher):
     def levels(self) -> tuple[Level, ...]:
         return () if self.teacher else LEVELS
 
+    @property
+    def read_in_loss(self) -> tuple[str, ...]:
+        return ("teacher" if self.teacher else self.scorer,)
+
     def further_models(self, tokenizer, device) -> dict:
         return {"teacher": frozen_teacher(self, tokenizer, device)} if self.teacher else {}
 
 
 def no_advantages(run: Run, batch: Batch) -> Advantages:
-    """The loss reads none. What is logged as A_skill is how far the teacher's log-probs are off."""
+    """The loss uses no advantage. What is logged as A_skill is the teacher's log-prob less the policy's."""
     opid = opid_advantages(run, batch)
     shift = teacher_shift(run, batch)[1] if run.config.teacher else opid.skill  # (B, R)
     return replace(opid, total=torch.zeros_like(opid.total), skill=shift)
@@ -86,18 +90,17 @@ def teacher_states(run: Run, micro: list[Sequence], batch: Batch, own: Tensor, a
     """The teacher's states of these response tokens, (n, K, H); the policy's `own` where no skill guides it."""
     config, layers = run.config, run.config.oprd_layers
     teacher, states = run.models["teacher" if config.teacher else config.scorer], own.clone()
-    with run.reading(teacher):
-        if config.teacher:
-            return layer_states(teacher, micro, layers)[0]  # the same sequences, hence the same order
-        contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
-        for part, place in guided_micro_batches(batch, contexts, at, config.token_budget):
-            read, where = layer_states(teacher, part, layers)  # (m, K, H)
-            states[place[where]] = read.to(states.dtype)
+    if config.teacher:
+        return layer_states(teacher, micro, layers)[0]  # the same sequences, hence the same order
+    contexts = [one or other for one, other in zip(*(batch.skill_contexts[level] for level in LEVELS), strict=True)]
+    for part, place in guided_micro_batches(batch, contexts, at, config.token_budget):
+        read, where = layer_states(teacher, part, layers)  # (m, K, H)
+        states[place[where]] = read.to(states.dtype)
     return states
 
 
 def lengths(batch: Batch, rows: Tensor) -> Tensor:
-    """Of the response that each token belongs to, (n,)."""
+    """The length of each token's response. -> (n,)"""
     steps = batch.steps
     return torch.tensor([len(steps[row].response) for row in rows.tolist()])
 
@@ -111,8 +114,8 @@ def positions(columns: Tensor, lengths: Tensor, which: str) -> Tensor:
 
 
 def proportional(count: int, of: int) -> Tensor:
-    """Which of a teacher's `of` layers each of a student's `count` is paired with: evenly spaced, the first with the
-    first and the last with the last. -> (count,)"""
+    """The teacher's layer, of its `of`, for each of the student's `count` layers: evenly spaced, first to first and
+    last to last. -> (count,)"""
     if count == 1:
         return torch.tensor([of - 1])
     return torch.linspace(0, of - 1, count).round().long()

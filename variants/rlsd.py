@@ -15,7 +15,7 @@ from variants.sdar import OneTeacher
 
 @dataclass
 class Settings(OneTeacher):
-    rlsd_mix: float = OWN(0.5, "mu: how far Delta rescales A_ep at first", bounds=(0, 1))
+    rlsd_mix: float = OWN(0.5, "mu at first: how much Delta rescales A_ep", bounds=(0, 1))
     rlsd_iterations: int = OWN(50, "iterations in which mu falls to 0 (release: 100); 0: it stays", bounds=(0, None))
     rlsd_clip: float = OWN(0.2, "bound of the rescaling, 1 - eps to 1 + eps", bounds=(0, None))
 
@@ -30,8 +30,8 @@ def advantages(run: Run, batch: Batch) -> Advantages:
 def rescale(outcome: Tensor, shift: Tensor, mask: Tensor, mix: float, clip: float) -> Tensor:
     """A_ep ((1 - mix) + mix clip(exp(sign(A_ep) Delta), 1 - clip, 1 + clip)), 0 off the mask. -> (B, R)
 
-    `outcome` (B,); `shift` (B, R), 0 where no skill was scored, hence weight 1. The skill says which tokens matter most
-    and never which way to go: no sign changes. `mix` 0 is GRPO.
+    `outcome` (B,); `shift` (B, R), 0 where no skill was scored, hence weight 1. The skill says which tokens matter
+    most, and never changes a sign. `mix` 0 is GRPO.
     """
     sign = outcome.sign()[:, None]  # (B, 1)
     weight = (sign * shift).exp().clamp(1 - clip, 1 + clip)  # (B, R)

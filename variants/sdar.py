@@ -19,7 +19,7 @@ from train import OPID, Terms, grpo_loss, opid_advantages
 
 @dataclass
 class OneTeacher(Config):
-    """Of a method whose skill is a teacher in the loss: lambda has no say, and a token has at most one teacher."""
+    """For a method whose skill is a teacher in the loss: lambda is not used, and a token has at most one teacher."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,7 +40,7 @@ class Settings(OneTeacher):
 
 
 def outcome_only(run: Run, batch: Batch) -> Advantages:
-    """A = A_ep: the skill acts through the loss. Its shift is logged all the same."""
+    """A = A_ep: the skill acts through the loss. A_skill is still logged."""
     opid = opid_advantages(run, batch)
     return replace(opid, total=combine(opid.outcome, {}, {}, batch.mask))
 
@@ -56,10 +56,10 @@ def sdar_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Te
 def gated_pull(new: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """g (log pi_teacher - log pi_theta), g = sigmoid(beta Delta_now) without gradient. (n,) -> (n,), 0 without teacher.
 
-    Descending it ascends g log pi_theta: every sampled token becomes likelier, but in the mean over samples a common
-    pull cancels (E[grad log pi] = 0), and what is left is a policy gradient whose reward is g. g grows with Delta_now,
-    so probability moves to the tokens that the teacher likes better: towards the teacher. Where g is constant (beta 0,
-    grpo+opsd) everything cancels: there is no direction in expectation, only noise.
+    A gradient step on it makes each sampled token likelier, in proportion to g. Over all samples a constant g has no
+    effect, since E[grad log pi] = 0. So it is a policy gradient with g as its reward. g grows with Delta_now, so
+    probability moves to the tokens that the teacher likes better. With beta 0 (grpo+opsd) g is constant: there is no
+    direction in expectation, only noise.
     """
     scored = ~teacher.isnan()  # (n,)
     # Selected, not multiplied by 0: NaN times 0 is NaN, in the gradient too.

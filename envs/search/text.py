@@ -21,14 +21,21 @@ def normalize(answer: str) -> str:
 def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:
     """Whether `prediction` is one of `golden_answers` (a list, an array or one string) after normalisation.
 
-    An empty list matches nothing.
+    An empty list matches nothing. Here this departs from the release: an answer of which normalisation leaves nothing
+    ("The The", "A", "!!!") is compared as it stands, case and spaces apart. There an empty prediction would win it.
     """
     if hasattr(golden_answers, "tolist"):  # an array, perhaps of one string and no dimension
         golden_answers = golden_answers.tolist()
     if isinstance(golden_answers, str):
         golden_answers = [golden_answers]
-    predicted = normalize(prediction)
-    return any(normalize(str(answer)) == predicted for answer in golden_answers)
+    return any(_same(prediction, str(answer)) for answer in golden_answers)
+
+
+def _same(prediction: str, answer: str) -> bool:
+    if normalized := normalize(answer):
+        return normalize(prediction) == normalized
+    plain = answer.lower().split()
+    return bool(plain) and prediction.lower().split() == plain
 
 
 def words(text: str) -> str:
