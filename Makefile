@@ -1,6 +1,6 @@
 # make train   set up and run OPID on the laptop default (no GPU, no download beyond pip, no API key)
 # make test    set up and run every test
-# make gpu-check   what a GPU may change, tried and measured: one log for docs/logs
+# make gpu-check   what a GPU may change, tried and measured: one log for lab/logs
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -18,7 +18,7 @@ test: $(VENV)/.dev
 
 # Everything that a GPU may change, in ten minutes; without one the same at tiny sizes.
 gpu-check: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python lab/benchmarks/gpu_check.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -203,6 +203,8 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""
+        if type(self) is not (own := variant_of(self.algo).settings):  # grpo's lambdas are 0, for one
+            raise ValueError(f"--algo {self.algo} has settings of its own: {own.__module__}.{own.__name__}")
         self._check_values()
         self.mixed_precision = mixed_precision(self.mixed_precision)
         if self.model.startswith(PREFIX) and (self.prompt, self.context) != ("compact", "chat"):
@@ -325,8 +327,9 @@ class Config:
 
     @classmethod
     def from_recipe(cls, name: str, **changes) -> Config:
-        """The settings of a recipe, some of them changed."""
-        return cls(**_over(read_recipe(name, {f.name for f in fields(cls)}), changes))
+        """The settings of a recipe, some of them changed; those of the variant that `algo` names, where it does."""
+        settings = _over(read_recipe(name, every_setting()), changes)
+        return variant_of(settings.get("algo", cls.algo)).settings(**settings)
 
 
 def changed(before: dict, now: dict) -> list[str]:

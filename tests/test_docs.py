@@ -4,6 +4,7 @@ are those that tools/walkthrough.py prints."""
 import copy
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -19,7 +20,7 @@ from tiny.warmstart import warm_started
 from tools import walkthrough
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "lab").glob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCS}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)|!\[([^\]]*)\]\(([^)\s]+)\)")
@@ -48,7 +49,9 @@ CONFIG_FLAGS |= {"--no-" + name[2:] for name in CONFIG_FLAGS}
 
 OTHERS = ("agent_system/", "opid/", "verl/", "gigpo/", "examples/")  # folders of the authors' release
 
-GONE = ("--shift-base", "--centred")  # flags of stored results, which docs/results.md says were renamed or dropped
+# What stored runs were made with.
+OLD_SETTINGS = json.loads((ROOT / "lab" / "experiments" / "old_settings.json").read_text())["defaults"]
+OLD_FLAGS = {page: {flag(name) for name in OLD_SETTINGS} for page in ("lab/README.md", "docs/results.md")}
 
 
 def prose(text: str) -> str:
@@ -171,14 +174,14 @@ def test_a_function_is_in_the_file_that_its_link_opens(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_exist(name):
-    known, missing, made = every_flag(), [], added(TEXTS[name])
+    known, missing, made = every_flag() | OLD_FLAGS.get(name, set()), [], added(TEXTS[name])
     for script, *words in commands(TEXTS[name]):
         flags = {word.partition("=")[0] for word in words if word.startswith("--")}
         unknown = flags - flags_of(ROOT / script)
         missing += [f"{script} {word}" for word in unknown if word[2:].replace("-", "_") not in made]
     for code in inline(TEXTS[name]):
         word = code.split()[0].partition("=")[0]
-        if word.startswith("--") and word not in (*known, *GONE) and word[2:].replace("-", "_") not in made:
+        if word.startswith("--") and word not in known and word[2:].replace("-", "_") not in made:
             missing.append(code)
     assert not missing
 

@@ -383,7 +383,7 @@ def test_the_noise_floor_compares_two_layouts_at_the_runs_temperature(monkeypatc
 
 
 def test_smollm2_packed_equals_plain_over_ten_turns(smollm2, games):
-    """The real model, float32, trajectories of 10 turns: to 1e-4. (benchmarks/score.py times it, on long prompts.)"""
+    """The real model, float32, trajectories of 10 turns: to 1e-4. (lab/benchmarks/score.py times it.)"""
     model, tokenizer = smollm2
     torch.manual_seed(0)
     make_env = lambda: AlfworldEnv(prompt="compact", max_steps=10)

@@ -17,7 +17,7 @@ from tests.settings import laptop
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("data", "envs router advantage", "lm", "rollout skills rescore", "tiny", "config", "evaluate memory")
-LAYERS += ("runlog", "train", "variants", "tools", "lab experiments benchmarks")
+LAYERS += ("runlog", "train", "variants", "tools", "lab")
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts.split()}
 SEVEN = [ROOT / f"{name}.py" for name in ("data", "advantage", "router", "rescore", "skills", "rollout", "train")]
 LM = sorted((ROOT / "lm").glob("*.py"))

@@ -14,7 +14,6 @@ import torch
 import transformers
 
 import tiny.loading
-from benchmarks import skill_prefill
 from data import Advantages, Batch, Guidance, Step, Trajectory
 from runlog.curve import plot_curve
 from runlog.report import colour, write_report
@@ -25,7 +24,7 @@ from variants.opid_oracle import scripted_skills
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("tools", "experiments", "benchmarks")
+    for folder in ("tools", "lab/experiments", "lab/benchmarks")
     for path in (ROOT / folder).glob("*.py")
     if "__main__" in path.read_text()
 )
@@ -129,14 +128,6 @@ def test_skill_quality_plays_writes_and_checks(llama, tokenizer, monkeypatch, ca
     assert "parsed at first 50%, after a retry 100%" in shown
     assert "failure: 2 episode skills, 50% right" in shown
     assert "1 step skills, 0% right" in shown
-
-
-def test_skill_prefill_compares_beginnings(llama, tokenizer, monkeypatch, capsys):
-    llama.generation_config.eos_token_id = list(range(4, len(tokenizer), 5))
-    monkeypatch.setattr(skill_prefill, "load_model", lambda name: (llama, tokenizer))
-    monkeypatch.setattr(sys, "argv", ["skill_prefill.py", "--episodes", "1", "--max-steps", "2"])
-    skill_prefill.main()
-    assert capsys.readouterr().out.count("parsed at first   0%") == len(skill_prefill.PREFILLS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,303 @@
+"""Methods against one another: python lab/experiments/compare.py --methods grpo opid sdar --seeds 10
+
+With a pretrained model: --model cold:smollm2 --recipe laptop-smollm2 (what is not named here goes to every run).
+Without a --recipe every run has the laptop's.
+
+An arm is a method by its defaults (--methods), or a variant named in lab/experiments/arms.toml (--arms opid-k0 ...).
+
+Every run starts from the same weights, warm-started or those of --model; runs of one seed meet the same tasks in the
+same iteration, and all play the same number of episodes. --at-once runs at a time, one thread each. A finished run is
+one line of lab/results/NAME.jsonl (config, commit, curve, seconds), and is never made again; its folder, with the final
+policy and the last checkpoint, stays under runs/NAME. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs,
+too, and goes on from their checkpoints. Seeds are 0 to N - 1, all of them reported: NAME.md and NAME.png beside
+NAME.jsonl. --report makes these again from all seeds that are there, of the named arms, else of those that NAME.md
+has. What is tuned is tuned on other seeds (--first-seed 100, in another --results), so that none of those reported was
+chosen by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+from config import Config, parse_args, variant_of
+from evaluate import eval_splits, games_of
+from lab.experiments.children import Children
+from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, flags_of, on_the_laptop, settings
+from lab.experiments.stored import add, differing, find, read
+from lab.experiments.tables import by_episodes, by_type, draw, efficiency, leads, table
+from lm.loading import remove, save_policy, write_whole
+from runlog.checkpoints import saved
+from runlog.metrics import read_lines
+from tiny.loading import load_model
+
+QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
+QUICK += " --mini-batch 8 --eval-every 1 --skill-tokens 8"
+# Where the signal comes from: the metrics that a result keeps of every iteration.
+SIGNAL = ("advantage/outcome_abs", "advantage/silent_groups", "advantage/skill_abs", "advantage/skill_mean")
+SIGNAL += ("skills/parse_rate", "guided/episode", "guided/step", "rollout/valid_actions")
+
+
+# What all arms of one table have in common.
+BENCH = ("env", "env_options", "iterations", "max_steps", "eval_every", "eval_games", "eval_temperature", "train_games")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm and a seed, its settings, which weights it starts from, and the file that its result goes to."""
+
+    arm: str
+    seed: int
+    config: Config
+    results: Path
+    start: str  # fingerprint
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+
+def read_arms() -> dict[str, str]:
+    """Arm -> its flags of train.py."""
+    return tomllib.loads(Path(__file__).with_name("arms.toml").read_text())
+
+
+def jobs_of(
+    arms: dict[str, str], seeds: Iterable[int], flags: list[str], start: Path, results: Path, runs: Path
+) -> list[Job]:
+    """Seed by seed, so that a comparison stopped early holds all arms on the same seeds. An arm's flags override
+    `flags`, which go to every run."""
+    jobs, weights = [], fingerprint(start)
+    for seed in seeds:
+        for arm, own in arms.items():
+            out = str(runs / f"{arm}-seed{seed}")
+            fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", out]
+            config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"])
+            jobs.append(Job(arm, seed, config, results, weights))
+    return jobs
+
+
+def is_there(job: Job) -> bool:
+    """Whether the run was made before. Raises ValueError where its line holds a run of other settings or weights."""
+    result = find(job.results, job.name)
+    if result is None:
+        return False
+    told = f"{job.results} holds a run {job.name}"
+    if others := differing(result["config"], settings(job.config)):
+        raise ValueError(f"{told} with other settings of {', '.join(others)}: use another --results")
+    if result["start"] != job.start:
+        raise ValueError(f"{told} from other starting weights: use another --results and --runs")
+    return True
+
+
+def launch(job: Job, children: Children) -> None:
+    """Train in a process of its own. Raises RuntimeError with the end of its output where that fails."""
+    command = [sys.executable, "train.py", *flags_of(job.config.to_dict())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = children.run(command, cwd=ROOT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{job.name} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+
+
+def store(job: Job, version: str) -> None:
+    """The result of a finished run, which then keeps one checkpoint."""
+    metrics = read_lines(Path(job.config.out, "metrics.jsonl"))
+    evaluations = read_lines(Path(job.config.out, "evaluations.jsonl"))
+    result = {
+        "name": job.name,
+        "config": settings(job.config),
+        "commit": version,
+        "start": job.start,
+        "curve": [{"iteration": e["iteration"] + 1, **e["success"]} for e in evaluations],
+        "tables": [evaluations[at]["table"] for at in (0, -1)],
+        "train": [float(f"{m['train/success']:.4g}") for m in metrics],
+        "episodes": sum(m["episodes"] for m in metrics),
+        "seconds": round(sum(v for m in metrics for k, v in m.items() if k.startswith("seconds/")), 2),
+        "signal": {name: [float(f"{m[name]:.4g}") for m in metrics] for name in SIGNAL if name in metrics[0]},
+    }
+    add(job.results, result)
+    for path in saved(Path(job.config.out))[:-1]:  # the last one is enough, now that nothing can cut it off
+        remove(path)
+
+
+def run_all(jobs: list[Job], launch: Callable[[Job], None], at_once: int = 2) -> None:
+    """Make every run that is not there, `at_once` at a time. Where one fails the others go on, and the first error is
+    raised at the end."""
+    version = commit()
+    missing = [job for job in jobs if not is_there(job)]
+
+    def make(job: Job) -> None:
+        launch(job)
+        store(job, version)
+        print(f"{job.name} done", flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(make, job) for job in missing]
+    for future in futures:
+        future.result()
+
+
+def read_results(jobs: list[Job]) -> dict[str, list[dict]]:
+    """Arm -> the results of its seeds, of those runs that are there."""
+    results: dict[str, list[dict]] = {}
+    for job in jobs:
+        if is_there(job):
+            results.setdefault(job.arm, []).append(find(job.results, job.name))
+    return results
+
+
+def stored(results: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
+    """Arm -> the results of all its seeds that a file holds, whoever made them; no `arms`: of all that there are."""
+    found: dict[str, list[dict]] = {arm: [] for arm in arms}
+    for result in sorted(read(results), key=lambda result: result["config"]["seed"]):
+        if not arms or arm_of(result["name"]) in found:
+            found.setdefault(arm_of(result["name"]), []).append(result)
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def told_by(table: Path) -> tuple[list[str], str]:
+    """The arms and the baseline of a table that was made before; none where there is no table."""
+    if not table.exists():
+        return [], "grpo"
+    head, _, *rows = table.read_text().partition("\n\n")[0].splitlines()
+    return [row.split("|")[1].strip() for row in rows], re.search(r"P\(better than (.*?)\)", head)[1]
+
+
+def check_alike(found: dict[str, list[dict]]) -> None:
+    """Raises ValueError where runs must not be compared: other starting weights, or another bench; and where the runs
+    of one arm differ in more than their seed."""
+    first = next(iter(found.values()))[0]
+    for runs in found.values():
+        for run in runs:
+            if run["start"] != first["start"]:
+                raise ValueError(f"{run['name']} and {first['name']} are from other starting weights")
+            if others := [name for name in differing(first["config"], run["config"]) if name in BENCH]:
+                raise ValueError(f"{run['name']} and {first['name']} have other settings of {', '.join(others)}")
+            if others := [name for name in differing(runs[0]["config"], run["config"]) if name != "seed"]:
+                raise ValueError(f"{run['name']} and {runs[0]['name']} have other settings of {', '.join(others)}")
+
+
+def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny") -> Path:
+    """The folder of the weights that every run starts from; and games, so that no two runs generate them at once.
+    Raises ValueError where the folder was made from another model, or for another environment."""
+    config = parse_args([*on_the_laptop(flags), "--model", model])
+    for split in ("train", *eval_splits(config)):
+        games_of(config, split)
+    start, made = runs / "start", runs / "start.txt"
+    told = f"{model} for {config.env}{', untrained' if quick else ''}"
+    if start.is_dir() and made.is_file() and made.read_text() != told:
+        raise ValueError(f"{runs} holds runs from {made.read_text()}, not from {told}: use another --runs")
+    if not start.is_dir():
+        if quick:
+            from tiny.warmstart import tiny_model, tiny_tokenizer
+
+            tokenizer = tiny_tokenizer()
+            weights = tiny_model(len(tokenizer), seed=0, width=48)
+        else:
+            weights, tokenizer = load_model(model, env=config.env)
+        start.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text(told)
+        write_whole(start, lambda temporary: save_policy(weights, tokenizer, temporary))
+    return start
+
+
+def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str], dict[str, str]]:
+    """-> (options, flags of train.py that go to every run, arm -> its flags)."""
+    known = read_arms()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--methods", nargs="+", default=[], help="as --algo names them, by their defaults")
+    parser.add_argument("--arms", nargs="+", default=[], help="variants of lab/experiments/arms.toml")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 10, with --quick 2)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
+    parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser.add_argument("--baseline", help="the method or arm that others are compared with (default: grpo)")
+    parser.add_argument("--model", default="tiny", help="what every run starts from, as for train.py (default: tiny)")
+    parser.add_argument("--results", type=Path, help="NAME.jsonl, with NAME.md and NAME.png beside it")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the run folders and the starting weights (default: runs/NAME)"
+    )
+    parser.add_argument("--report", action="store_true", help="make no runs: table and figure of those that are there")
+    parser.add_argument("--quick", action="store_true", help="an untrained model and two iterations: does it all work?")
+    args, flags = parser.parse_known_args(argv)  # what is left goes to every run, such as --iterations 100
+    args.results = (args.results or (ROOT / "runs/quick.jsonl" if args.quick else RESULTS / "compare.jsonl")).absolute()
+    if args.results.suffix != ".jsonl":
+        parser.error(f"--results {args.results} is no file NAME.jsonl")
+    if args.at_once < 1:
+        parser.error(f"--at-once is {args.at_once}, must be 1 or more")
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds is {args.seeds}, must be 1 or more")
+    if args.first_seed < 0:
+        parser.error(f"--first-seed is {args.first_seed}, must be 0 or more")
+    if args.quick and args.model != "tiny":
+        parser.error("--quick takes an untrained model, no other --model")
+    given = {flag.partition("=")[0] for flag in flags}
+    if taken := {"--algo", "--seed", "--prompt", "--out"} & given:
+        parser.error(f"{taken.pop()} differs from run to run: see --methods, --seeds and --runs")
+    if args.report:  # of what is there, whatever it is called by now
+        told, baseline = told_by(args.results.with_suffix(".md"))
+        named = [*args.methods, *args.arms]
+        args.baseline = args.baseline or ("grpo" if named else baseline)
+        return args, flags, dict.fromkeys(named or told, "")
+    if not (args.methods or args.arms):
+        parser.error("name what is compared: --methods, --arms or both")
+    if unknown := [name for name in args.arms if name not in known]:
+        parser.error(f"--arms: there is no {unknown[0]!r}, but {', '.join(known)}")
+    for name in args.methods:
+        try:
+            variant_of(name)
+        except ValueError as error:
+            parser.error(f"--methods: {error}")
+    arms = {name: f"--algo {name}" for name in args.methods} | {name: known[name] for name in args.arms}
+    args.baseline = args.baseline or "grpo"
+    if args.baseline not in {"grpo", *arms}:  # without grpo among them, no arm is compared with another
+        parser.error(f"--baseline {args.baseline} is none of the methods and arms: {', '.join(arms)}")
+    return args, flags, arms
+
+
+def main(argv: list[str] | None = None) -> str:
+    args, flags, arms = read_command_line(argv)
+    if args.report:
+        return report(stored(args.results, arms), args.baseline, args.results)
+    flags = [*(QUICK.split() if args.quick else []), *flags]
+    runs = (args.runs or ROOT / "runs" / args.results.stem).absolute()
+    start = prepare(runs, args.quick, flags, args.model)
+    seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.quick else 10)))
+    jobs = jobs_of(arms, seeds, flags, start, args.results, runs)
+    children = Children()
+    try:
+        with children.stopped_by_signals():
+            run_all(jobs, lambda job: launch(job, children), args.at_once)
+    finally:  # one run that failed leaves the others' table
+        found = read_results(jobs)
+        text = report(found, args.baseline, args.results) if found else ""
+    return text
+
+
+def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
+    """Writes NAME.md and NAME.png beside NAME.jsonl. Raises ValueError where there is nothing to report, or what must
+    not be in one table."""
+    if not found:
+        raise ValueError(f"{results} holds no result of these arms")
+    check_alike(found)
+    parts = [table(found, baseline), efficiency(found, baseline), leads(found, baseline)]
+    text = "\n\n".join(part for part in [*parts, by_episodes(found), by_type(found)] if part)
+    results.with_suffix(".md").write_text(text + "\n")
+    draw(found, results.with_suffix(".png"))
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

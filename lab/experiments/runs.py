@@ -1,0 +1,64 @@
+"""What the experiments share about runs: folders called ARM-seedN, the settings and the weights that they had."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+from config import Config, flag, parse_args
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "lab" / "results"
+
+
+def commit() -> str:
+    """The code's version, for the result files."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def on_the_laptop(flags: list[str]) -> list[str]:
+    """Flags of train.py, from the laptop's recipe unless they name another: without one a run is the paper's."""
+    named = any(flag.partition("=")[0] == "--recipe" for flag in flags)
+    return flags if named else ["--recipe", "laptop", *flags]
+
+
+def settings(config: Config) -> dict:
+    """What makes two runs the same run: everything but where they lie."""
+    return {k: v for k, v in config.to_dict().items() if k not in ("out", "resume", "model")}
+
+
+def fingerprint(model: Path) -> str:
+    """Of the weights in a folder: results of other starting weights are not to be compared."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def arm_of(name: str) -> str:
+    """'opid-k0-seed3' -> 'opid-k0'; another kind of name is an arm by itself."""
+    return name.rpartition("-seed")[0] or name
+
+
+def flags_of(settings: dict) -> list[str]:
+    """The command line that says all of these settings."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags += [flag(name) if value else f"--no-{flag(name)[2:]}"]
+        elif isinstance(value, dict):
+            flags += [flag(name), *(f"{key}={text}" for key, text in value.items())]
+        else:
+            flags += [flag(name), "none" if value is None else str(value)]
+    return flags
+
+
+def config_of(run: Path, flags: list[str]) -> Config:
+    """The settings of a run folder, `flags` of train.py on top. Raises FileNotFoundError where it holds no run."""
+    written = run / "config.json"
+    if not written.is_file():
+        raise FileNotFoundError(f"{run} is no run folder: it has no config.json")
+    return parse_args([*flags_of(json.loads(written.read_text())), *flags])

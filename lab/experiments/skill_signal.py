@@ -1,0 +1,226 @@
+"""What the skill advantage says about steps, beside the outcome: python lab/experiments/skill_signal.py [--run RUN]
+
+A policy (the warm start, or a run's last checkpoint) plays one training batch; the configured writer writes skills, the
+configured scorer scores A_skill, all by train.py. Then each step is held against the planner: it is on a shortest plan
+if one step less is left after it. Reported for all guided steps, those of each level, and those of groups without an
+outcome signal (all rollouts equal), where the skills are all that there is:
+
+    AUC        P(A_skill, mean over a step's tokens, is higher on a step of a shortest plan than on another one)
+    agreement  share of steps where A_skill and A_ep have the same sign, of those where neither is 0
+    |A|        mean size a token in nats (A_skill) and of A_ep
+
+The numbers are a line of lab/results/skill-signal.jsonl, and all lines' tables are in skill-signal.md. Flags of
+train.py are taken, too, such as --tasks 64 --scorer old; without a --recipe or --run the laptop's are the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import numpy as np
+
+from config import Config, parse_args, variant_of
+from data import Batch, Trajectory
+from envs.alfworld import AlfworldEnv
+from envs.alfworld.expert import shortest_plan
+from evaluate import environment
+from lab.experiments.estimates import bootstrap_interval, probability_of_superiority
+from lab.experiments.runs import RESULTS, commit, config_of, on_the_laptop, settings
+from lab.experiments.stored import add, read
+from lab.experiments.tables import markdown
+from rescore import rescore
+from router import route
+from runlog.metrics import silent_groups
+from runlog.start import start
+
+ROUNDING = 1e-6  # |A_ep| of a group of equal outcomes, where their mean is not exact
+
+
+@dataclass(frozen=True)
+class Guided:
+    """One step that a skill was scored on."""
+
+    level: str  # "episode" or "step"; with --routing additive also "episode+step"
+    group: int
+    silent: bool  # all rollouts of its task had the same outcome
+    on_plan: bool | None  # None: there was no plan to be on
+    skill: float  # A_skill, mean over the step's tokens
+    size: float  # |A_skill|, mean over the step's tokens
+    tokens: int
+    outcome: float  # A_ep
+
+
+# ---- one batch ------------------------------------------------------------------------------------------------------
+
+
+def batch_of(config: Config, run: Path | None) -> Batch:
+    """Play, write, route and score one iteration of training.
+
+    With `run` it is the one after its newest checkpoint: the policy as trained, the reference as the run had it.
+    """
+    if config.env != "alfworld" or not config.levels:
+        raise ValueError(f"needs ALFWorld and a method that scores skills, not --algo {config.algo} --env {config.env}")
+    with tempfile.TemporaryDirectory() as folder:
+        if run is not None:
+            newest = max((run / "checkpoints").glob("[0-9]*.pt"), default=None)
+            if newest is None:
+                raise FileNotFoundError(f"{run} holds no checkpoint")
+            (Path(folder) / "checkpoints").mkdir()
+            for file in (newest, run / "start.json"):  # the policy, and what the run started from: weights and day
+                (Path(folder) / file.relative_to(run)).symlink_to(file.absolute())
+        config = replace(config, out=folder, resume=run is not None, eval_every=0, tracker="none")
+        run, variant = start(config), variant_of(config.algo)
+        run.begin(run.log.first_iteration)  # from here on as train.train does it
+        games = run.rng.sample(run.games, min(config.tasks, len(run.games)))
+        trajectories, _ = variant.play(run, games)
+        skills, _ = variant.skills(run, trajectories)
+        pairs = zip(trajectories, skills, strict=True)
+        routes = [route(trajectory, own, config.routing, run.levels) for trajectory, own in pairs]
+        batch, _ = rescore(run, trajectories, skills, routes)
+        batch.advantages = variant.advantages(run, batch)
+        return batch
+
+
+def on_shortest_plan(env: AlfworldEnv, trajectory: Trajectory) -> list[bool | None]:
+    """For each step, whether it left one step less to the goal; None where no plan was known before it."""
+
+    def left() -> int | None:
+        try:
+            return len(shortest_plan(env.engine))
+        except ValueError:
+            return None
+
+    env.reset(options={"game": trajectory.game})
+    before, marks = left(), []
+    for step in trajectory.steps:
+        env.step(step.action)
+        after = left()
+        marks.append(None if before is None else after == before - 1)
+        before = after
+    return marks
+
+
+def silent_of(trajectories: list[Trajectory]) -> dict[int, bool]:
+    return silent_groups([t.group for t in trajectories], [t.success for t in trajectories])
+
+
+def guided_steps(config: Config, batch: Batch) -> list[Guided]:
+    env = environment(replace(config, env_options=config.env_options | {"engine": "fast"}))()
+    silent = silent_of(batch.trajectories)
+    steps, b = [], 0
+    for trajectory, guidances in zip(batch.trajectories, batch.routes, strict=True):
+        for on_plan, guidance in zip(on_shortest_plan(env, trajectory), guidances, strict=True):
+            shift = batch.advantages.skill[b]  # (R,)
+            shift = shift[~shift.isnan()]  # (tokens,)
+            if len(shift):
+                level = "+".join(g.level for g in guidance if g.level in config.levels)
+                means = shift.mean().item(), shift.abs().mean().item()
+                group = trajectory.group
+                steps.append(
+                    Guided(level, group, silent[group], on_plan, *means, len(shift), batch.advantages.outcome[b].item())
+                )
+            b += 1
+    return steps
+
+
+# ---- what is said about it ------------------------------------------------------------------------------------------
+
+
+def auc(steps: list[Guided]) -> float:
+    """P(A_skill of a step on a shortest plan > that of another step), ties counted half; NaN without both kinds."""
+    on, off = (np.array([s.skill for s in steps if s.on_plan is kind]) for kind in (True, False))  # (n,), (m,)
+    return probability_of_superiority(on, off) if len(on) and len(off) else math.nan
+
+
+def auc_interval(steps: list[Guided], samples: int = 200) -> tuple[float, float]:
+    """95% bootstrap interval; whole task groups are drawn, as steps of one game are no independent samples."""
+    by_group: dict[int, list[Guided]] = {}
+    for step in steps:
+        by_group.setdefault(step.group, []).append(step)
+
+    def statistic(groups: np.ndarray) -> float:
+        return auc([step for group in groups for step in by_group[group]])
+
+    return bootstrap_interval(statistic, np.array(list(by_group)), samples=samples) if steps else (math.nan, math.nan)
+
+
+def describe(steps: list[Guided]) -> dict[str, float | None]:
+    """The numbers of one table row; None where there is nothing to count."""
+    planned = [s.on_plan for s in steps if s.on_plan is not None]
+    agree = [s.skill * s.outcome > 0 for s in steps if s.skill and abs(s.outcome) > ROUNDING]
+    tokens = sum(s.tokens for s in steps)
+    low, high = auc_interval(steps)
+    numbers = {
+        "steps": len(steps),
+        "on_plan": np.mean(planned) if planned else math.nan,
+        "auc": auc(steps),
+        "auc_low": low,
+        "auc_high": high,
+        "agreement": np.mean(agree) if agree else math.nan,
+        "skill_abs": sum(s.size * s.tokens for s in steps) / tokens if tokens else math.nan,
+        "outcome_abs": sum(abs(s.outcome) * s.tokens for s in steps) / tokens if tokens else math.nan,
+    }
+    return {name: None if math.isnan(value) else float(value) for name, value in numbers.items()}
+
+
+def rows_of(steps: list[Guided]) -> dict[str, dict]:
+    levels = sorted({s.level for s in steps})
+    chosen: dict[str, Callable[[Guided], bool]] = {"all": lambda s: True}
+    chosen |= {level: lambda s, level=level: s.level == level for level in levels}
+    chosen |= {"no outcome signal": lambda s: s.silent, "outcome signal": lambda s: not s.silent}
+    return {name: describe([s for s in steps if keep(s)]) for name, keep in chosen.items()}
+
+
+def rounded(numbers: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: None if value is None else float(f"{value:.4g}") for name, value in numbers.items()}
+
+
+def table(result: dict) -> str:
+    head = ["guided steps", "number", "on a shortest plan, %", "AUC", "95%", "agreement, %", "|A_skill|", "|A_ep|"]
+    rows = []
+    for name, numbers in result["rows"].items():
+        n = {key: math.nan if value is None else value for key, value in numbers.items()}
+        cells = [name, f"{n['steps']:.0f}", f"{100 * n['on_plan']:.1f}", f"{n['auc']:.3f}"]
+        cells += [f"[{n['auc_low']:.3f}, {n['auc_high']:.3f}]", f"{100 * n['agreement']:.1f}"]
+        cells += [f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]
+        rows.append([cell.replace("nan", "-") for cell in cells])
+    shares = f"success {100 * result['success']:.1f}%, groups without outcome signal {100 * result['silent']:.1f}%"
+    return f"{result['name']}: {shares} of {result['groups']}\n\n" + markdown(head, rows)
+
+
+def main(argv: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--run", type=Path, help="run folder whose newest checkpoint plays (default: the warm start)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "skill-signal.jsonl", help="NAME.jsonl")
+    parser.add_argument("--name", help="of the line (default: the run folder's, else start)")
+    args, flags = parser.parse_known_args(argv)
+    config = config_of(args.run, flags) if args.run else parse_args(on_the_laptop(flags))
+    batch = batch_of(config, args.run)
+    silent = silent_of(batch.trajectories)
+    result = {
+        "name": args.name or (args.run.name if args.run else "start"),
+        "commit": commit(),
+        "config": settings(config),
+        "success": float(np.mean([t.success for t in batch.trajectories])),
+        "groups": len(silent),
+        "silent": sum(silent.values()) / len(silent),
+        "rows": rows_of(guided_steps(config, batch)),
+    }
+    add(args.results, result | {"rows": {name: rounded(numbers) for name, numbers in result["rows"].items()}})
+    args.results.with_suffix(".md").write_text("\n\n".join(map(table, read(args.results))) + "\n")
+    print(text := table(result))
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Shortest plans, AUC and agreement by hand; one batch from end to end."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from config import Config, flag, parse_args, variant_of
+from data import Step, Trajectory
+from envs.alfworld import AlfworldEnv, words
+from envs.alfworld.engine import FastEngine, load_game
+from envs.alfworld.expert import shortest_plan
+from lab.experiments import skill_signal
+from lab.experiments.estimates import probability_of_improvement, probability_of_superiority
+from lab.experiments.runs import config_of, on_the_laptop
+from lab.experiments.skill_signal import (
+    Guided,
+    auc,
+    auc_interval,
+    batch_of,
+    describe,
+    on_shortest_plan,
+    rows_of,
+)
+from lm.loading import save_policy
+from lm.scoring import response_logprobs
+from runlog.start import start as start_run
+from tiny.loading import load_model
+from tiny.warmstart import tiny_model
+from train import train
+
+STEP = Guided("step", 0, False, True, 0.0, 0.0, 1, 1.0)
+
+
+def steps_of(on, off, **changes):
+    """One guided step for each A_skill of those on a plan and off it."""
+    return [replace(STEP, on_plan=kind, skill=s, **changes) for kind, some in ((True, on), (False, off)) for s in some]
+
+
+def test_auc_by_hand():
+    # pairs: 0.5 > 0.1, 0.5 = 0.5, 0.2 > 0.1, 0.2 < 0.5
+    assert auc(steps_of([0.5, 0.2], [0.1, 0.5])) == (1 + 0.5 + 1 + 0) / 4
+    assert math.isnan(auc(steps_of([0.5], [])))
+    assert math.isnan(auc([replace(STEP, on_plan=None)]))
+
+
+def test_ranks_and_pairs_say_the_same():
+    ours, theirs = np.random.default_rng(0).integers(0, 9, size=(2, 50)).astype(float)
+    pairs = probability_of_improvement(ours[:, None], theirs[:, None])
+    assert probability_of_superiority(ours, theirs) == pytest.approx(pairs)
+
+
+def test_auc_interval_draws_whole_groups():
+    """Each group alone is perfect, so every draw is."""
+    apart = [step for group in range(5) for step in steps_of([1.0], [0.0], group=group)]
+    assert auc_interval(apart, samples=20) == (1, 1)
+    wrong = [step for group in range(5) for step in steps_of([0.0], [1.0], group=group + 5)]
+    low, high = auc_interval(apart + wrong, samples=100)
+    assert low < auc(apart + wrong) == 0.5 < high
+
+
+def test_description_by_hand():
+    steps = [
+        Guided("step", 0, False, True, 0.2, 0.3, 2, 1.0),
+        Guided("step", 0, False, False, -0.1, 0.1, 1, 2.0),
+        Guided("episode", 1, True, True, -0.4, 0.6, 1, 0.0),  # no outcome: no sign to agree with
+        Guided("episode", 2, False, None, -0.5, 0.5, 4, -1.0),
+    ]
+    rows = rows_of(steps)
+    assert list(rows) == ["all", "episode", "step", "no outcome signal", "outcome signal"]
+    everything = rows["all"]
+    assert everything["on_plan"] == pytest.approx(2 / 3)
+    assert everything["auc"] == 0.5  # 0.2 > -0.1 > -0.4
+    assert everything["agreement"] == pytest.approx(2 / 3)  # the first and the last
+    assert everything["skill_abs"] == pytest.approx((2 * 0.3 + 0.1 + 0.6 + 4 * 0.5) / 8)
+    assert everything["outcome_abs"] == pytest.approx((2 * 1 + 2 + 0 + 4) / 8)
+    assert (rows["step"]["auc"], rows["episode"]["auc"]) == (1.0, None)
+    assert (rows["no outcome signal"]["steps"], rows["no outcome signal"]["agreement"]) == (1, None)
+    assert describe([])["skill_abs"] is None
+
+
+@pytest.mark.parametrize("prompt", ["compact", "official"])
+def test_the_planners_own_steps_are_on_a_shortest_plan_and_detours_are_not(games, prompt):
+    for game in games:
+        engine = FastEngine(load_game(game))
+        engine.reset()
+        commands = shortest_plan(engine)
+        detour = [commands[0], "look", "no such thing", *commands[1:]]
+        for actions, marks in (
+            (commands, [True] * len(commands)),
+            (detour, [True, False, False, *[True] * (len(commands) - 1)]),
+        ):
+            said = [words(a) for a in actions] if prompt == "compact" else actions
+            steps = [Step((), "", [], [], "", action, True) for action in said]
+            trajectory = Trajectory("", 0, steps, True, game=game)
+            assert on_shortest_plan(AlfworldEnv(prompt=prompt, max_steps=2), trajectory) == marks
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer):
+    save_policy(tiny_model(len(tokenizer), seed=0, width=48), tokenizer, tmp_path / "start")
+    return tmp_path / "start"
+
+
+SMALL = {"prompt": "compact", "tasks": 2, "rollouts": 2, "max_steps": 3, "max_new_tokens": 4, "train_games": 4}
+FLAGS = [text for name, value in SMALL.items() for text in (flag(name), str(value))]
+
+
+def test_signal_from_end_to_end(start, tmp_path):
+    """Skills by a script, as an untrained model writes none."""
+    argv = [*FLAGS, "--model", str(start), "--algo", "opid-oracle", "--results", str(tmp_path / "signal.jsonl")]
+    text = skill_signal.main(argv)
+    result = json.loads((tmp_path / "signal.jsonl").read_text())
+    assert (tmp_path / "signal.md").read_text() == text + "\n"
+    assert (result["groups"], result["silent"], result["success"]) == (2, 1.0, 0.0)
+    rows = result["rows"]
+    assert rows["all"]["steps"] == rows["no outcome signal"]["steps"] == 2 * 2 * 3
+    assert rows["all"]["skill_abs"] > 0 == rows["all"]["outcome_abs"]
+    assert text.splitlines()[0] == "start: success 0.0%, groups without outcome signal 100.0% of 2"
+
+
+def scripted(start, **changes) -> Config:
+    given = [text for name, value in changes.items() for text in (flag(name), str(value))]
+    return parse_args(on_the_laptop(["--model", str(start), "--algo", "opid-oracle", *FLAGS, *given]))
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_is_left_alone(start, tmp_path):
+    run = tmp_path / "run"
+    config = scripted(start, out=str(run), iterations=1, eval_games=2, learning_rate=0.1, max_step_skills=1)
+    train(start_run(config), variant_of(config.algo))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    skill_signal.main(["--run", str(run), "--results", str(tmp_path / "signal.jsonl")])
+    assert json.loads((tmp_path / "signal.jsonl").read_text())["rows"]["all"]["steps"] == 12
+    batch = batch_of(config_of(run, []), run)
+    for folder, kept in ((run / "policy", batch.old_logprobs), (start, batch.reference_logprobs)):
+        model, _ = load_model(str(folder))
+        contexts, responses = [step.context for step in batch.steps], [step.response for step in batch.steps]
+        scored = response_logprobs(model, contexts, responses, token_budget=4096)
+        assert torch.allclose(scored, kept, atol=1e-4, equal_nan=True)
+    assert not torch.allclose(batch.old_logprobs, batch.reference_logprobs, atol=1e-2, equal_nan=True)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_what_cannot_be_measured_is_said(start, tmp_path):
+    with pytest.raises(ValueError, match="not --algo grpo"):
+        skill_signal.main(
+            [*FLAGS, "--model", str(start), "--algo", "grpo", "--results", str(tmp_path / "signal.jsonl")]
+        )
+    (tmp_path / "config.json").write_text(json.dumps(scripted(start).to_dict()))
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        skill_signal.main(["--run", str(tmp_path), "--results", str(tmp_path / "signal.jsonl")])
