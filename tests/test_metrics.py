@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from runlog.metrics import over_processes, silent_groups
-from tests.settings import laptop
 
 
 def test_groups_whose_rollouts_are_equal_are_silent():

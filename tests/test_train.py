@@ -566,7 +566,7 @@ def test_held_out_data_that_are_missing_are_missed_before_training(random_tiny, 
 
 
 @pytest.mark.parametrize(("tokens", "cut"), [("look", False), ("look " * 5, True)])
-def test_a_run_that_learns_nothing_says_which_part_failed(tokens, cut, random_tiny, tmp_path, monkeypatch, capsys, tokenizer):
+def test_a_run_that_learns_nothing_says_what_failed(tokens, cut, random_tiny, tmp_path, monkeypatch, capsys, tokenizer):
     """A model of one's own that knows neither the format nor the game."""
     said = tokenizer(tokens)["input_ids"] + ([] if cut else [tokenizer.eos_token_id])
 
@@ -587,7 +587,7 @@ def test_a_run_that_learns_nothing_says_which_part_failed(tokens, cut, random_ti
     assert any("100% of the responses are cut off at --max-new-tokens 5" in line for line in first) == cut
     assert any("no action was valid: does --prompt compact fit --model tiny?" in line for line in first)
     assert any("GRPO at OPID's cost: no answer could be read as skills" in line for line in first)
-    with pytest.raises(SystemExit, match="--strict, and nothing is learnt: .*actions, skills"):
+    with pytest.raises(SystemExit, match=r"--strict, and nothing is learnt: .*actions, skills"):
         train(config(tmp_path, "strict", max_new_tokens=5, iterations=2, kl=0.1, strict=True))
 
 
