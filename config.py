@@ -519,7 +519,7 @@ def parse_args(
         _, settings = line.starts_from(every_setting(), saved)
         algo = line.algo or settings.get("algo", Config.algo)
         kind = variant_of(algo).settings
-        add_flags(parser, kind, shown)
+        add_flags(parser, kind, shown, settings)
         given = vars(parser.parse_args(argv))
         given.pop("recipe", None)
         given |= {name: dict(given[name]) for name in ("env_options", "template_options") if name in given}
@@ -531,8 +531,10 @@ def parse_args(
         parser.error(str(error))
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type[Config], shown: tuple[str, ...] | None) -> None:
-    """A flag for each setting, in the groups of `--help`."""
+def add_flags(
+    parser: argparse.ArgumentParser, kind: type[Config], shown: tuple[str, ...] | None, settings: dict
+) -> None:
+    """A flag for each setting, in the groups of `--help`. `settings`: what holds where the flag is not given."""
     groups, hints = {}, typing.get_type_hints(kind)
     for f in fields(kind):
         title, hidden = f.metadata["group"], shown is not None and f.name not in shown
@@ -549,7 +551,9 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Config], shown: tuple[
             )
             continue
         own = next(k for k in (*typing.get_args(annotation), annotation) if k in (str, int, float, bool))
-        explained = argparse.SUPPRESS if hidden else f"{f.metadata['help']} (default: {f.default})"
+        here = settings.get(f.name, f.default)
+        paper = "" if here == f.default or f.metadata["group"] == "this --algo (variants/)" else f"; paper: {f.default}"
+        explained = argparse.SUPPRESS if hidden else f"{f.metadata['help']} (default: {here}{paper})"
         if own is bool:
             groups[title].add_argument(
                 flag(f.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=explained
