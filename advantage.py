@@ -23,8 +23,8 @@ def outcome_advantage(
 
     `over="steps"` takes the group's mean and (sample) std over step rows, as the authors' release does
     (gigpo/core_gigpo.py, compute_mean_std_cross_steps=True), so that a long trajectory weighs more;
-    `over="trajectories"` gives each rollout the same weight, split over its steps. A group of one sample has mean 0 and
-    std 1 there, hence the raw return here too. Raises ValueError for an unknown option.
+    `over="trajectories"` gives each rollout the same weight, split over its steps. For a group of one we follow the
+    release: mean 0 and std 1, so A_ep is the return. Raises ValueError for an unknown option.
     """
     if normalize not in ("mean_std", "mean"):
         raise ValueError(f"normalize must be 'mean_std' or 'mean', not {normalize!r}")

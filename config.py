@@ -8,6 +8,7 @@ import tomllib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -216,7 +217,11 @@ class Config:
         if self.model == "tiny" and (unknown := new_words(self.env, self.env_options)):
             raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no other {unknown[0]}")
         if self.model == "tiny" and self.prompt != "compact":
-            raise ValueError("--model tiny knows only the words of --prompt compact: start from --recipe laptop")
+            raise ValueError(
+                "--model tiny knows only the words of --prompt compact: leave it out, or take another --model"
+            )
+        if self.model == "tiny" and not (VARIANTS.parent / "tiny" / f"{self.env}.py").is_file():
+            raise ValueError(f"the tiny model knows no words of --env {self.env}: give --model")
         if self.prompt == "official" and self.max_new_tokens < OFFICIAL_ANSWER:
             raise ValueError(
                 f"--prompt official asks for <think>...</think><action>...</action>, which {self.max_new_tokens} "
@@ -246,7 +251,8 @@ class Config:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
-                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
+                own = " (an environment of your own: docs/forking.md)" if f.name == "env" else ""
+                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}{own}")
             if not _is_of(value, hints[f.name]):
                 raise ValueError(f"{flag(f.name)} must be {f.type}, not {value!r}")
             if isinstance(value, int) and hints[f.name] in (float, float | None):
@@ -509,26 +515,40 @@ def parse_args(
     """The command line -> Config. A flag overrides the recipe, which overrides what a saved policy says of itself,
     which overrides the default recipe. Exits with a clear message on an unknown flag, a bad value or an impossible
     combination."""
-    line, parser = (
-        CommandLine.read(argv),
-        argparse.ArgumentParser(
-            prog=program, description=about, allow_abbrev=False, usage=f"{program} [--recipe NAME] [flags]"
-        ),
-    )
+    line, usage = CommandLine.read(argv), f"{program} [--recipe NAME] [flags]"
+    parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False, usage=usage)
     try:
         _, settings = line.starts_from(every_setting(), saved)
         algo = line.algo or settings.get("algo", Config.algo)
         kind = variant_of(algo).settings
         add_flags(parser, kind, shown, settings)
-        given = vars(parser.parse_args(argv))
+        namespace, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise ValueError(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], kind)}")
+        given = vars(namespace)
         given.pop("recipe", None)
         given |= {name: dict(given[name]) for name in ("env_options", "template_options") if name in given}
         settings = _over(settings, given)
         if others := settings.keys() - {f.name for f in fields(kind)}:
             raise ValueError(f"--algo {algo} has no {', '.join(map(flag, sorted(others)))}")
-        return kind(**settings)
+        config = kind(**settings)
+        # of a method that sets some values itself: GRPO's lambdas are 0
+        plain = given.keys() - {"mixed_precision", "env_options", "template_options"}
+        if idle := [name for name in plain if getattr(config, name) != given[name]]:
+            raise ValueError(f"--algo {algo} does nothing with {', '.join(map(flag, idle))}")
+        return config
     except ValueError as error:
         parser.error(str(error))
+
+
+def nearest(unknown: str, kind: type[Config]) -> str:
+    """A hint at what was meant; "" where nothing is near."""
+    name = unknown.partition("=")[0].replace("_", "-")
+    if name in map(flag, every_setting() - {f.name for f in fields(kind)}):
+        return " (a flag of another --algo)"
+    meant = {"--lambda": ["--episode-weight", "--step-weight"], "--lr": ["--learning-rate"]}.get(name)
+    found = meant or get_close_matches(name, [flag(f.name) for f in fields(kind)], 2)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def add_flags(
@@ -553,7 +573,9 @@ def add_flags(
         own = next(k for k in (*typing.get_args(annotation), annotation) if k in (str, int, float, bool))
         here = settings.get(f.name, f.default)
         paper = "" if here == f.default or f.metadata["group"] == "this --algo (variants/)" else f"; paper: {f.default}"
-        explained = argparse.SUPPRESS if hidden else f"{f.metadata['help']} (default: {here}{paper})"
+        explained = (
+            argparse.SUPPRESS if hidden else f"{f.metadata['help']} (default: {here if here != '' else 'none'}{paper})"
+        )
         if own is bool:
             groups[title].add_argument(
                 flag(f.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=explained
@@ -562,8 +584,8 @@ def add_flags(
         groups[title].add_argument(
             flag(f.name),
             type=_optional(own) if annotation is not own else own,
-            choices=f.metadata["choices"],
-            metavar=None if f.metadata["choices"] else own.__name__.upper(),
+            choices=f.metadata["choices"] if f.name != "env" else None,  # Config says more
+            metavar=f"{{{','.join(f.metadata['choices'])}}}" if f.metadata["choices"] else own.__name__.upper(),
             default=argparse.SUPPRESS,
             help=explained,
         )

@@ -25,8 +25,8 @@ def rescore(
 ) -> tuple[Batch, dict[str, float]]:
     """What each step's tokens are worth: log pi(y | h) of the policy and the reference, log pi(y | h^) of the scorer.
 
-    A step skill changes the end of a context, so it is scored as a branch of the plain contexts, in the same pass
-    where the scorer reads them anyway. An episode skill changes all that follows the task: a pass of its own.
+    A step skill only changes the end of a context, so we score it in the same pass as the plain context, as a branch.
+    An episode skill changes all that follows the task: a pass of its own.
     `plain=False`: log-probs under h are left out (None or NaN), and there is no mask.
     """
     config = run.config

@@ -124,7 +124,7 @@ def grpo_loss(new: Tensor, at: At, batch: Batch, config: Config) -> tuple[Tensor
 def policy_loss(
     new: Tensor, old: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """PPO-clip per token. All (n,) -> (n,), and where the clipped branch, which carries no gradient, is the smaller.
+    """PPO-clip per token. All (n,) -> the losses (n,), and 1 where clipping removed the gradient (n,).
 
     `dual_clip` c bounds the loss of a token with A < 0 by -c A (arXiv 1912.09729; authors' release:
     verl/trainer/ppo/core_algos.py, compute_policy_loss, c = 3).

@@ -142,11 +142,7 @@ def progress(items: list, name: str) -> tqdm:
 
 
 def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[Tensor, At]:
-    """One forward pass -> log-probs (N,) and where in the batch they belong. Gradient flows if enabled.
-
-    The causal shift lives here and nowhere else: the logits at position p - 1 predict the token at position p, so
-    logits are asked for at p - 1 only.
-    """
+    """One forward pass -> log-probs (N,) and where in the batch they belong. Gradient flows if enabled."""
     inputs, keep, targets, at = model_inputs(model, sequences)
     with attention_for(model, sequences):
         logprobs = token_logprobs(model, inputs, keep, targets, temperature)
@@ -155,7 +151,11 @@ def sequence_logprobs(model, sequences: list[Sequence], temperature: float) -> t
 
 def model_inputs(model, sequences: list[Sequence]) -> tuple[dict[str, Tensor], Tensor, Tensor, At]:
     """-> what the model reads; where it predicts a response token, `keep` (S, L); those tokens (N,), all on the model's
-    device; and where in the batch they belong."""
+    device; and where in the batch they belong.
+
+    The causal shift lives here: the logits at position p - 1 predict the token at position p, so that `keep` is True
+    at p - 1.
+    """
     device = model.device
     length = max(len(sequence.ids) for sequence in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.long)  # (S, L), right-padded

@@ -44,6 +44,8 @@ def silences(config: Config, metrics: dict[str, float]) -> dict[str, str]:
         found["skills"] = f"no step is guided by a skill, so this is GRPO at OPID's cost: {_unguided(config, metrics)}"
     elif config.levels and not metrics["advantage/skill_abs"]:
         found["shift"] = "skills guide steps and change no log-prob: all of them say the same, or nothing"
+    if config.rollouts == 1 and not metrics["advantage/outcome_abs"]:
+        found["outcome"] = "groups of one have nobody to be compared with, so A_ep is 0: more --rollouts"
     if not metrics["advantage/outcome_abs"] and not metrics["advantage/skill_abs"]:
         found["advantages"] = (
             "every advantage is 0: all episodes of a task ended alike. More --rollouts, easier tasks, or a cold start"

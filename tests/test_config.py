@@ -162,7 +162,28 @@ def last_line(capsys) -> str:
 def test_a_flag_that_is_nobodys_or_another_methods_is_one_line(argv, shown, capsys):
     with pytest.raises(SystemExit):
         parse_args(argv)
-    assert last_line(capsys) == f"train.py: error: unrecognized arguments: {shown}"
+    line, _, hint = last_line(capsys).partition(" (")
+    assert line == f"train.py: error: unrecognized arguments: {shown}"
+    methods = {"--gate-beta", "--teacher", "--divergence", "--rlsd-mix"}  # own flags of some
+    assert (hint == "a flag of another --algo)") == (shown.split()[0] in methods)
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--lambda", "0.1"], "did you mean --episode-weight or --step-weight?"),
+        (["--learning_rate", "1"], "did you mean --learning-rate"),
+        (["--task", "2"], "did you mean --tasks"),
+        (["--env", "mine"], "an environment of your own: docs/forking.md"),
+        (["--algo", "grpo", "--step-weight", "0.1"], "--algo grpo does nothing with --step-weight"),
+        (["--algo", "sdar", "--episode-weight", "0.1"], "--algo sdar does nothing with --episode-weight"),
+        (["--algo", "oprd", "--kl", "0.1"], "--algo oprd does nothing with --kl"),
+    ],
+)
+def test_what_was_meant_is_hinted_at(argv, hint, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert hint in last_line(capsys)
 
 
 @pytest.mark.parametrize("algo", ALGOS)

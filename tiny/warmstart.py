@@ -218,6 +218,9 @@ def warm_started(env: str = "alfworld", cache: str | Path = "cache"):
     if not (file.is_file() and made_of(file)["key"] == key):
         file = Path(cache) / f"tiny-{env}-{key}.safetensors"
         if not file.is_file():
+            print(
+                f"the tiny model's words or demonstrations changed: it is trained anew first, 10 to 20 minutes ({file})"
+            )
             make(env, file, tokenizer, key)
     model = tiny_model(len(tokenizer), SEED)
     model.load_state_dict(load_file(file), strict=False)

@@ -22,6 +22,7 @@ class OneTeacher(Config):
     """For a method whose skill is a teacher in the loss: lambda is not used, and a token has at most one teacher."""
 
     def __post_init__(self):
+        self.episode_weight = self.step_weight = 0.0
         super().__post_init__()
         if self.levels and self.routing == "additive":
             raise ValueError(
