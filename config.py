@@ -421,6 +421,8 @@ def settings_to_save(config: Config, date: str) -> dict:
     """What a policy says of itself when it is saved. `date`: the day that some chat templates
     print into every prompt."""
     values = config.to_dict()
+    if config.lora_rank:
+        values["dtype"] = "float32"  # of the merged weights (lm/loading.py): in less it would be another policy
     return {
         "base": about_policy(config.model).get("base", config.model),
         "algo": config.algo,
