@@ -83,8 +83,8 @@ class Config:
     env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
     model: str = FIRST(
         "Qwen/Qwen2.5-3B-Instruct",
-        "'tiny', 'smollm2', a folder or a hub id; cold:NAME is NAME after its cold start. With neither --model nor "
-        "--recipe the run is the laptop recipe",
+        "'tiny', 'smollm2', a folder or a hub id, of a model or of LoRA adapters; cold:NAME is NAME after its cold "
+        "start. With neither --model nor --recipe the run is the laptop recipe",
     )
     iterations: int = FIRST(160, "training iterations")
     tasks: int = FIRST(16, "tasks per iteration")

@@ -37,7 +37,12 @@ def base_of(name: str) -> str | None:
         raise ValueError(f"{name} holds adapters and a whole model ({whole}): keep one of the two")
     if folder.is_dir() and not any((folder / weights).exists() for weights in WEIGHTS):
         raise ValueError(f"{name} holds {CONFIG} and no {WEIGHTS[0]}: the adapters themselves are missing")
-    base = json.loads(Path(file).read_text()).get("base_model_name_or_path")
+    config = json.loads(Path(file).read_text())
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if revision not in (None, "main"):
+        raise ValueError(
+            f"{name} holds adapters of revision {revision} of {base}: name a folder that has it in {CONFIG}"
+        )
     if not base:
         raise ValueError(f"{name} holds adapters that name no base: write it into {CONFIG}, base_model_name_or_path")
     if not Path(base).is_dir() and (folder / base).is_dir():

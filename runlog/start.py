@@ -232,8 +232,8 @@ def notes(config: Config, policy) -> list[str]:
     if base is not None:
         then = "all weights are trained"
         if config.lora_rank:
-            then = "new adapters are trained, and the reference (adapters off) is what was given, not the base"
-        lines += [f"{config.model} holds adapters of {base}: merged into it in float32, and {then}"]
+            then = "new adapters are trained; the reference (adapters off) is what was given, not the base"
+        lines += [f"{config.model} holds adapters of {base}: merged into it in float32; {then}"]
     limits = {"--context-limit": config.context_limit}
     if config.longest > config.context_limit:
         limits["--skill-context-limit"] = config.longest

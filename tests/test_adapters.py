@@ -122,9 +122,9 @@ def test_adapters_of_more_tokens_make_room_for_them(llama, tokenizer, tmp_path):
     assert torch.allclose(logits(model), logits(adapted), atol=1e-4)
 
 
-def named(folder, base) -> None:
+def named(folder, base, **others) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base} | others))
 
 
 def of_another_size(folder, tokenizer) -> None:
@@ -165,6 +165,7 @@ WRONG = {
     "holds adapters of nowhere/at-all: no model": lambda folder, _: named(folder / "adapters", "nowhere/at-all"),
     "name no base": lambda folder, _: named(folder / "adapters", None),
     "name themselves": lambda folder, _: named(folder / "adapters", str(folder / "adapters")),
+    "adapters of revision v2 of a/b": lambda folder, _: named(folder / "adapters", "a/b", revision="v2"),
     "size mismatch": of_another_size,
     "weights are in one of the two alone": half_of_them,
     "part of the prompt": prompts,
@@ -210,7 +211,7 @@ def test_the_reference_of_a_lora_run_is_what_was_given(given, tmp_path, capsys):
 
 def test_without_a_rank_given_adapters_are_trained_with_all_weights(given, tmp_path, capsys):
     run = of_run(tmp_path)
-    assert "merged into it in float32, and all weights are trained" in capsys.readouterr().out
+    assert "merged into it in float32; all weights are trained" in capsys.readouterr().out
     assert torch.allclose(logits(run.policy), given[1], atol=1e-4)
     assert sum(p.numel() for p in run.trained) == run.policy.num_parameters()
 
