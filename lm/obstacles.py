@@ -169,6 +169,13 @@ def _next_logprobs(model, ids: Tensor, mask: Tensor) -> Tensor:
     return out.logits[0].float().log_softmax(-1)
 
 
+@torch.no_grad()
+def next_logprobs(model) -> Tensor:
+    """Log-probs of each next token after each of a few tokens, on the CPU. (2 PROBE, V)"""
+    logits = model(input_ids=_probe_ids(model, 2 * PROBE)[None].to(model.device), use_cache=False).logits
+    return logits[0].float().log_softmax(-1).cpu()
+
+
 def check_model(model, context_limit: int) -> None:
     """Refuse a model whose log-probs depend on what else is in the batch, or on what comes after a token.
 
@@ -210,6 +217,21 @@ def check_positions(model, limit: int) -> None:
         raise ValueError(
             f"it has positions for {known} tokens: --context-limit and --skill-context-limit must not be above {known}"
         ) from None
+
+
+def untrained_positions(model, limits: dict[str, int]) -> str | None:
+    """A warning that names the `limits` (flag -> tokens) beyond the positions that the model was trained on; None
+    where there are none."""
+    config = text_config(model)
+    known = next((n for name in LENGTHS if (n := getattr(config, name, None))), None)
+    for rope in ropes(config):
+        if original := rope.get("original_max_position_embeddings"):  # of Qwen's YaRN, whose configuration keeps it
+            known = max(known or 0, int(original * (rope.get("factor") or 1)))
+    beyond = [f"{flag} {limit}" for flag, limit in limits.items() if known and limit > known]
+    if not beyond:
+        return None
+    asked = " and ".join(beyond)
+    return f"WARNING: the model was trained on {known} positions, fewer than {asked}: lower to {known}"
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lm.cache import CachedConversations, roomy_cache
 from lm.encoder import closing_token
-from lm.obstacles import cache_obstacle, cached_columns, padding_obstacle
+from lm.obstacles import cache_obstacle, cached_columns, padding_obstacle, unwrapped
 
 COMPACT_AT = 0.25  # share of spare columns at which a cache is compacted; the copy costs about as much as one new token
+
+_own: WeakKeyDictionary = WeakKeyDictionary()  # model -> the generation settings that it came with
 
 
 def end_of_turn_ids(model, tokenizer) -> list[int]:
@@ -29,12 +32,19 @@ def end_of_turn_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id, closing_token(tokenizer)] if i is not None})
 
 
+def own_generation_config(model) -> GenerationConfig | None:
+    """What a model came with, whatever sampling put in its place; None where it generates nothing."""
+    core = unwrapped(model)
+    return _own.get(core, getattr(core, "generation_config", None))
+
+
 def temperature_sampling(model, tokenizer, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
     """Temperature sampling and nothing else; temperature 0 is greedy.
 
     `generate` fills every option that is unset from `model.generation_config`, so that one is replaced, too, by one
     that holds token ids only (Qwen ships top_p 0.8, top_k 20, repetition_penalty 1.05).
     """
+    _own.setdefault(unwrapped(model), model.generation_config)
     ends, pad = end_of_turn_ids(model, tokenizer), tokenizer.pad_token_id
     pad = ends[0] if pad is None else pad
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)

@@ -18,7 +18,10 @@ def most(config: Config, model: nn.Module) -> float:
     checkpoint = 3 * bytes_of(model, trained=True)  # the weights and AdamW's two moments
     count = -(-config.iterations // config.save_every)
     kept = min(count, config.keep_checkpoints)
-    return max(min(count, kept + 1) * checkpoint, kept * checkpoint + bytes_of(model))
+    policy = bytes_of(model)
+    if config.lora_rank:  # merged, and the adapters: all in float32 whatever --dtype says
+        policy = sum(4 * weight.numel() for weight in model.parameters())
+    return max(min(count, kept + 1) * checkpoint, kept * checkpoint + policy)
 
 
 def room(folder: Path) -> float:

@@ -17,9 +17,10 @@ from config import Config
 from data import Batch, Level
 from envs import TextEnv
 from evaluate import environment, evaluate_everywhere, games_of, held_out_games
+from lm.adapters import base_of, left_out
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
-from lm.obstacles import check_gap, check_model, check_positions, logprob_gap, sampling_note
+from lm.obstacles import check_gap, check_model, check_positions, logprob_gap, sampling_note, untrained_positions
 from lm.processes import Offload, Processes, gathered, give_back, shard
 from lm.sampler import Sampler, end_of_turn_ids
 from lm.scoring import layout_noise
@@ -195,6 +196,8 @@ def start(config: Config) -> Run:
     policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
     check_model(policy, config.context_limit)
     config.check_model(policy)
+    for note in notes(config, policy):
+        processes.print(note)
     processes.print(planned(config, policy, processes.count))
     processes.print(f"sampling: {sampling_note(policy, reuse_cache=config.reuse_cache)}")
     models = {"policy": policy, "old": policy}  # the policy does not change until the update
@@ -210,7 +213,8 @@ def start(config: Config) -> Run:
         policy.enable_input_require_grads()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    encoder = Encoder(tokenizer, config.context, began["date"], config.template_options)
+    ends = end_of_turn_ids(policy, tokenizer)
+    encoder = Encoder(tokenizer, config.context, began["date"], config.template_options, ends)
     run = Run(
         config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games, config.levels
     )
@@ -220,6 +224,21 @@ def start(config: Config) -> Run:
     if config.eval_every and log.first_iteration == 0:
         run.evaluate()
     return run
+
+
+def notes(config: Config, policy) -> list[str]:
+    """What is worth a line before the first iteration: given adapters, weights without any, untrained positions."""
+    base, lines = base_of(config.model), []
+    if base is not None:
+        then = "all weights are trained"
+        if config.lora_rank:
+            then = "new adapters are trained; the reference (adapters off) is what was given, not the base"
+        lines += [f"{config.model} holds adapters of {base}: merged into it in float32; {then}"]
+    limits = {"--context-limit": config.context_limit}
+    if config.longest > config.context_limit:
+        limits["--skill-context-limit"] = config.longest
+    without = left_out(policy) if config.lora_rank else None
+    return lines + [line for line in (without, untrained_positions(policy, limits)) if line]
 
 
 def learning_rate(config: Config, iteration: int) -> float:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from config import Config, parse_args, variant_of
-from lm.loading import add_lora, save_policy, write_whole
+from lm.loading import add_lora, rounded, save_policy, write_whole
 from memory.disk import describe, most, room
 from runlog.start import start as start_run
 from tiny.warmstart import tiny_model, tiny_tokenizer
@@ -47,16 +47,19 @@ def test_the_most_by_hand():
     adapters = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in lora.parameters())
     assert most(Config(lora_rank=4, iterations=10), lora) == 4 * (3 * adapters + whole)
+    half = add_lora(tiny_model(len(tiny_tokenizer()), seed=0, width=48).to(torch.bfloat16), 4)
+    assert most(Config(lora_rank=4, iterations=10), half) == 4 * (3 * adapters + whole)  # merged in float32
 
 
-@pytest.mark.parametrize("changes", ["", "--algo opid", "--lora-rank 4"], ids=str)
+@pytest.mark.parametrize("changes", ["", "--algo opid", "--lora-rank 4", "--lora-rank 4 --dtype bfloat16"], ids=str)
 def test_what_is_planned_is_what_is_written(changes, start, tmp_path, monkeypatch):
     monkeypatch.setattr("runlog.start.model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
     flags = [*FLAGS.split(), "--iterations", "1", "--out", str(tmp_path), "--model", str(start)]
     config = parse_args([*flags, *changes.split()])
     train(start_run(config), variant_of(config.algo))
-    written = [*(tmp_path / "checkpoints").iterdir(), *(tmp_path / "policy").glob("*.safetensors")]
+    written = [*(tmp_path / "checkpoints").iterdir(), *(tmp_path / "policy").rglob("*.safetensors")]
     model = tiny_model(len(tiny_tokenizer()), seed=0, width=48)
+    model = rounded(model, getattr(torch, config.dtype))
     planned = most(config, add_lora(model, 4) if config.lora_rank else model)
     assert planned == pytest.approx(sum(path.stat().st_size for path in written), rel=0.1)
 

@@ -8,7 +8,7 @@ import pytest
 
 from lm.encoder import Encoder
 from lm.sampler import end_of_turn_ids
-from tests.templates import TEMPLATES, Template, byte_tokenizer
+from tests.templates import TEMPLATES, Template, by_role, byte_tokenizer
 
 DATE = "2025-01-31"
 MESSAGES = ["go to desk 1", "You see an apple: red.", "nothing happens"]
@@ -59,6 +59,37 @@ def test_the_text_of_a_context_is_what_the_template_makes(template, style, cut_o
         shown = turns(MESSAGES[: count + 1], [template.began + answer for answer in ANSWERS[:count]])
         shown = shown if style == "chat" else shown[-1:]
         assert tokenizer.decode(context) == by_transformers(tokenizer, shown)
+
+
+ENDED = ["qwen2.5-instruct", "qwen2.5-base", "smollm2", "chatml", "gemma", "phi-4"]
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_a_response_that_ends_with_another_end_of_turn_gets_no_second_one(name):
+    """The models' own lists of ends hold <|endoftext|>, too. What was sampled stays, and is extended."""
+    template = TEMPLATES[name]
+    tokenizer = byte_tokenizer(replace(template, special=template.special + " <|endoftext|>"))
+    other, closing = tokenizer.convert_tokens_to_ids(["<|endoftext|>", template.closing])
+    encoder = Encoder(tokenizer, "chat", DATE, ends=[other, closing])
+    spoken = tokenizer.encode(ANSWERS[0], add_special_tokens=False)
+    contexts = [encoder.context(MESSAGES[:1], [])]
+    contexts += [encoder.context(MESSAGES[:2], [[*spoken, end]]) for end in (closing, other)]
+    first, usual, ended = contexts
+    assert ended[: len(first) + len(spoken) + 1] == first + spoken + [other]
+    assert ended[len(first) + len(spoken) + 1 :] == usual[len(first) + len(spoken) + 1 :]
+    cut_off = encoder.context(MESSAGES[:2], [spoken])
+    assert cut_off == usual  # the template's own end where there is none
+
+
+def test_a_template_without_an_end_of_turn_keeps_the_next_speakers_token():
+    """GLM: a response may end with <|user|>, which begins the next turn, or with <|endoftext|>, which does not."""
+    source = by_role("'<|user|>' + c", "'<|assistant|>' + c", prompt="'<|assistant|>'")
+    tokenizer = byte_tokenizer(Template(source, None, "<|user|> <|assistant|>", eos="<|endoftext|>"))
+    user, end = tokenizer.convert_tokens_to_ids(["<|user|>", "<|endoftext|>"])
+    encoder = Encoder(tokenizer, "chat", DATE, ends=[user, end])
+    texts = [tokenizer.decode(encoder.context(["a", "b"], [[*tokenizer.encode("x"), last]])) for last in (user, end)]
+    opened = "<|user|>a<|assistant|>x"
+    assert texts == [opened + "<|user|>b<|assistant|>", opened + "<|endoftext|><|user|>b<|assistant|>"]
 
 
 def test_what_is_read_off_a_template(template):

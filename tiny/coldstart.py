@@ -27,6 +27,7 @@ import torch
 
 import lm.loading
 from envs import ENVIRONMENTS
+from lm.adapters import left_out
 from lm.loading import add_lora, save_policy, write_whole
 from lm.precision import mixed_precision
 from lm.processes import give_back, not_finite
@@ -150,6 +151,8 @@ def prepared(model, settings: ColdStart) -> tuple:
     """-> the model on its device, with adapters if asked for, and an optimizer of what is trained."""
     torch.manual_seed(settings.seed)  # adapters start at random
     model = add_lora(model, settings.lora_rank) if settings.lora_rank else model
+    if settings.lora_rank and (warning := left_out(model)):
+        print(warning, flush=True)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)

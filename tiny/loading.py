@@ -14,6 +14,7 @@ def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32"):
     `cold:NAME`: what lm/loading.py knows by NAME, after its cold start for `env` (trained on first use, then kept)."""
     if name == "tiny":
         model, tokenizer = warm_started(env)
+        model.name_or_path = name
         return lm.loading.rounded(model, getattr(torch, dtype)), tokenizer
     return lm.loading.load_pretrained(cold_started(name, env) if name.startswith(PREFIX) else name, dtype=dtype)
 

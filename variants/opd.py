@@ -16,7 +16,7 @@ from config import OWN, Config
 from data import Advantages, Batch
 from lm.distributions import DIVERGENCES, divergence, divergences, sequence_states, states_and_logprobs, states_obstacle
 from lm.loading import frozen
-from lm.obstacles import check_model, check_positions
+from lm.obstacles import check_model, check_positions, untrained_positions
 from lm.scoring import Sequence, response_logprobs
 from runlog.start import Run
 from tiny.loading import load_model
@@ -99,6 +99,8 @@ def frozen_teacher(config: Config, tokenizer, device):
         config.check_model(teacher)
     except ValueError as error:
         raise ValueError(f"--teacher {config.teacher}: {error}") from None
+    if warning := untrained_positions(teacher, {"--context-limit": config.context_limit}):
+        print(f"--teacher {config.teacher}: {warning}", flush=True)
     return frozen(teacher, config.frozen_dtype, mixed_precision=config.mixed_precision).to(device)
 
 

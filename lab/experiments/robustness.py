@@ -29,6 +29,7 @@ from lab.experiments.stored import add, differing, find, read
 from lab.experiments.tables import markdown, split_cells, split_titles
 from lm.encoder import Encoder
 from lm.loading import about_policy
+from lm.sampler import end_of_turn_ids
 from tiny.loading import load_model
 
 SEED = 0  # of the changes
@@ -53,7 +54,8 @@ def measure(run: Path, config: Config, temperatures: list[float]) -> dict:
     told = conditions(config, temperatures)
     model, tokenizer = load_model(str(run / "policy"), env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, success = Encoder(tokenizer, config.context, about_policy(str(run / "policy")).get("date")), {}
+    date, ends, success = about_policy(str(run / "policy")).get("date"), end_of_turn_ids(model, tokenizer), {}
+    encoder = Encoder(tokenizer, config.context, date, config.template_options, ends)
     for condition, (hot, make_env) in told.items():
         results = evaluate(model, encoder, hot, make_env=make_env)
         success[condition] = {split: float(np.mean([t.success for t in played])) for split, played in results.items()}

@@ -39,6 +39,7 @@ from lab.experiments.stored import add, read
 from lab.experiments.tables import markdown
 from lm.encoder import Encoder
 from lm.loading import about_policy
+from lm.sampler import end_of_turn_ids
 from tiny.loading import load_model
 from tiny.plays import Play, Script, script
 from variants.opid_placebo import EPISODE as NOTHING
@@ -95,7 +96,8 @@ def measure(config: Config, temperatures: list[float]) -> tuple[list[str], Won]:
     games = [game for split in held_out_games(config).values() for game in split]
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, won = Encoder(tokenizer, config.context, about_policy(config.model).get("date")), {}
+    date, ends, won = about_policy(config.model).get("date"), end_of_turn_ids(model, tokenizer), {}
+    encoder = Encoder(tokenizer, config.context, date, config.template_options, ends)
     make_env = environment(config)
     for kind, texts in told_by(config, games).items():
         mine = [game for game in games if game in texts or kind == "none"]
