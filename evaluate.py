@@ -141,8 +141,8 @@ def evaluate(
     make_env: Callable[[], TextEnv] | None = None,
 ) -> dict[str, list[Trajectory]]:
     """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each process
-    plays its share; a split without games is left out. Seeded by --seed and the process alone, and the training's
-    random state is left as it was."""
+    plays its share. Splits without games and games that fail are left out. Seeded by --seed and the process alone, and
+    the training's random state is left as it was. Raises RuntimeError where too many games fail."""
     results, (process, processes) = {}, share
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
@@ -151,7 +151,10 @@ def evaluate(
             if not games:
                 log.warning("%s has no games in %s: left out of the evaluation", config.env, split)
                 continue
-            results[split] = play(model, encoder, config, games[process::processes], make_env)
+            share_of = games[process::processes]
+            results[split] = play(model, encoder, config, share_of, make_env)
+            if share_of and not results[split]:  # else a table would say 0%
+                raise RuntimeError(f"no game of {split} could be played: {len(share_of)} failed, see above")
     return results
 
 
