@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from config import Config, parse_args
 from data import Trajectory
-from envs import TextEnv, make_env, read_options
+from envs import GameFailure, TextEnv, make_env, read_options
 from lm.encoder import Encoder
 from lm.loading import about_policy
 from lm.sampler import Sampler
@@ -142,7 +142,7 @@ def evaluate(
 ) -> dict[str, list[Trajectory]]:
     """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each process
     plays its share. Splits without games and games that fail are left out. Seeded by --seed and the process alone, and
-    the training's random state is left as it was. Raises RuntimeError where too many games fail."""
+    the training's random state is left as it was. Raises GameFailure where too many games fail."""
     results, (process, processes) = {}, share
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
@@ -154,7 +154,7 @@ def evaluate(
             share_of = games[process::processes]
             results[split] = play(model, encoder, config, share_of, make_env)
             if share_of and not results[split]:  # else a table would say 0%
-                raise RuntimeError(f"no game of {split} could be played: {len(share_of)} failed, see above")
+                raise GameFailure(f"no game of {split} could be played: {len(share_of)} failed, see above")
     return results
 
 
@@ -183,7 +183,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     date = about_policy(config.model).get("date")
-    results = evaluate(model, Encoder(tokenizer, config.context, date, config.template_options), config)
+    try:
+        results = evaluate(model, Encoder(tokenizer, config.context, date, config.template_options), config)
+    except GameFailure as error:
+        sys.exit(f"evaluate.py: {error}")
     print(format_table(results, columns_of(config)))
 
 

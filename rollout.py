@@ -45,7 +45,7 @@ def rollout(
     sampler's budget holds whole; the others wait until all of these have ended. An episode whose coming context could
     not hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted
     (rollout/context_full). One whose first context does not fit stays without steps (rollout/too_long). One whose
-    environment fails is left out (rollout/failed); where more than a few do, RuntimeError names their games.
+    environment fails is left out (rollout/failed); where more than a few do, GameFailure names their games.
     """
     room = context_limit - sampler.config.max_new_tokens  # for a context
     waiting = [(game, group) for group, game in enumerate(games) for _ in range(group_size)]

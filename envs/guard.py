@@ -31,7 +31,7 @@ class ProtocolError(ValueError):
 
 
 class GameFailure(RuntimeError):
-    """A game cannot be played: its environment raised something, or did not answer in time."""
+    """Games cannot be played: their environment raised something, or did not answer in time."""
 
 
 class TimeUp(BaseException):
@@ -98,13 +98,13 @@ class Guard:
         return {"rollout/failed": len(self.failures)}
 
     def note(self, env: Guarded, failure: str, error: BaseException) -> None:
-        """Log a failed game. Raises RuntimeError where too many have failed."""
+        """Log a failed game. Raises GameFailure where too many have failed."""
         self.failures[id(env)] = failure
         log.warning("an episode is left out: %s", failure)
         if len(self.failures) > self.most:
             named = list(dict.fromkeys(self.failures.values()))
             more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-            raise RuntimeError(
+            raise GameFailure(
                 f"{len(self.failures)} of {self.episodes} episodes failed, and no more than {self.most} may: "
                 f"{'; '.join(named[:5])}{more}"
             ) from error

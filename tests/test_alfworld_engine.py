@@ -621,13 +621,13 @@ HUGE = {  # what would take minutes and gigabytes
 def test_a_huge_game_is_refused_in_seconds_and_little_memory(name, write):
     changes, expected = HUGE[name]
     path, began = write(**changes), time.monotonic()
-    tracemalloc.start()
+    tracemalloc.start()  # which makes it ten times as slow
     with pytest.raises(GameFileError) as error:
         load_game(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert expected in str(error.value) and str(error.value).startswith(path)
-    assert peak < 500e6 and time.monotonic() - began < 100
+    assert peak < 500e6 and time.monotonic() - began < 300
 
 
 def test_a_file_of_gigabytes_is_not_read(tmp_path):

@@ -262,7 +262,8 @@ class FastEngine:
 class TextWorldEngine:
     """The official engine behind the same interface, less what only a planner needs. A reset takes about a second.
 
-    Each engine that is alive has a planner of its own. `close`, or the engine's end, leaves it to the next one.
+    Each engine that is alive has a planner of its own. `close` leaves it to the next one,
+    and so does the engine's end, which may come late: the parsers that TextWorld uses hold on to their callers.
     """
 
     def __init__(self, game: Game):

@@ -26,7 +26,7 @@ SIGNATURES = {name: types for name, *types in map(str.split, _SIGNATURES.split("
 MARKS = frozenset({"isclean", "ishot", "iscool", "ison", "istoggled", "issliced"})
 MOST_TEXT = 4_000_000  # characters of a problem; alfworld's have some hundred thousand
 MOST_FACTS = 100_000  # alfworld's have some thousand
-MOST_WORK = 500_000  # facts and cases looked at to work out a goal
+MOST_WORK = 200_000  # facts and cases looked at to work out a goal
 DYNAMIC = MARKS | {"atlocation", "objectatlocation", "opened", "inreceptacle", "holds", "holdsany", "checked"}
 
 
