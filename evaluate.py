@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from config import Config, parse_args
 from data import Trajectory
-from envs import TextEnv, make_env, read_options
+from envs import GameFailure, TextEnv, make_env, read_options
 from lm.encoder import Encoder
 from lm.loading import about_policy
 from lm.sampler import Sampler, end_of_turn_ids
@@ -141,8 +141,8 @@ def evaluate(
     make_env: Callable[[], TextEnv] | None = None,
 ) -> dict[str, list[Trajectory]]:
     """Trajectories of one pass over the games of each of `splits` (None: the held-out ones), of which each process
-    plays its share; a split without games is left out. Seeded by --seed and the process alone, and the training's
-    random state is left as it was."""
+    plays its share. Splits without games and games that fail are left out. Seeded by --seed and the process alone, and
+    the training's random state is left as it was. Raises GameFailure where too many games fail."""
     results, (process, processes) = {}, share
     with torch.random.fork_rng():
         for split in splits or eval_splits(config):
@@ -151,7 +151,10 @@ def evaluate(
             if not games:
                 log.warning("%s has no games in %s: left out of the evaluation", config.env, split)
                 continue
-            results[split] = play(model, encoder, config, games[process::processes], make_env)
+            share_of = games[process::processes]
+            results[split] = play(model, encoder, config, share_of, make_env)
+            if share_of and not results[split]:  # else a table would say 0%
+                raise GameFailure(f"no game of {split} could be played: {len(share_of)} failed, see above")
     return results
 
 
@@ -180,8 +183,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"evaluate.py: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     date = about_policy(config.model).get("date")
-    ends = end_of_turn_ids(model, tokenizer)
-    results = evaluate(model, Encoder(tokenizer, config.context, date, config.template_options, ends), config)
+    encoder = Encoder(tokenizer, config.context, date, config.template_options, end_of_turn_ids(model, tokenizer))
+    try:
+        results = evaluate(model, encoder, config)
+    except GameFailure as error:
+        sys.exit(f"evaluate.py: {error}")
     print(format_table(results, columns_of(config)))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from data import Prompt, Step, Trajectory
-from envs import TextEnv
+from envs import Guard, TextEnv
 from lm.encoder import Encoder
 from lm.sampler import Sampler
 from lm.scoring import progress
@@ -26,7 +26,7 @@ def play(run: Run, games: list, make_env: Callable[[], TextEnv] | None = None) -
         )
     trajectories = [trajectory for trajectory in played if trajectory.steps]
     if not run.processes.sum(len(trajectories)):
-        raise ValueError("not one first prompt fits: raise --context-limit or lower --max-new-tokens")
+        raise ValueError("not one first prompt fits: raise --context-limit or lower --max-new-tokens, or all failed")
     return trajectories, metrics
 
 
@@ -44,7 +44,8 @@ def rollout(
     All live episodes take their turn in one batch; a finished one leaves it. As many are alive at a time as the
     sampler's budget holds whole; the others wait until all of these have ended. An episode whose coming context could
     not hold a whole response within `context_limit` tokens ends there, unsuccessful, and is counted
-    (rollout/context_full). One whose first context does not fit stays without steps (rollout/too_long).
+    (rollout/context_full). One whose first context does not fit stays without steps (rollout/too_long). One whose
+    environment fails is left out (rollout/failed); where more than a few do, GameFailure names their games.
     """
     room = context_limit - sampler.config.max_new_tokens  # for a context
     waiting = [(game, group) for group, game in enumerate(games) for _ in range(group_size)]
@@ -53,29 +54,31 @@ def rollout(
     bar = progress(waiting, "episodes")
     training = sampler.model.training
     sampler.model.eval()
-    while live or waiting:
-        if not live:
-            wave, waiting = waiting[: sampler.rows(context_limit)], waiting[sampler.rows(context_limit) :]
-            live = list(range(len(episodes), len(episodes) + len(wave)))
-            episodes += [Episode.start(make_env(), game, group) for game, group in wave]
-        contexts = {i: episodes[i].context(encoder) for i in live}
-        for i in live:
-            episodes[i].cut = len(contexts[i]) > room
-        live = [i for i in live if not episodes[i].cut]
-        responses = sampler(live, [contexts[i] for i in live]) if live else []
-        # judged together with what the template itself began the answer with, such as <think>
-        texts = [encoder.began + encoder.decode(response) for response in responses]
-        if live and (prefetch := getattr(episodes[live[0]].env, "prefetch", None)):
-            prefetch(texts)
-        for i, response, text in zip(live, responses, texts, strict=True):
-            logprobs = sampler.recorded[i][-1] if sampler.recorded is not None else None  # of this turn
-            episodes[i].act(contexts[i], response, text, logprobs)
-        going = [i for i in live if not episodes[i].done]
-        bar.update(len(contexts) - len(going))
-        live = going
+    with Guard(make_env, len(waiting), group_size) as guard:
+        while live or waiting:
+            if not live:
+                wave, waiting = waiting[: sampler.rows(context_limit)], waiting[sampler.rows(context_limit) :]
+                live = list(range(len(episodes), len(episodes) + len(wave)))
+                episodes += [Episode.start(guard.env(), game, group) for game, group in wave]
+            contexts = {i: episodes[i].context(encoder) for i in live}
+            for i in live:
+                episodes[i].cut = episodes[i].env.failed or len(contexts[i]) > room
+            live = [i for i in live if not episodes[i].cut]
+            responses = sampler(live, [contexts[i] for i in live]) if live else []
+            # judged together with what the template itself began the answer with, such as <think>
+            texts = [encoder.began + encoder.decode(response) for response in responses]
+            if live and (prefetch := getattr(episodes[live[0]].env, "prefetch", None)):
+                prefetch(texts)
+            for i, response, text in zip(live, responses, texts, strict=True):
+                logprobs = sampler.recorded[i][-1] if sampler.recorded is not None else None  # of this turn
+                episodes[i].act(contexts[i], response, text, logprobs)
+            live = [i for i in live if not episodes[i].done]
+            guard.close(episodes[i].env for i in contexts if i not in live)
+            bar.update(len(contexts) - len(live))
     bar.close()
     sampler.model.train(training)
-    return [episode.trajectory for episode in episodes], metrics_of(episodes)
+    episodes = [episode for episode in episodes if not episode.env.failed]
+    return [episode.trajectory for episode in episodes], metrics_of(episodes) | guard.metrics
 
 
 @dataclass

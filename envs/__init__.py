@@ -6,9 +6,15 @@ import inspect
 import typing
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from envs.guard import GameFailure, Guard, ProtocolError, check_env, close_env
 
 if TYPE_CHECKING:
     from data import Prompt
+
+
+__all__ = ["GameFailure", "Guard", "ProtocolError", "TextEnv", "check_env", "close_env", "make_env", "read_options"]
 
 
 class TextEnv(Protocol):
@@ -22,6 +28,10 @@ class TextEnv(Protocol):
     - `columns`: task type -> its column in the table, in order (the types' own names)
     - `generated`: False where the data come from outside, so that training takes all there are (True)
     - `new_words`, of the class: options that, changed, bring words which the tiny model does not know (none)
+    - `time_limit`: seconds that one call of `reset` or `step` may take, None for any (60; see guard.within). A call
+      that takes longer, or raises something, ends that episode. It is left out of training, counted and logged
+    - `close() -> None`: free what the environment holds. Called when an episode ends, however it ends. It may be called
+      twice, and a `reset` may follow it (nothing to free)
     - `prefetch(responses: list[str]) -> None`, called on one live environment of a rollout before each turn's steps,
       with the texts of all live episodes' responses in order. An environment whose steps ask something slow (a search
       server) can ask for all of them in one request there, and find the answers in its steps.
@@ -56,6 +66,12 @@ class TextEnv(Protocol):
 
     def analysis_prompt(self) -> str | None:
         """A template for writing skills in this environment's own words, or None for the general one of skills.py."""
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether a server is on this machine, so that no proxy is asked for it."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1", "0.0.0.0") or host.endswith(".localhost") or host.startswith("127.")
 
 
 _REGISTRY = {

@@ -14,7 +14,7 @@ Metrics = dict[str, float]
 
 # Over many processes counts are added up, and means are weighted by how many of these a process has.
 COUNTS = {
-    *("episodes", "rollout/context_full", "rollout/skilled", "rollout/too_long"),
+    *("episodes", "rollout/context_full", "rollout/failed", "rollout/skilled", "rollout/too_long"),
     *("skills/failed", "skills/retried", "skills/too_long", "skills/step_keys_dropped"),
     *("guided/episode_too_long", "guided/step_too_long"),
 }

@@ -16,6 +16,7 @@ import torch
 from config import Config
 from data import Batch, Level
 from envs import TextEnv
+from envs.guard import check_first_game
 from evaluate import environment, evaluate_everywhere, games_of, held_out_games
 from lm.adapters import base_of, left_out
 from lm.encoder import Encoder
@@ -182,6 +183,7 @@ def start(config: Config) -> Run:
     offload = Offload(device, config.offload)
     make_env, games = environment(config), games_of(config, "train")
     held_out_games(config)  # missing data are best noticed before hours of work
+    check_first_game(make_env, games, config.max_steps, config.context, config.levels)
     if min(config.tasks, len(games)) < config.least_tasks * processes.count:
         each = "one" if config.least_tasks == 1 else "two"
         raise ValueError(f"{config.tasks} --tasks of {len(games)} games: fewer than {each} for each process")

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import re
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.alfworld.engine import FastEngine, GameFileError, TextWorldEngine, load_game
+from envs.alfworld.env import list_games
 from envs.alfworld.files import TASK_TYPES, Goal
 from envs.alfworld.games import generate_games, mangle
 from tools.compare_engines import compare, describe
@@ -596,6 +599,66 @@ def test_missing_or_corrupt_file(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(GameFileError, match=r"generate|download"):
         load_game(path)
+
+
+COMBINED = " ".join(f"?v{i} # object" for i in range(9))
+HUGE = {  # what would take minutes and gigabytes
+    "a million facts": ({"pddl_problem": problem("", ["(openable x)"] * 1_000_000)}, "more than 100000 facts"),
+    "a million names": ({"pddl_problem": "(:objects " + "a " * 3_000_000 + ") (:init) (:goal (and))"}, "4000000 char"),
+    "a deep goal": ({"pddl_problem": problem("(and " * 40_000 + ")" * 40_000, [])}, "not a game file"),
+    "a goal of all combinations": (
+        {"pddl_problem": problem(f"(exists ({COMBINED}) (and {' '.join(f'(isClean ?v{i})' for i in range(9))}))", [])},
+        "comparisons",
+    ),
+    "nested combinations": (
+        {"pddl_problem": problem("(forall (?a # object) " * 9 + "(isClean ?a)" + ")" * 9, [])},
+        "comparisons",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_huge_game_is_refused_in_seconds_and_little_memory(name, write):
+    changes, expected = HUGE[name]
+    path, began = write(**changes), time.monotonic()
+    tracemalloc.start()  # which makes it ten times as slow
+    with pytest.raises(GameFileError) as error:
+        load_game(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert expected in str(error.value) and str(error.value).startswith(path)
+    assert peak < 500e6 and time.monotonic() - began < 300
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path):
+    path = tmp_path / "train" / "a" / "game.tw-pddl"
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(4 * 2**30)  # a hole: no space is taken
+    with pytest.raises(GameFileError, match="4096 MiB, and no game has more than 64"):
+        load_game(path)
+    with pytest.raises(FileNotFoundError, match=r"no playable game.*left out 1 that cannot be read"):
+        list_games(tmp_path, "train")
+
+
+def test_things_that_lie_in_one_another_are_no_endless_game(write):
+    """The fast engine looks one level deep, as the official one does."""
+    apple, mug = list(THINGS)[:2]
+    facts = [
+        f"(isReceptacleObject {apple})",
+        f"(inReceptacleObject {apple} {mug})",
+        f"(inReceptacleObject {mug} {apple})",
+    ]
+    engine = FastEngine(load_game(write(facts=facts)))
+    engine.reset()
+    for command in engine.admissible_commands():
+        engine.step(command)
+
+
+def test_a_folder_that_holds_itself_is_listed_once(write, tmp_path):
+    write(folder="train/a")
+    (tmp_path / "train" / "a" / "again").symlink_to(tmp_path / "train", target_is_directory=True)
+    assert list_games(tmp_path, "train") == [str(tmp_path / "train" / "a" / "game.tw-pddl")]
 
 
 def test_a_folder_is_no_game(tmp_path):

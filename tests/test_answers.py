@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 from contextlib import suppress
 
 import pytest
@@ -125,6 +126,22 @@ def test_long_garbage_is_refused_quickly(unit, key):
     with pytest.raises(ValueError):
         parse_skills("{" + key + unit * 200_000, 3, 5)
     assert time.perf_counter() - start < 100  # the worst takes about a second; unbounded, it would be hours
+
+
+@pytest.mark.parametrize("around", ["{}", "<think>{}</think>", '{{"a": "{}"}}'])
+@pytest.mark.parametrize(
+    "unit", ["x", '{"episode_skill": "go"} ', "{", "</think>", "\x00\x1b", "\ud800", "\n- step 1: go"]
+)
+def test_an_answer_of_ten_megabytes_is_read_or_refused_in_seconds_and_little_memory(unit, around):
+    text = around.format(unit * (10_000_000 // len(unit)))
+    start = time.perf_counter()
+    tracemalloc.start()
+    with suppress(ValueError):
+        skills = parse_skills(text, 3, 5)
+        assert len(skills.episode) <= 30_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500e6 and time.perf_counter() - start < 60
 
 
 _punctuation = ["{", "}", "[", "]", ":", ",", '"', "'", "\\", "\n", " ", "//", "/*", "```", "</think>"]

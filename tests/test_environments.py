@@ -45,6 +45,7 @@ def test_the_example_can_be_won_and_lost(guess):
     env.reset(options={"game": 32})
     assert [env.step("1")[2:4] for _ in range(6)] == [(False, False)] * 5 + [(False, True)]
     assert not set(env.tasks("train")) & set(env.tasks("valid_seen"))
+    envs.check_env(guess())
 
 
 @pytest.mark.parametrize("style", ["chat", "window"])

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from envs import on_this_machine
 from envs.search.__main__ import main
 from envs.search.retrievers import (
     BM25Retriever,
@@ -213,6 +214,25 @@ def test_a_dead_server_is_a_clear_error():
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     with pytest.raises(RetrieverError, match=r"did not answer in 2 tries.*refused.*envs\.search serve"):
         HttpRetriever(url, tries=2, pause=0.01).search(["q"], 3)
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "all_proxy"])
+def test_no_proxy_is_asked_for_a_server_on_this_machine(name, monkeypatch):
+    for other in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    with running(scripted((200, GOOD))) as url:
+        assert HttpRetriever(url, tries=1).search(["q"], 3) == [[Passage("c", 1.5)]]
+    with running(scripted((200, GOOD))) as url:
+        there = url.replace("127.0.0.1", "localhost")
+        assert HttpRetriever(there, tries=1).search(["q"], 3) == [[Passage("c", 1.5)]]
+
+
+def test_servers_on_this_machine():
+    for host in ("localhost:8000", "127.0.0.1/v1", "[::1]:8000/retrieve", "127.1.2.3", "a.localhost"):
+        assert on_this_machine(f"http://{host}")
+    for host in ("localhost.example.org", "10.0.0.1", "my-server:8000", "api.openai.com/v1", ""):
+        assert not on_this_machine(f"https://{host}")
 
 
 def test_a_slow_server_is_given_up_on():

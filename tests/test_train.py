@@ -508,9 +508,32 @@ def test_a_task_that_does_not_fit_is_left_out_and_counted(random_tiny, tmp_path,
     train(c := replace(c, out=str(tmp_path / "run"), context_limit=256, tasks=6))
     record = lines(c.out)[0]
     assert (record["rollout/too_long"], record["episodes"]) == (2, 10)
-    monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (" look" * 400,))
+    monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (*original(*a), " look" * 400))
     with pytest.raises(ValueError, match="not one first prompt fits: raise"):
         train(replace(c, out=str(tmp_path / "none")))
+
+
+def test_a_game_that_fails_leaves_its_group_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    original = AlfworldEnv.step
+
+    def step(self, action):
+        if self.engine.game.path == bad:
+            raise IndexError("out of the room")
+        return original(self, action)
+
+    bad = start(c := config(tmp_path, "games", iterations=1)).games[1]
+    monkeypatch.setattr(AlfworldEnv, "step", step)
+    train(c := replace(c, out=str(tmp_path / "run"), tasks=6, eval_every=0))
+    record = lines(c.out)[0]
+    assert (record["rollout/failed"], record["episodes"]) == (2, 10)
+    assert f"game {bad} (step 1: IndexError: out of the room)" in caplog.text
+
+
+def test_a_run_does_not_start_with_an_environment_that_breaks_the_protocol(tmp_path, monkeypatch):
+    original = AlfworldEnv.step
+    monkeypatch.setattr(AlfworldEnv, "step", lambda self, action: (*original(self, action)[:4], {}))
+    with pytest.raises(ValueError, match="no 'won', which alone counts as success"):
+        start(config(tmp_path, "run", iterations=1))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_model_writer_with_a_real_tiny_model(tokenizer):
 
 @contextmanager
 def server(answer):
-    """`answer(request body, number of the request) -> (status, body)` on a free port of localhost; yields its URL."""
+    """`answer(request body, its number) -> (status, body, *headers)` on a free port of localhost; yields its URL."""
     lock, count = threading.Lock(), 0
 
     class Handler(BaseHTTPRequestHandler):
@@ -103,9 +105,11 @@ def server(answer):
                 number = count
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             request |= {"path": self.path, "key": self.headers["Authorization"]}
-            status, body = answer(request, number)
+            status, body, *headers = answer(request, number)
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
+            for name, value in headers:
+                self.send_header(name, value)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -133,7 +137,6 @@ def completion(text):
 @pytest.fixture
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 OPTIONS = {"max_new_tokens": 7, "temperature": 0.5, "timeout": 5.0}
@@ -262,6 +265,114 @@ def test_a_model_that_wants_max_completion_tokens_is_asked_so_from_then_on(key):
 def test_openai_writer_says_which_server_is_broken(key, reply):
     with server(lambda request, number: reply) as url, pytest.raises(RuntimeError, match=url):
         openai_writer("m", base_url=url, retries=0, **OPTIONS)(["p", "p"])
+
+
+PARTS = {  # what an answer's content may be -> its text
+    "nothing": (None, ""),
+    "no part": ([], ""),
+    "parts": ([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}], "a b"),
+    "thoughts before it": (
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "a"}],
+        "a",
+    ),
+    "parts of another API": ([{"type": "output_text", "text": "a"}], "a"),
+    "parts without a type": ([{"text": "a"}, "b"], "ab"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_content_in_parts_is_read(name, key):
+    content, text = PARTS[name]
+    with server(lambda request, number: completion(content)) as url:
+        assert openai_writer("m", base_url=url, **OPTIONS)(["p", "p"]) == [text, text]
+
+
+@pytest.mark.parametrize("content", [7, {"text": "a"}, [7], [{"type": "text", "text": None}], [None], True])
+def test_content_that_is_no_text_is_refused_clearly(content, key):
+    with server(lambda request, number: completion(content)) as url, pytest.raises(RuntimeError) as raised:
+        openai_writer("m", base_url=url, **OPTIONS)(["p", "p"])
+    assert str(raised.value).startswith(f"no usable answer from {url}/: ValueError: its content is no text: ")
+
+
+BUSY = {"error": {"message": "Rate limit reached for m", "code": "rate_limit_exceeded"}}
+
+
+@pytest.mark.parametrize("header", [("Retry-After", "0.05"), ("retry-after-ms", "50")])
+def test_a_busy_server_is_asked_again_when_it_says_so(header, key, caplog):
+    """However often: retries are for what is broken."""
+    answer = lambda request, number: (429, BUSY, header) if number % 4 else completion("ok")
+    with server(answer) as url:
+        assert openai_writer("m", base_url=url, retries=0, **OPTIONS)(["p"] * 6) == ["ok"] * 6
+    first, last = [record.getMessage() for record in caplog.records if record.name == "lm.writers"]
+    assert first == f"{url}/ answers 429 (too many requests): waiting 0.05 s"
+    assert last == f"{url}/ answered 429 (too many requests) 18 times: 1 s of waiting"
+
+
+def test_what_a_busy_server_asks_for():
+    def asked(**headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return writers._asked_pause(SimpleNamespace(response=SimpleNamespace(headers=headers)))
+
+    assert asked(retry_after="90") == 90 and asked(retry_after_ms="1500") == 1.5
+    assert 50 < asked(retry_after=formatdate(time.time() + 60, usegmt=True)) <= 61
+    for unreadable in ("soon", "-1", "0", "nan", "inf", "", "1e999", formatdate(0)):
+        assert asked(retry_after=unreadable) is None
+    assert asked() is None
+
+
+def test_minutes_of_waiting_are_borne_and_no_more(key, monkeypatch):
+    pauses = []
+    event = lambda: SimpleNamespace(
+        clear=lambda: None, set=lambda: None, is_set=lambda: False, wait=lambda seconds: pauses.append(seconds)
+    )
+    monkeypatch.setattr(writers, "threading", SimpleNamespace(Event=event, Lock=threading.Lock))
+    busy = lambda request, number: (429, BUSY, ("Retry-After", "100"))
+    write = lambda url, **options: openai_writer("m", base_url=url, concurrency=1, **OPTIONS, **options)
+    monkeypatch.setattr(writers, "ThreadPoolExecutor", InLine)
+    with server(busy) as url, pytest.raises(RuntimeError, match=f"{url}.*RateLimitError.*Rate limit reached"):
+        write(url)(["p"])
+    assert pauses == [100] * 6
+    pauses.clear()
+    with server(lambda request, number: (429, BUSY)) as url, pytest.raises(RuntimeError, match="RateLimitError"):
+        write(url, patience=200)(["p"])  # without a word of how long: longer each time
+    assert pauses == [2, 4, 8, 16, 32, 60, 60]
+
+
+class InLine:
+    """An executor without threads."""
+
+    def __init__(self, workers):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_who_waits_does_not_outlive_a_batch_that_has_failed(key):
+    def answer(request, number):
+        bad = request["messages"][0]["content"] == "bad"
+        return (401, {"error": {"message": "bad key"}}) if bad else (429, BUSY, ("Retry-After", "300"))
+
+    began = time.monotonic()
+    with server(answer) as url, pytest.raises(RuntimeError, match=r"AuthenticationError.*bad key"):
+        openai_writer("m", base_url=url, **OPTIONS)(["p", "p", "bad"])
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_no_proxy_is_asked_for_a_server_on_this_machine(name, key, monkeypatch):
+    for other in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    with server(lambda request, number: completion("ok")) as url:
+        for host in ("127.0.0.1", "localhost"):
+            there = url.replace("127.0.0.1", host)
+            assert openai_writer("m", base_url=there, retries=0, **OPTIONS)(["p"]) == ["ok"]
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        assert openai_writer("m", base_url=None, retries=0, **OPTIONS)(["p"]) == ["ok"]
 
 
 def test_openai_writer_on_a_dead_server(key):

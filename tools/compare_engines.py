@@ -84,6 +84,7 @@ def compare_game(job: tuple[str, int, str, bool]) -> Comparison:
         won |= fast.won
         result.verbs["(nothing happens)" if said == "Nothing happens." else command.split()[0]] += 1
     result.won += won
+    official.close()
     return result
 
 

@@ -21,6 +21,7 @@ plays both side by side. The oddities are ALFRED's domain (alfred.pddl) and gram
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -259,29 +260,42 @@ class FastEngine:
 
 
 class TextWorldEngine:
-    """The official engine behind the same interface, less what only a planner needs. A reset takes about a second."""
+    """The official engine behind the same interface, less what only a planner needs. A reset takes about a second.
+
+    Each engine that is alive has a planner of its own. `close` leaves it to the next one,
+    and so does the engine's end, which may come late: the parsers that TextWorld uses hold on to their callers.
+    """
 
     def __init__(self, game: Game):
         try:
+            import fast_downward
             import textworld
             from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
             from textworld.envs import PddlEnv
-
-            env = PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True))
         except ImportError as error:
             raise ImportError(
                 "the official ALFWorld engine needs `pip install alfworld 'textworld[pddl]'` (or use engine='fast')"
             ) from error
-        self.game = game
+        self.game, self._state = game, None
+        planner = IDLE.pop() if IDLE else fast_downward.load_lib()
+        self._free = weakref.finalize(self, give_back, planner)
+        self._free.atexit = False  # the process is about to end anyway
+        env = PddlEnv.__new__(PddlEnv)
+        textworld.Environment.__init__(env, textworld.EnvInfos(won=True, admissible_commands=True))
+        env.downward_lib = planner  # all that PddlEnv's own constructor does is to load another one
         self._env = AlfredDemangler(env, shuffle=False)
         with kept_arguments():
             self._env.load(game.path)
-        self._state = None
 
     def reset(self) -> str:
         with kept_arguments():
             self._state = self._env.reset()
         return self._state.feedback
+
+    def close(self) -> None:
+        """Leave the planner to the next engine. This one cannot be played any more."""
+        self._env = self._state = None  # whatever would call the planner
+        self._free()
 
     def step(self, command: str) -> str:
         self._state, _, _ = self._env.step(command)
@@ -293,6 +307,17 @@ class TextWorldEngine:
     @property
     def won(self) -> bool:
         return bool(self._state["won"])
+
+
+# Planners without an engine. Each is a copy of libdownward.so: 32 MiB of disk, which `du` does not show, and five maps.
+# None is ever unloaded (fast_downward.close_lib). All copies share one registry, which points into each of them: the
+# next copy that is loaded, at another place in memory, would crash the process.
+IDLE: list = []
+
+
+def give_back(planner) -> None:
+    planner.cleanup()
+    IDLE.append(planner)
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from typing import Literal
 
 from data import Prompt
 from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
-from envs.alfworld.files import named_type
+from envs.alfworld.files import MOST_BYTES, named_type
 from envs.alfworld.games import generate_games
+from envs.guard import close_env
 from envs.order import alternating
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps, tagged_action
 
@@ -102,12 +103,15 @@ def why_left_out(path: Path, below_split: Path) -> str:
 def marked_solvable(path: Path) -> bool:
     """A game file's `solvable`. alfworld writes it near the end, so that of hundreds of megabytes little is read: an
     unescaped "solvable" with a colon can be nothing but that key. Raises ValueError for what is no JSON."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
+        file.seek(max(0, size - TAIL))
         end = file.read().rstrip()
     found = re.search(rb'"solvable"\s*:\s*(true|false|null)\b', end)
     if found and end.endswith(b"}"):  # else it may be cut off, half downloaded
         return found[1] == b"true"
+    if size > MOST_BYTES:
+        raise ValueError("too large to be a game")
     game = json.loads(path.read_text(encoding="utf-8"))
     return isinstance(game, dict) and bool(game.get("solvable"))
 
@@ -180,6 +184,7 @@ class AlfworldEnv:
                 raise ValueError('no game to play: pass games=[...] or reset(options={"game": path})')
             path = self.games[(seed or 0) % len(self.games)]
         if self.engine is None or self.engine.game.path != path:
+            self.close()
             self.engine = ENGINES[self.engine_name](load_game(path))
         self.steps = 0
         observation = self.engine.reset()
@@ -192,6 +197,11 @@ class AlfworldEnv:
             "admissible_actions": self._admissible(),
             "won": False,
         }
+
+    def close(self) -> None:
+        """Free the engine. `reset` makes a new one."""
+        engine, self.engine = self.engine, None
+        close_env(engine)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """Reward 1 when the task becomes solved, else 0. Raises RuntimeError before reset."""

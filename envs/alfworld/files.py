@@ -52,6 +52,7 @@ DOMAINS = {
 }
 # sha256 of the rest of alfred.twl2, with the wordings that `Texts` holds blanked.
 GRAMMAR = "47d3fe16521e13ba0b761fabb155ea034c1c85c8041c1355d7b7c9f54466d051"
+MOST_BYTES = 64 * 2**20  # of a game file; alfworld's have less than one MiB
 # Both say the same.
 GO_COMMANDS = {"go to {r}", "go to [{r.name | receptacleatlocation(r:receptacle, lend:location)}]"}
 SEEN = "#examineReceptacle.feedback#"
@@ -130,7 +131,10 @@ def load_game(path: str | Path) -> Game:
     """Read a game file; the same file is parsed once. Raises GameFileError for one that can't be played."""
     path = str(path)
     try:
-        return _load_game(path, os.stat(path).st_mtime_ns)
+        state = os.stat(path)
+        if state.st_size > MOST_BYTES:
+            raise GameFileError(f"{path}: {state.st_size / 2**20:.0f} MiB, and no game has more than 64; leave it out")
+        return _load_game(path, state.st_mtime_ns)
     except OSError as error:
         raise GameFileError(f"{path}: can't be read ({error.strerror}); check the path or generate the game") from error
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # A formula is nested tuples: ("and", f, g), ("not", f), ("exists", ("?r", "-", "receptacle"), f), ("isclean", "?o").
 # Once grounded, it has no variables and no static predicates left, and may be just True or False.
@@ -23,6 +24,9 @@ toggleable object; ison object; istoggled object; sliceable object; issliced obj
 """
 SIGNATURES = {name: types for name, *types in map(str.split, _SIGNATURES.split(";"))}
 MARKS = frozenset({"isclean", "ishot", "iscool", "ison", "istoggled", "issliced"})
+MOST_TEXT = 4_000_000  # characters of a problem; alfworld's have some hundred thousand
+MOST_FACTS = 100_000  # alfworld's have some thousand
+MOST_WORK = 200_000  # facts and cases looked at to work out a goal
 DYNAMIC = MARKS | {"atlocation", "objectatlocation", "opened", "inreceptacle", "holds", "holdsany", "checked"}
 
 
@@ -31,6 +35,13 @@ class Problem:
     types: dict[str, str]  # every declared name -> its type
     facts: dict[str, list[tuple[str, ...]]]  # predicate -> argument tuples, in the order of the file
     goal: Formula
+    work: Counter = field(default_factory=Counter, compare=False)  # spent on working out the goal
+
+    def spend(self, amount: int) -> None:
+        """Raises ValueError where a goal takes too long."""
+        self.work["goal"] += amount
+        if self.work["goal"] > MOST_WORK:
+            raise ValueError(f"its goal needs more than {MOST_WORK} comparisons to be worked out")
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Goal:
 
 def parse_problem(text: str) -> Problem:
     """Parse a PDDL problem. Names become lower case, as PDDL knows no other. ValueError says what is wrong."""
+    if len(text) > MOST_TEXT or text.count("(") > MOST_FACTS:
+        raise ValueError(f"its pddl_problem has more than {MOST_FACTS} facts or {MOST_TEXT} characters")
     parts = re.split(r"\(:(\w+)", re.sub(r";.*", "", text).lower())
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     if missing := {"objects", "init", "goal"} - sections.keys():
@@ -109,6 +122,7 @@ def parse_formula(text: str) -> Formula:
 def ground(formula: Formula, problem: Problem, binding: dict[str, str] | None = None) -> Formula:
     """Put every possible thing in place of the variables and work out what never changes."""
     binding = binding or {}
+    problem.spend(1)
     if not formula:
         return True
     head, *rest = formula
@@ -135,19 +149,22 @@ def ground(formula: Formula, problem: Problem, binding: dict[str, str] | None = 
         raise ValueError(f"its goal asks for ({' '.join(formula)}), which this engine doesn't keep")
     if len(names) != len(SIGNATURES[head]):
         raise ValueError(f"its goal asks for ({' '.join(formula)}), which fits no predicate of the domain")
-    return (head, *names) if head in DYNAMIC else names in problem.facts[head]
+    if head in DYNAMIC:
+        return (head, *names)
+    problem.spend(len(problem.facts[head]))
+    return names in problem.facts[head]
 
 
 def join(head: str, parts: Iterator[Formula]) -> Formula:
     """A conjunction or disjunction of grounded parts, as short as it gets."""
     decisive = head == "or"
-    kept = []
+    kept: dict[Formula, None] = {}  # in order
     for part in parts:
         if part is decisive:
             return decisive
-        if not isinstance(part, bool) and part not in kept:
-            kept.append(part)
-    return kept[0] if len(kept) == 1 else (head, *kept) if kept else not decisive
+        if not isinstance(part, bool):
+            kept[part] = None
+    return next(iter(kept)) if len(kept) == 1 else (head, *kept) if kept else not decisive
 
 
 def bindings(variables: dict[str, str], conditions: tuple, problem: Problem, bound: dict[str, str]) -> Iterator[dict]:
@@ -158,11 +175,13 @@ def bindings(variables: dict[str, str], conditions: tuple, problem: Problem, bou
     choices = None
     for predicate, *terms in filter(None, conditions):
         if predicate in SIGNATURES and predicate not in DYNAMIC and variables.keys() & set(terms):
+            problem.spend(len(problem.facts[predicate]))
             matches = [found for fact in problem.facts[predicate] if (found := match(terms, fact, variables, bound))]
             matches = [m for m in matches if all(is_a(problem.types[n], variables[v]) for v, n in m.items())]
             choices = matches if choices is None or len(matches) < len(choices) else choices
     if choices is None:
         name, type_ = next(iter(variables.items()))
+        problem.spend(len(problem.types))
         choices = [{name: thing} for thing, kind in problem.types.items() if is_a(kind, type_)]
     for choice in choices:
         others = {name: type_ for name, type_ in variables.items() if name not in choice}

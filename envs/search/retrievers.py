@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from envs import on_this_machine
 from envs.ranking import ranked
 
 CACHE = Path("cache")
@@ -169,6 +170,8 @@ class HttpRetriever:
     def __init__(self, url: str, timeout: float = 30.0, tries: int = 4, pause: float = 1.0):
         self.url = url if url.rstrip("/").endswith("/retrieve") else f"{url.rstrip('/')}/retrieve"
         self.timeout, self.tries, self.pause = timeout, tries, pause
+        no_proxy = [urllib.request.ProxyHandler({})] if on_this_machine(self.url) else []  # which http_proxy may name
+        self.opener = urllib.request.build_opener(*no_proxy)
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         found: list[list[Passage]] = []
@@ -199,7 +202,7 @@ class HttpRetriever:
 
     def _post(self, body: bytes) -> bytes:
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+        with self.opener.open(request, timeout=self.timeout) as response:
             return response.read()
 
     def _read(self, answer: bytes, queries: int, k: int) -> list[list[Passage]]:
