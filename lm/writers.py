@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 from lm.encoder import Encoder
+from lm.obstacles import Mendable
 from lm.sampler import Sampler, generate
 
 Writer = Callable[[list[str]], list[str | None]]
@@ -73,9 +74,9 @@ def import_writer(name: str) -> Writer:
     def checked(prompts: list[str]) -> list[str | None]:
         answers = write(prompts)
         if not isinstance(answers, list) or len(answers) != len(prompts):
-            raise ValueError(f"--skill-writer {name} must return a list of {len(prompts)} answers, one for each prompt")
+            raise Mendable(f"--skill-writer {name} must return a list of {len(prompts)} answers, one for each prompt")
         if wrong := [answer for answer in answers if not isinstance(answer, str | None)]:
-            raise ValueError(f"--skill-writer {name} must return texts or None, not {type(wrong[0]).__name__}")
+            raise Mendable(f"--skill-writer {name} must return texts or None, not {type(wrong[0]).__name__}")
         return answers
 
     return checked
@@ -103,7 +104,7 @@ def openai_writer(
     """Skills from an OpenAI-compatible endpoint, as in the authors' set-up; the key comes from OPENAI_API_KEY.
 
     A prompt that the endpoint refuses is answered None, and the log says why. Raises ValueError without a key. The
-    writer raises RuntimeError, naming the endpoint, where there is no usable answer for another reason (no server, a
+    writer raises Mendable, naming the endpoint, where there is no usable answer for another reason (no server, a
     wrong key, an unknown model), and where every prompt is refused for what has nothing to do with it.
     """
     import openai  # an optional dependency: pip install openai
@@ -133,7 +134,7 @@ def openai_writer(
         except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, openai.APIStatusError) and _refuses(error):
                 return error
-            raise RuntimeError(f"no usable answer from {client.base_url}: {_line(error)}") from error
+            raise Mendable(f"no usable answer from {client.base_url}: {_line(error)}") from error
 
     def write(prompts: list[str]) -> list[str | None]:
         nonlocal answered
@@ -142,7 +143,7 @@ def openai_writer(
         refusals = [answer for answer in answers if not isinstance(answer, str)]
         answered = answered or len(refusals) < len(answers)
         if not answered and (others := [error for error in refusals if not _THIS_PROMPT.search(_words(error))]):
-            raise RuntimeError(f"{client.base_url} refuses every prompt: {_line(others[0])}") from others[0]
+            raise Mendable(f"{client.base_url} refuses every prompt: {_line(others[0])}") from others[0]
         if refusals:
             warning = f"{client.base_url} refused {len(refusals)} of {len(prompts)} prompts: {_line(refusals[0])}"
             logging.getLogger(__name__).warning(warning)

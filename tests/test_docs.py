@@ -51,7 +51,9 @@ OTHERS = ("agent_system/", "opid/", "verl/", "gigpo/", "examples/")  # folders o
 
 # What stored runs were made with.
 OLD_SETTINGS = json.loads((ROOT / "lab" / "experiments" / "old_settings.json").read_text())["defaults"]
-OLD_FLAGS = {page: {flag(name) for name in OLD_SETTINGS} for page in ("lab/README.md", "docs/results.md", "docs/methods.md")}
+OLD_FLAGS = {
+    page: {flag(name) for name in OLD_SETTINGS} for page in ("lab/README.md", "docs/results.md", "docs/methods.md")
+}
 
 
 def prose(text: str) -> str:
