@@ -50,7 +50,9 @@ class RunLog:
         self.lock = taken(self.folder, "run") if accelerator.is_main_process else None
         written, saved = self.folder / "config.json", checkpoints.saved(self.folder)
         if saved or (self.folder / "metrics.jsonl").exists():
-            self._check(json.loads(written.read_text()) if written.exists() else None)
+            # with a checkpoint, the weights behind --model are compared in `start`
+            free = FREE | ({"model"} if saved and (self.folder / "start.json").exists() else set())
+            self._check(json.loads(written.read_text()) if written.exists() else None, free)
         self.checkpoint, damaged = checkpoints.newest_readable(saved if config.resume else [])
         if damaged and self.checkpoint is None:
             raise ValueError(f"no checkpoint in {self.folder} is whole ({damaged[0]} is not): nothing to resume from")
@@ -74,7 +76,7 @@ class RunLog:
         trackers, and the day, which some chat templates print. Raises ValueError where a resumed run would start from
         other weights, since the reference would no longer be the start, or go on with other data."""
         path, own = self.folder / "start.json", checkpoints.fingerprint(model)
-        if not (self.config.resume and path.exists()) and self.accelerator.is_main_process:
+        if not (self.checkpoint and path.exists()) and self.accelerator.is_main_process:
             start = {"weights": own, "date": datetime.date.today().isoformat(), "tracked": uuid.uuid4().hex[:8]}
             text = json.dumps(start | {"data": data}, indent=2) + "\n"
             write_whole(path, lambda temporary: temporary.write_text(text))
@@ -98,14 +100,13 @@ class RunLog:
         }
         self.accelerator.init_trackers("opid", config=plain, init_kwargs=again)  # tensorboard takes nothing else
 
-    def _check(self, before: dict | None) -> None:
+    def _check(self, before: dict | None, free: set[str]) -> None:
         """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume.
-        `before`: that run's settings, None where they are lost."""
+        `before`: that run's settings, None where they are lost. `free`: the names of those that may differ."""
         if not self.config.resume:
             raise ValueError(f"{self.folder} already holds a run: pass --resume to go on with it, or another --out")
         if before is None:
             return
-        free = FREE | ({"model"} if (self.folder / "start.json").exists() else set())  # its weights are compared later
         others = [flag(name) for name in changed(before, self.config.to_dict()) if name not in free]
         if others:
             raise ValueError(f"{self.folder} holds a run with other settings of {', '.join(others)}: cannot resume it")

@@ -28,6 +28,7 @@ from lm.obstacles import Mendable
 from runlog.ending import command
 from runlog.start import start
 from tests.test_train import SMALL, config, lines, same, train, weights
+from tiny import warmstart
 from tiny.coldstart import ColdStart, cold_start
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +75,21 @@ def test_two_cold_starts_of_one_folder_leave_one(tmp_path, llama, tokenizer):
     with FileLock(tmp_path / "cold/.lock"), pytest.raises(ValueError, match="cold is in use by another cold start"):
         cold_start(settings, tmp_path / "cold")
     assert "seconds" in cold_start(settings, tmp_path / "cold")
+
+
+def test_weights_that_two_runs_need_are_made_once(tmp_path, monkeypatch, llama, tokenizer):
+    """The other process makes them while this one waits for its lock."""
+
+    class Waited(FileLock):
+        def __enter__(self):
+            Path(self.lock_file.removesuffix(".lock")).write_text("made by the other")
+            return super().__enter__()
+
+    monkeypatch.setattr(warmstart, "FileLock", Waited)
+    monkeypatch.setattr(warmstart, "made_of", lambda file: {"key": "old"})
+    monkeypatch.setattr(warmstart, "make", lambda *args: pytest.fail("made twice"))
+    monkeypatch.setattr(warmstart, "load_file", lambda file: {})
+    warmstart.warm_started("alfworld", tmp_path)
 
 
 def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
@@ -334,6 +350,19 @@ def test_other_data_are_not_gone_on_with(random_tiny, tmp_path, monkeypatch):
     del told["data"]  # a run from before data had a fingerprint
     Path(c.out, "start.json").write_text(json.dumps(told))
     assert start(replace(c, iterations=2, resume=True)).log.first_iteration == 1
+
+
+def test_without_a_checkpoint_a_run_starts_anew_from_what_is_there(random_tiny, tmp_path, monkeypatch):
+    """Nothing was trained on the data of before. Another model's metrics stay where they are."""
+    train(c := config(tmp_path, "run", iterations=1))
+    Path(c.out, "checkpoints/000000.pt").unlink()
+    with pytest.raises(ValueError, match="other settings of --model"):
+        start(replace(c, resume=True, model="smollm2"))
+    original = start_module.games_of
+    monkeypatch.setattr(start_module, "games_of", lambda *a: original(*a)[::-1])
+    before = json.loads(Path(c.out, "start.json").read_text())["data"]
+    assert start(replace(c, resume=True)).log.first_iteration == 0
+    assert json.loads(Path(c.out, "start.json").read_text())["data"] != before
 
 
 def test_a_model_that_moved_is_the_same_model(random_tiny, tmp_path, monkeypatch, llama, tokenizer):
