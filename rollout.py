@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from data import Prompt, Step, Trajectory
 from envs import Guard, TextEnv
 from lm.encoder import Encoder
+from lm.obstacles import Mendable
 from lm.sampler import Sampler
 from lm.scoring import progress
 from router import guided_messages
@@ -26,7 +27,7 @@ def play(run: Run, games: list, make_env: Callable[[], TextEnv] | None = None) -
         )
     trajectories = [trajectory for trajectory in played if trajectory.steps]
     if not run.processes.sum(len(trajectories)):
-        raise ValueError("not one first prompt fits: raise --context-limit or lower --max-new-tokens, or all failed")
+        raise Mendable("not one first prompt fits: raise --context-limit or lower --max-new-tokens, or all failed")
     return trajectories, metrics
 
 

@@ -28,7 +28,8 @@ from memory.plan import describe
 from rescore import rescore
 from rollout import play
 from router import route
-from runlog.start import Run, one_line, start
+from runlog.ending import one_line
+from runlog.start import Run, start
 from skills import own_skills
 
 Terms = dict[str, Tensor]  # (n,) each, by the name of their metric
@@ -181,10 +182,7 @@ def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
                 skipped += 1
             optimizer.zero_grad()
     if not taken:
-        raise FloatingPointError(
-            f"every gradient of this iteration was infinite or NaN: the last checkpoint in {config.out}/checkpoints is "
-            "from before. Try --resume with a lower --learning-rate"
-        )
+        raise FloatingPointError("every gradient of this iteration was infinite or NaN: try a lower --learning-rate")
     return {name: sum(means[name] / len(taken) for means in taken) for name in taken[0]} | {"update/skipped": skipped}
 
 
@@ -217,12 +215,11 @@ OPID = Variant(play, own_skills, opid_advantages, opid_loss)
 def main() -> None:
     config = parse_args()
     print(settings_come_from(sys.argv[1:]))
-    with one_line(ValueError, OSError, ImportError):  # a model, folder, package or setting that cannot be used
+    with one_line(config) as ending:  # Ctrl-C, and what the user can mend: a folder, a full disk, a server that is gone
         if config.plan:
             return print(describe(config))
-        run = start(config)  # policy, reference, optimizer, games, log; from a checkpoint where there is one
-    with one_line(OSError, then="when that is mended go on with --resume"):  # a full disk, a server that is gone
-        train(run, variant_of(config.algo))
+        ending.run = start(config)  # policy, reference, optimizer, games, log; from a checkpoint where there is one
+        train(ending.run, variant_of(config.algo))
 
 
 if __name__ == "__main__":

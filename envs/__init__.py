@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
+import os
 import typing
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -27,6 +31,8 @@ class TextEnv(Protocol):
     - `held_out`: the splits that evaluation plays (valid_seen, valid_unseen)
     - `columns`: task type -> its column in the table, in order (the types' own names)
     - `generated`: False where the data come from outside, so that training takes all there are (True)
+    - `sources() -> dict[str, str]`: the files and addresses that the data come from, by what they hold, but for games
+      that are files themselves. A resumed run refuses others (none)
     - `new_words`, of the class: options that, changed, bring words which the tiny model does not know (none)
     - `time_limit`: seconds that one call of `reset` or `step` may take, None for any (60; see guard.within). A call
       that takes longer, or raises something, ends that episode. It is left out of training, counted and logged
@@ -117,6 +123,36 @@ def read_options(name: str, texts: dict[str, str]) -> dict[str, Any]:
             raise ValueError(f"--env {name} has no option {key!r}; --env-options knows: {', '.join(names) or 'none'}")
         options[key] = _read(key, text, known[key])
     return options
+
+
+def fingerprints(env: TextEnv, games: dict[str, list]) -> dict[str, str]:
+    """What each split's games and each of the environment's sources hold. Files count by their content, not their
+    place; of games the folders next to them count, too, since their names may say the kind of task."""
+
+    def of(game) -> list:
+        if isinstance(game, str | Path) and os.path.isfile(game):
+            return [*Path(game).parts[-3:], digest(game)]
+        return [game]
+
+    sources = getattr(env, "sources", dict)()
+    found = {name: digest(place) if os.path.isfile(place) else place for name, place in sources.items()}
+    for split, names in games.items():
+        text = json.dumps([of(name) for name in names], default=lambda game: type(game).__name__)
+        found[f"games of {split}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
+
+
+def digest(path: str | Path) -> str:
+    """The fingerprint of a file's content. Of more than a gigabyte: of its size and a thousand pieces of it."""
+    with open(path, "rb") as file:
+        size, pieces, piece = os.fstat(file.fileno()).st_size, 1000, 2**16
+        if size <= 2**30:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        found = hashlib.sha256(str(size).encode())
+        for i in range(pieces):
+            file.seek((size - piece) * i // (pieces - 1))
+            found.update(file.read(piece))
+        return found.hexdigest()[:16]
 
 
 def new_words(name: str, texts: dict[str, str]) -> list[str]:

@@ -7,12 +7,14 @@ import copy
 import errno
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -34,6 +36,7 @@ def load_pretrained(name: str, *, dtype: str = "float32"):
     Adapters are merged into their base in float32. Raises ValueError where there is no such model, where its weights
     are packed, and where the tokenizer has no chat template or no end-of-turn token: prompts are built with them.
     """
+    name = policy_in(name)
     model, tokenizer = _read(name, dtype)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
@@ -59,6 +62,7 @@ def _read(name: str, dtype: str):
 
 def load_architecture(name: str):
     """The architecture that `load_pretrained` would load, without weights. Raises ValueError where there is none."""
+    name = policy_in(name)
     if (base := base_of(name)) is not None:
         with _of_adapters(name, base):
             return load_architecture(base)
@@ -264,8 +268,41 @@ def save_policy(model, tokenizer, folder: str | Path, about: dict | None = None)
 
 def about_policy(folder: str | Path) -> dict:
     """What a saved policy says of itself; {} where it says nothing."""
-    file = Path(folder, SAVED)
+    file = Path(policy_in(folder), SAVED)
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def policy_in(folder: str | Path) -> str:
+    """The policy's folder, where `folder` is a run's; else `folder`. Raises ValueError where that run has none yet."""
+    path = Path(folder)
+    if not (path / "start.json").is_file() or any(path.glob("*.safetensors")):
+        return str(folder)
+    if not (path / "policy").is_dir():
+        raise ValueError(f"{folder} is the folder of a run that has not ended: no policy is in it yet (see --resume)")
+    return str(path / "policy")
+
+
+def taken(folder: Path, what: str) -> FileLock:
+    """Makes a folder and takes it for this process -> the lock, which goes with the process, killed or not.
+
+    Raises ValueError where another process has it. Over NFS the lock holds between machines where the server locks
+    files (NFS 4, or 3 with lockd). Mounted with `nolock` or `local_lock` it holds on each machine alone. A file system
+    without any locks takes nothing, and a warning says so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # soft locks would outlive a process that is killed
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder} is in use by another {what} that is still alive: wait for it, stop it, or take another --out"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        logging.getLogger(__name__).warning("%s cannot be locked (%s): start no second %s in it", folder, error, what)
+    return lock
 
 
 def write_whole(path: Path, write) -> None:

@@ -37,6 +37,10 @@ PROBE = 6  # tokens of a tried sequence
 _tried: WeakKeyDictionary = WeakKeyDictionary()  # model -> (left, inside), see padding_changes
 
 
+class Mendable(ValueError, RuntimeError):
+    """What the user can mend while a run is under way: it ends in one line (runlog/ending.py)."""
+
+
 def unwrapped(model):
     """The transformers model itself, inside LoRA adapters or not."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -280,13 +284,13 @@ def logprob_gap(sampled: list[list[float]], scored: Tensor) -> tuple[float, floa
 
 
 def check_gap(largest: float, mean: float, dtype: torch.dtype) -> None:
-    """Raise ValueError where sampled and scored log-probs (`logprob_gap`) differ by more than rounding explains.
+    """Raise Mendable where sampled and scored log-probs (`logprob_gap`) differ by more than rounding explains.
 
     `dtype`: the least precise type in use, of the weights or of mixed precision.
     """
     # In 16 bits the largest of a hundred thousand differences is a matter of chance, and only the mean tells.
     if not (mean <= MEAN_NOISE[dtype] and (dtype.itemsize == 2 or largest <= NOISE[dtype])):  # NaN, too
-        raise ValueError(
+        raise Mendable(
             f"log-probs when sampled and when scored differ by {mean:.2g} nats on average and {largest:.2g} at most, "
             f"more than rounding in {dtype} explains: training would be wrong. Try --no-reuse-cache; if that does not "
             "help, this model cannot be trained here"

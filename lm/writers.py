@@ -19,6 +19,7 @@ from importlib import import_module
 
 from envs import on_this_machine
 from lm.encoder import Encoder
+from lm.obstacles import Mendable
 from lm.sampler import Sampler, generate
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,9 @@ def import_writer(name: str) -> Writer:
     def checked(prompts: list[str]) -> list[str | None]:
         answers = write(prompts)
         if not isinstance(answers, list) or len(answers) != len(prompts):
-            raise ValueError(f"--skill-writer {name} must return a list of {len(prompts)} answers, one for each prompt")
+            raise Mendable(f"--skill-writer {name} must return a list of {len(prompts)} answers, one for each prompt")
         if wrong := [answer for answer in answers if not isinstance(answer, str | None)]:
-            raise ValueError(f"--skill-writer {name} must return texts or None, not {type(wrong[0]).__name__}")
+            raise Mendable(f"--skill-writer {name} must return texts or None, not {type(wrong[0]).__name__}")
         return answers
 
     return checked
@@ -111,7 +112,7 @@ def openai_writer(
     """Skills from an OpenAI-compatible endpoint, as in the authors' set-up; the key comes from OPENAI_API_KEY.
 
     A prompt that the endpoint refuses is answered None, and the log says why. A server that answers 429 is asked again
-    when it says so. Raises ValueError without a key. The writer raises RuntimeError, naming the endpoint, where there
+    when it says so. Raises ValueError without a key. The writer raises Mendable, naming the endpoint, where there
     is no usable answer for another reason (no server, a wrong key, an unknown model), and where every prompt is refused
     for what has nothing to do with it.
     """
@@ -131,7 +132,7 @@ def openai_writer(
         refusals = [answer for answer in answers if not isinstance(answer, str)]
         answered = answered or len(refusals) < len(answers)
         if not answered and (others := [error for error in refusals if not _THIS_PROMPT.search(_words(error))]):
-            raise RuntimeError(f"{client.base_url} refuses every prompt: {_line(others[0])}") from others[0]
+            raise Mendable(f"{client.base_url} refuses every prompt: {_line(others[0])}") from others[0]
         if refusals:
             log.warning(f"{client.base_url} refused {len(refusals)} of {len(prompts)} prompts: {_line(refusals[0])}")
         return [answer if isinstance(answer, str) else None for answer in answers]
@@ -147,7 +148,7 @@ class _Endpoint:
         self.limit, self.max_new_tokens = "max_tokens", max_new_tokens  # the limit by the name that this model knows
         self.retries, self.patience = retries, patience
         self.stopped, self.lock = threading.Event(), threading.Lock()
-        self.fatal: RuntimeError | None = None  # why this batch has stopped
+        self.fatal: Mendable | None = None  # why this batch has stopped
         self.busy, self.waited = 0, 0.0  # answers of 429 to this batch, and seconds that its requests waited for them
 
     def ask_all(self, prompts: list[str], concurrency: int) -> list:
@@ -166,17 +167,17 @@ class _Endpoint:
                     log.warning(f"{self.client.base_url} answered 429 (too many requests) {self.busy} times: {waited}")
 
     def ask(self, prompt: str):
-        """An answer, or the error that refuses this prompt. Raises RuntimeError for anything else."""
+        """An answer, or the error that refuses this prompt. Raises Mendable for anything else."""
         import openai
 
         if self.stopped.is_set():
-            raise self.fatal or RuntimeError("stopped")
+            raise self.fatal or Mendable("stopped")
         try:
             return _text(self._patiently(prompt).choices[0].message.content)
         except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, openai.APIStatusError) and _refuses(error):
                 return error
-            self.fatal = RuntimeError(f"no usable answer from {self.client.base_url}: {_line(error)}")
+            self.fatal = Mendable(f"no usable answer from {self.client.base_url}: {_line(error)}")
             self.stopped.set()  # requests that wait do not wait on
             raise self.fatal from error
 
@@ -202,7 +203,7 @@ class _Endpoint:
                     raise
                 pause = min(8.0, 0.25 * 2.0**failures)
             if self.stopped.wait(pause):
-                raise self.fatal or RuntimeError("stopped")
+                raise self.fatal or Mendable("stopped")
 
     def _note(self, pause: float) -> None:
         with self.lock:

@@ -7,6 +7,8 @@ import datetime
 import json
 import math
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from config import FREE, Config, changed, flag, settings_to_save
 from data import Batch
-from lm.loading import remove, save_policy, write_whole
+from lm.loading import remove, save_policy, taken, write_whole
 from lm.processes import whole
 from lm.watch import watch
 from runlog import checkpoints
@@ -45,9 +47,12 @@ class RunLog:
 
     def __init__(self, config: Config, accelerator):
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.out)
+        self.lock = taken(self.folder, "run") if accelerator.is_main_process else None
         written, saved = self.folder / "config.json", checkpoints.saved(self.folder)
         if saved or (self.folder / "metrics.jsonl").exists():
-            self._check(json.loads(written.read_text()) if written.exists() else None)
+            # with a checkpoint, the weights behind --model are compared in `start`
+            free = FREE | ({"model"} if saved and (self.folder / "start.json").exists() else set())
+            self._check(json.loads(written.read_text()) if written.exists() else None, free)
         self.checkpoint, damaged = checkpoints.newest_readable(saved if config.resume else [])
         if damaged and self.checkpoint is None:
             raise ValueError(f"no checkpoint in {self.folder} is whole ({damaged[0]} is not): nothing to resume from")
@@ -64,32 +69,45 @@ class RunLog:
             for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
                 self._drop_from(self.folder / name, self.first_iteration or -1)
         accelerator.wait_for_everyone()
-        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.to_dict().items()}
-        accelerator.init_trackers("opid", config=plain)  # tensorboard takes nothing else
         self.farewell = watch()
 
-    def start(self, model) -> dict[str, str]:
-        """What the run started from, kept in `start.json`: the fingerprint of its weights, and the day, which some chat
-        templates print. Raises ValueError where a resumed run would start from other weights: the reference would no
-        longer be the start."""
+    def start(self, model, data: dict[str, str]) -> dict:
+        """What the run started from, kept in `start.json`: the fingerprints of its weights and `data`, its name for
+        trackers, and the day, which some chat templates print. Raises ValueError where a resumed run would start from
+        other weights, since the reference would no longer be the start, or go on with other data."""
         path, own = self.folder / "start.json", checkpoints.fingerprint(model)
-        if not (self.config.resume and path.exists()) and self.accelerator.is_main_process:
-            start = {"weights": own, "date": datetime.date.today().isoformat()}
-            write_whole(path, lambda temporary: temporary.write_text(json.dumps(start, indent=2) + "\n"))
+        if not (self.checkpoint and path.exists()) and self.accelerator.is_main_process:
+            start = {"weights": own, "date": datetime.date.today().isoformat(), "tracked": uuid.uuid4().hex[:8]}
+            text = json.dumps(start | {"data": data}, indent=2) + "\n"
+            write_whole(path, lambda temporary: temporary.write_text(text))
         self.accelerator.wait_for_everyone()
         start = json.loads(path.read_text())
         if start["weights"] != own:
             raise ValueError(f"the weights behind --model are not those that {self.folder} started from: cannot resume")
+        before = start.get("data", data)  # a run from before fingerprints
+        if others := [name for name in before | data if before.get(name) != data.get(name)]:
+            raise ValueError(f"{self.folder} started with other data ({', '.join(others)}): cannot resume it")
+        self._track(start.get("tracked"))
         return start
 
-    def _check(self, before: dict | None) -> None:
+    def _track(self, name: str | None) -> None:
+        """Goes on in the tracked run of that name. There step 0 is the policy before training. A step that is made
+        again after a resumption counts once: tensorboard forgets the old one, wandb drops the new one."""
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in self.config.to_dict().items()}
+        again = {
+            "wandb": {"id": name, "resume": "allow"},
+            "tensorboard": {"purge_step": self.first_iteration + 1 if self.checkpoint else 0},
+        }
+        self.accelerator.init_trackers("opid", config=plain, init_kwargs=again)  # tensorboard takes nothing else
+
+    def _check(self, before: dict | None, free: set[str]) -> None:
         """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume.
-        `before`: that run's settings, None where they are lost."""
+        `before`: that run's settings, None where they are lost. `free`: the names of those that may differ."""
         if not self.config.resume:
             raise ValueError(f"{self.folder} already holds a run: pass --resume to go on with it, or another --out")
         if before is None:
             return
-        others = [flag(name) for name in changed(before, self.config.to_dict()) if name not in FREE]
+        others = [flag(name) for name in changed(before, self.config.to_dict()) if name not in free]
         if others:
             raise ValueError(f"{self.folder} holds a run with other settings of {', '.join(others)}: cannot resume it")
 
@@ -97,14 +115,21 @@ class RunLog:
         """Cut off what was written after the checkpoint that the run resumes from (a half-written line included)."""
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["iteration"] < iteration:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break
-        write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+
+        def kept() -> Iterator[str]:
+            with open(path) as file:  # line by line: samples may be larger than memory
+                for line in file:
+                    try:
+                        if json.loads(line)["iteration"] < iteration:
+                            yield line.removesuffix("\n") + "\n"
+                    except json.JSONDecodeError:
+                        break
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w") as file:
+                file.writelines(kept())
+
+        write_whole(path, write)
 
     def _append(self, name: str, record: dict) -> None:
         if self.accelerator.is_main_process:
@@ -120,7 +145,7 @@ class RunLog:
         if self.accelerator.num_processes > 1:
             metrics = metrics | over_processes(metrics, sizes, self.accelerator)
         self._append("metrics.jsonl", {"iteration": iteration, **metrics})
-        self.accelerator.log(metrics, step=iteration)
+        self.accelerator.log(metrics, step=iteration + 1)
         shown = {
             "success": f"{100 * metrics['train/success']:.0f}%",
             "steps": f"{metrics['rollout/steps']:.1f}",
@@ -139,6 +164,8 @@ class RunLog:
         """The held-out table, printed and kept with the success of each split."""
         self.accelerator.print(f"\nheld-out success (%), no skills, after iteration {iteration}\n{table}\n")
         self._append("evaluations.jsonl", {"iteration": iteration, "success": success, "table": table})
+        if iteration < 0:  # later ones are among the metrics of their iteration
+            self.accelerator.log({f"eval/{split}/success": share for split, share in success.items()}, step=0)
 
     def samples(
         self,
@@ -211,6 +238,8 @@ class RunLog:
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
         self.farewell()
         self.accelerator.end_training()
+        if self.lock:
+            self.lock.release(force=True)
 
 
 def _numbers(value):

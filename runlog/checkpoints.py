@@ -7,6 +7,7 @@ run goes on from either, sharded or not, in any number of processes.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -91,6 +92,12 @@ def load(path: Path, model, optimizer) -> dict:
 def parameters_of(model) -> dict[str, torch.Tensor]:
     """By name; tied ones have one name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def reading(tokenizer) -> str:
+    """The fingerprint of how a tokenizer reads: its tokens and its chat template."""
+    text = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint(model) -> str:

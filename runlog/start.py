@@ -3,6 +3,7 @@ iteration: seeding, timing, checks, evaluation, saving."""
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 
 from config import Config
 from data import Batch, Level
-from envs import TextEnv
+from envs import TextEnv, fingerprints
 from envs.guard import check_first_game
 from evaluate import environment, evaluate_everywhere, games_of, held_out_games
 from lm.adapters import base_of, left_out
@@ -28,7 +29,7 @@ from lm.scoring import layout_noise
 from lm.writers import Writer, import_writer, model_writer, openai_writer
 from memory.machine import peak_mib
 from memory.plan import planned
-from runlog import RunLog, accelerator_of, silence
+from runlog import RunLog, accelerator_of, checkpoints, silence
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
 from runlog.silence import shares, silences
 from tiny.loading import load_model
@@ -58,6 +59,10 @@ class Run:
     rng: random.Random = field(default_factory=random.Random)  # of it, the same in all processes
     metrics: Metrics = field(default_factory=dict)  # of it
     lap: float = 0.0  # when its last step ended
+    finished: int = -1  # the last iteration that came to its end
+    kept: dict[str, Any] = field(default_factory=dict)  # `state` at its end
+    ahead: bool = False  # whether the weights have moved since
+    interrupted: bool = False  # whether the run is to end with this iteration (ending.py)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -163,6 +168,13 @@ class Run:
             self.warn(silences(config, metrics))
         if last or (iteration + 1) % config.save_every == 0:
             self.log.save(iteration, self.policy, self.optimizer, self.state)
+        self.finished, self.kept, self.ahead = iteration, copy.deepcopy(self.state), False  # in this order
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def move(self, *_) -> None:
+        """Called before each step of the optimizer."""
+        self.ahead = True
 
     def warn(self, found: dict[str, str]) -> None:
         """Says what is wrong, and since when. With --strict that ends the run."""
@@ -182,7 +194,7 @@ def start(config: Config) -> Run:
     processes, device = Processes(accelerator), accelerator.device
     offload = Offload(device, config.offload)
     make_env, games = environment(config), games_of(config, "train")
-    held_out_games(config)  # missing data are best noticed before hours of work
+    held_out = held_out_games(config)  # missing data are best noticed before hours of work
     check_first_game(make_env, games, config.max_steps, config.context, config.levels)
     if min(config.tasks, len(games)) < config.least_tasks * processes.count:
         each = "one" if config.least_tasks == 1 else "two"
@@ -190,7 +202,8 @@ def start(config: Config) -> Run:
     log = RunLog(config, accelerator)  # refuses a folder that holds another run before anything is loaded
     place = "cpu" if config.shard else device  # a sharded model never is on the device as a whole
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
-    began = log.start(model)
+    data = fingerprints(make_env(), {"train": games, **held_out})
+    began = log.start(model, data | {"tokenizer": checkpoints.reading(tokenizer)})
     torch.manual_seed(config.seed)
     check_positions(model, config.longest)  # before it is on a GPU
     # The policy is not wrapped for data parallelism: gradients are summed in the update, so that processes may hold
@@ -221,7 +234,8 @@ def start(config: Config) -> Run:
         config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games, config.levels
     )
     run.writer = writer_of(run) if config.writes_skills else None
-    run.state = log.restore(policy, optimizer) or {}
+    run.state, run.finished = log.restore(policy, optimizer) or {}, log.first_iteration - 1
+    optimizer.register_step_pre_hook(run.move)
     offload.rest(*frozen, optimizer)
     if config.eval_every and log.first_iteration == 0:
         run.evaluate()
@@ -248,15 +262,6 @@ def learning_rate(config: Config, iteration: int) -> float:
     prolonged and still is the same run."""
     decay = 0.5 ** (iteration / config.lr_halving) if config.lr_halving else 1.0
     return config.learning_rate * min(1.0, (iteration + 1) / max(1, config.warmup)) * decay
-
-
-@contextmanager
-def one_line(*errors: type[Exception], then: str = "") -> Iterator[None]:
-    """What the user can mend ends the program in one line, without a traceback."""
-    try:
-        yield
-    except errors as error:
-        sys.exit(f"train.py: {error}{then and ': '}{then}")
 
 
 def writer_of(run: Run) -> Writer:

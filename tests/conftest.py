@@ -1,5 +1,6 @@
 """What tests share: a tiny random model for speed, the real small model for truth, generated games."""
 
+import copy
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,7 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import runlog.start as start_module
 from envs.alfworld import AlfworldEnv, generate_games
 from lm.loading import save_policy
 from tiny.loading import load_model
@@ -47,6 +49,16 @@ def own_precision():
 def llama(tokenizer):
     """A random model, its weights scaled up so that its log-probs are far from uniform."""
     return sharpen(tiny_model(len(tokenizer), seed=0, width=48))
+
+
+@pytest.fixture
+def random_tiny(monkeypatch, llama, tokenizer):
+    """`--model tiny` without its warm start, and skills by a script, since a random model writes none."""
+    # half of its responses count as valid, so that there is an outcome to learn from
+    monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
+    monkeypatch.setattr(start_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
+    answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
+    monkeypatch.setattr(start_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
 
 
 @pytest.fixture

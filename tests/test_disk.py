@@ -151,6 +151,8 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on(start, tmp_path):
     assert "WARNING: the disk of" in first and "Traceback" not in first
     told = first.rstrip().splitlines()[-1]
     assert told.startswith("train.py: [Errno 28] the disk is full: ")
-    assert told.endswith(f"'{tmp_path}/run/checkpoints': when that is mended go on with --resume")
+    run = f"{tmp_path}/run"
+    assert f"'{run}/checkpoints'. Last checkpoint: {run}/checkpoints/000000.pt. Go on with: python train.py" in told
+    assert told.endswith(f"--out {run} --resume")
     assert second.startswith("left: 000000.pt\n")
     assert second.endswith("code 0\nleft: 000001.pt 000002.pt\n")

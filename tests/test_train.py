@@ -37,16 +37,6 @@ SMALL += "--mini-batch 8 --learning-rate 1e-3"
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def random_tiny(monkeypatch, llama, tokenizer):
-    """`--model tiny` without its warm start, and skills by a script, since a random model writes none."""
-    # half of its responses count as valid, so that there is an outcome to learn from
-    monkeypatch.setattr(AlfworldEnv, "parse_action", lambda self, text, admissible: (text, len(text) % 2 == 0))
-    monkeypatch.setattr(start_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
-    answer = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
-    monkeypatch.setattr(start_module, "model_writer", lambda *a, **k: lambda prompts: [answer] * len(prompts))
-
-
 def config(tmp_path, name, algo="opid", **changes) -> Config:
     flags = f"{SMALL} --eval-every 0 --save-every 1 --invalid-penalty 1 --iterations 3 --algo {algo}"
     return replace(parse_args([*flags.split(), "--out", str(tmp_path / name)]), **{"scorer": "old"} | changes)
@@ -360,7 +350,7 @@ def test_a_run_whose_settings_are_lost_is_not_overwritten(left, random_tiny, tmp
 def test_a_tracker_gets_plain_values(random_tiny, tmp_path, monkeypatch):
     """tensorboard refuses a dict and None."""
     told = []
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: told.append(config))
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config, init_kwargs: told.append(config))
     start(config(tmp_path, "run", iterations=1))
     assert told[0]["env_options"] == "{}" and all(isinstance(v, int | float | str) for v in told[0].values())
 
@@ -388,7 +378,7 @@ def test_processes_that_do_not_see_one_another_are_refused(monkeypatch, tmp_path
 
 def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "k3", lambda new, reference, bound: new * float("nan"))
-    with pytest.raises(FloatingPointError, match="checkpoint"):
+    with pytest.raises(FloatingPointError, match="try a lower --learning-rate"):
         train(config(tmp_path, "nan"))
 
 

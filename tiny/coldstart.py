@@ -28,7 +28,7 @@ import torch
 import lm.loading
 from envs import ENVIRONMENTS
 from lm.adapters import left_out
-from lm.loading import add_lora, save_policy, write_whole
+from lm.loading import add_lora, save_policy, taken, write_whole
 from lm.precision import mixed_precision
 from lm.processes import give_back, not_finite
 from tiny.demonstrations import Demonstrator, demonstrations
@@ -106,7 +106,8 @@ def read_record(folder: Path) -> dict:
 
 def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
     """Train, and leave in `folder` what plain `from_pretrained` loads -> the record. A cold start that was stopped goes
-    on from its checkpoint, made every `save_every` steps. Raises ValueError for a folder that holds another one."""
+    on from its checkpoint, made every `save_every` steps. Raises ValueError for a folder that holds another one, or in
+    which another process is at work."""
     if save_every < 1:
         raise ValueError(f"save_every must be positive, not {save_every}")
     today = datetime.date.today().isoformat()
@@ -118,7 +119,9 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
     model, tokenizer = lm.loading.load_pretrained(settings.model)
     model, optimizer = prepared(model, settings)
     batches = batches_of(tokenizer, settings, record.get("date"))
-    folder.mkdir(parents=True, exist_ok=True)
+    lock = taken(folder, "cold start")
+    if "seconds" in (made := read_record(folder)):  # by another one in the meantime
+        return made
     write_record(folder, record)
     losses, seconds = resumed(folder / CHECKPOINT, model, optimizer)
     started = time.perf_counter() - seconds
@@ -144,6 +147,7 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
     record |= {"losses": losses, "seconds": round(time.perf_counter() - started)}
     write_record(folder, record)
     (folder / CHECKPOINT).unlink(missing_ok=True)
+    lock.release()
     return record
 
 

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -217,11 +218,13 @@ def warm_started(env: str = "alfworld", cache: str | Path = "cache"):
     key, file = key_of(env, tokenizer), WEIGHTS / f"{env}.safetensors"
     if not (file.is_file() and made_of(file)["key"] == key):
         file = Path(cache) / f"tiny-{env}-{key}.safetensors"
-        if not file.is_file():
-            print(
-                f"the tiny model's words or demonstrations changed: it is trained anew first, 10 to 20 minutes ({file})"
-            )
-            make(env, file, tokenizer, key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):  # another process may be making them
+            if not file.is_file():
+                print(
+                    f"the tiny model's words or demonstrations changed: it is trained anew, 10 to 20 minutes ({file})"
+                )
+                make(env, file, tokenizer, key)
     model = tiny_model(len(tokenizer), SEED)
     model.load_state_dict(load_file(file), strict=False)
     return model, tokenizer

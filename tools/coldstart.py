@@ -95,6 +95,9 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = load_pretrained(str(out))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"coldstart.py: {error}")
+    except KeyboardInterrupt:
+        print("coldstart.py: stopped by Ctrl-C: the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     first, last = record["losses"][:SHOWN], latest(record["losses"])
     trained_on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{len(record['losses'])} steps in {record['seconds']} s, peak memory {peak_mib(trained_on):.0f} MiB")

@@ -23,7 +23,7 @@ from pathlib import Path
 from data import Prompt, Slot
 from envs.prompts import COMPACT_ANALYSIS, COMPACT_EPISODE_SLOT, COMPACT_STEP_SLOT, STEP_SLOT
 from envs.search.facts import HOPS, passages
-from envs.search.questions import GENERATE, ONE_HOP, SPLITS, TWO_HOP, load_questions
+from envs.search.questions import GENERATE, ONE_HOP, SPLITS, TWO_HOP, file_of, load_questions
 from envs.search.retrievers import (
     CACHE,
     BM25Retriever,
@@ -144,6 +144,16 @@ class SearchEnv:
         self.columns = GENERATED_SOURCES if self.generated else DATA_SOURCES
         self.source = retriever if isinstance(retriever, str) else CachedRetriever(retriever, top_k)
         self.question, self.steps = None, 0
+
+    def sources(self) -> dict[str, str]:
+        """See envs/__init__.py."""
+        found = {}
+        if not self.generated:
+            for split in ("train", *self.held_out):
+                found[f"questions of {split}"] = str(file_of(self.questions, split) or self.questions)
+        if isinstance(self.source, str) and self.source != GENERATE:
+            found["retriever"] = os.path.expanduser(os.path.expandvars(self.source))
+        return found
 
     @property
     def retriever(self) -> CachedRetriever:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
+from envs import digest
 from envs.order import alternating
 from envs.search.facts import SPLITS, generated_questions
 
@@ -50,25 +51,36 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
     return tuple(alternating(Random(0).sample(questions, len(questions)), lambda question: question.source))
 
 
-def _rows(source: str, split: str):
-    import datasets
-
+def file_of(source: str, split: str) -> Path | None:
+    """The file that the questions of one split come from; None: they come from the hub. Raises ValueError or
+    FileNotFoundError where there is none that can be read."""
     path = Path(os.path.expandvars(source)).expanduser()
     files = [path / f"{split}.{ending}" for ending in FORMATS] if path.is_dir() else [path]
     if found := [file for file in files if file.is_file()]:
-        kind = FORMATS.get(found[0].suffix.removeprefix("."))
-        if kind is None:
+        if found[0].suffix.removeprefix(".") not in FORMATS:
             raise ValueError(f"{found[0]}: questions come as one of {', '.join(FORMATS)}")
         if split == "train" and path.is_file():
             raise ValueError(
                 f"{path} is one file, of which nothing is held out: give a folder with train and test files"
             )
-        try:
-            rows = datasets.load_dataset(kind, data_files=str(found[0]), split="train")
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"{found[0]} cannot be read as {kind}: {error.__cause__ or error}") from None
-    elif path.is_dir() or path.suffix.removeprefix(".") in FORMATS:
+        return found[0]
+    if path.is_dir() or path.suffix.removeprefix(".") in FORMATS:
         raise FileNotFoundError(f"no questions at {' or '.join(map(str, files))}")
+    return None
+
+
+def _rows(source: str, split: str):
+    import datasets
+
+    file = file_of(source, split)
+    if file:
+        kind = FORMATS[file.suffix.removeprefix(".")]
+        # `datasets` knows a file by its name and time of change alone: by its content it gets a cache of its own
+        cache = Path(datasets.config.HF_DATASETS_CACHE, f"questions-{digest(file)}")
+        try:
+            rows = datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=str(cache))
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{file} cannot be read as {kind}: {error.__cause__ or error}") from None
     else:
         rows = datasets.load_dataset(source, split=split)
     answers = "golden_answers" if "golden_answers" in rows.column_names else "reward_model"

@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from envs import on_this_machine
+from envs import digest, on_this_machine
 from envs.ranking import ranked
 
 CACHE = Path("cache")
@@ -126,7 +126,7 @@ def index_folder(corpus: Path, cache: Path) -> Path:
     if not corpus.is_file():
         raise CorpusError(f"no corpus at {corpus}: give a JSON-lines file with 'id' and 'contents' on each line")
     state = corpus.stat()
-    key = f"{INDEX_VERSION} {corpus.resolve()} {state.st_size} {state.st_mtime_ns}"
+    key = f"{INDEX_VERSION} {corpus.resolve()} {state.st_size} {state.st_mtime_ns} {digest(corpus)}"
     return cache / f"bm25-{corpus.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 

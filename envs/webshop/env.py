@@ -11,15 +11,17 @@ responses `<think>...</think><action>...</action>`. "compact": compact.py, respo
 from __future__ import annotations
 
 import logging
+import os
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 from data import Prompt
 from envs.prompts import COMPACT_ANALYSIS, EPISODE_SLOT, STEP_SLOT, compact_prompt, past_steps, tagged_action
 from envs.webshop import compact
 from envs.webshop.catalogue import generate_catalogue
-from envs.webshop.data import ALIASES, SPLITS, Shop, load_shop, sizes
+from envs.webshop.data import ALIASES, FILES, SPLITS, Shop, find, load_shop, sizes
 from envs.webshop.pages import SEPARATOR, Session
 from envs.webshop.rewards import nouns, reward, tagger
 from envs.webshop.search import Index, cached_index
@@ -78,9 +80,9 @@ class WebshopEnv:
         if max_steps < 1 or history < 0 or (page_size is not None and page_size < 1):
             raise ValueError(f"max_steps {max_steps}, history {history} or page_size {page_size} is out of range")
         self.games, self.max_steps, self.prompt, self.history = games, max_steps, prompt, history
-        self.generated = data == "generate"
+        self.data, self.goals, self.generated = str(data), goals, data == "generate"
         self.page_size = page_size or (compact.PAGE_SIZE if prompt == "compact" else 10)
-        self.shop, self.index, self.asins = open_shop(str(data), goals)
+        self.shop, self.index, self.asins = open_shop(self.data, goals)
         self.session: Session | None = None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
@@ -102,6 +104,14 @@ class WebshopEnv:
             "admissible_actions": self._admissible(),
             "won": False,
         }
+
+    def sources(self) -> dict[str, str]:
+        """See envs/__init__.py."""
+        folder = Path(os.path.expandvars(self.data)).expanduser()
+        kinds = [kind for kind in FILES if kind != "instructions" or self.goals == "human"]
+        if self.generated:
+            return {}
+        return {f"WebShop's {kind}": str(find(folder, kind)) for kind in kinds}
 
     def goal(self, task: str) -> dict:
         """The goal of a task id, as the official engine has it."""

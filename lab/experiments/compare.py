@@ -30,6 +30,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+from filelock import FileLock
+
 from config import Config, parse_args, variant_of
 from evaluate import eval_splits, games_of
 from lab.experiments.children import Children
@@ -195,19 +197,20 @@ def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny") -> P
         games_of(config, split)
     start, made = runs / "start", runs / "start.txt"
     told = f"{model} for {config.env}{', untrained' if quick else ''}"
-    if start.is_dir() and made.is_file() and made.read_text() != told:
-        raise ValueError(f"{runs} holds runs from {made.read_text()}, not from {told}: use another --runs")
-    if not start.is_dir():
-        if quick:
-            from tiny.warmstart import tiny_model, tiny_tokenizer
+    runs.mkdir(parents=True, exist_ok=True)
+    with FileLock(runs / "start.lock"):  # another comparison may be making it
+        if start.is_dir() and made.is_file() and made.read_text() != told:
+            raise ValueError(f"{runs} holds runs from {made.read_text()}, not from {told}: use another --runs")
+        if not start.is_dir():
+            if quick:
+                from tiny.warmstart import tiny_model, tiny_tokenizer
 
-            tokenizer = tiny_tokenizer()
-            weights = tiny_model(len(tokenizer), seed=0, width=48)
-        else:
-            weights, tokenizer = load_model(model, env=config.env)
-        start.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text(told)
-        write_whole(start, lambda temporary: save_policy(weights, tokenizer, temporary))
+                tokenizer = tiny_tokenizer()
+                weights = tiny_model(len(tokenizer), seed=0, width=48)
+            else:
+                weights, tokenizer = load_model(model, env=config.env)
+            made.write_text(told)
+            write_whole(start, lambda temporary: save_policy(weights, tokenizer, temporary))
     return start
 
 
