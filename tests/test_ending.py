@@ -258,7 +258,8 @@ def test_after_the_first_gradient_step_of_an_iteration_nothing_of_it_is_saved(ra
 
 
 def test_no_first_prompt_that_fits_is_a_line(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (" look" * 5000,))
+    original = AlfworldEnv.build_prompt
+    monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (*original(*a), " look" * 5000))
     with pytest.raises(SystemExit, match=r"^train\.py: not one first prompt fits: raise --context-limit .*--resume$"):
         main(tmp_path / "run", monkeypatch=monkeypatch)
 

@@ -6,7 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import lm.precision
+from config import Config
 from lm.loading import add_lora, frozen, frozen_copy, save_policy
+from lm.precision import mixed_precision, multiplies_bfloat16
+from tiny.coldstart import ColdStart
 from tiny.loading import load_model
 
 
@@ -80,3 +84,20 @@ def test_lora_reference_is_the_start_and_the_merged_policy_is_the_end(llama, tok
         merged = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.allclose(merged(input_ids=ids).logits, changed, atol=1e-3)
     assert reference.device == model.device
+
+
+# ---- bfloat16 only where the device multiplies in it -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has, chosen", [(True, "bf16"), (False, "no")])
+def test_auto_is_what_the_device_multiplies_in(has, chosen, monkeypatch):
+    monkeypatch.setattr(lm.precision, "multiplies_bfloat16", lambda device: has)
+    assert mixed_precision("auto") == ColdStart().mixed_precision == chosen
+    assert Config(mixed_precision="auto").mixed_precision == chosen
+    assert Config(mixed_precision="bf16").mixed_precision == ColdStart(mixed_precision="bf16").mixed_precision == "bf16"
+
+
+def test_a_processor_without_oneDNN_multiplies_in_float32(monkeypatch):
+    assert multiplies_bfloat16("cpu") in (True, False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert multiplies_bfloat16("cpu") is False
