@@ -51,6 +51,8 @@ def _read(name: str, dtype: str):
         with _of_adapters(name, base):
             model, tokenizer = _read(base, "float32")
         return with_adapters(model, name), _tokenizer_of(name) or tokenizer
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise ValueError(f"{name} holds no model: there is no config.json in it")
     source, options = _smollm2() if name == "smollm2" else (name, {})
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
@@ -107,6 +109,8 @@ def _unpacked(name: str, architecture):
 
 def _none_there(name: str, error: Exception) -> ValueError:
     """In one line: the libraries' messages run over many."""
+    if name.startswith((".", "/", "~")):  # a path, and no name on the hub
+        return ValueError(f"no model {name!r}: there is no such folder")
     why = str(error).strip().splitlines()[0]
     return ValueError(f"no model {name!r}: it is neither a folder here nor a model that the hub gives ({why})")
 

@@ -101,3 +101,14 @@ def test_a_processor_without_oneDNN_multiplies_in_float32(monkeypatch):
     assert multiplies_bfloat16("cpu") in (True, False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert multiplies_bfloat16("cpu") is False
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("empty", "holds no model: there is no config.json in it"), ("nowhere", "there is no such folder")],
+)
+def test_a_folder_that_is_no_model_is_one_line(name, words, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=words) as raised:
+        load_model(str(tmp_path / name))
+    assert "\n" not in str(raised.value)

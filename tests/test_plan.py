@@ -276,7 +276,7 @@ def test_a_resumed_run_is_told_of_what_it_may_change(monkeypatch):
 
 def test_a_model_that_is_not_there_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", "--plan", "--model", str(tmp_path / "nothing")])
-    with pytest.raises(SystemExit, match=r"^train\.py: no model '.*nothing': it is neither a folder here nor .*"):
+    with pytest.raises(SystemExit, match=r"^train\.py: no model '.*nothing': there is no such folder"):
         train.main()
 
 
