@@ -513,6 +513,7 @@ def parse_args(
     about: str = "OPID, On-Policy Skill Distillation for agentic RL, in plain PyTorch.",
     shown: tuple[str, ...] | None = None,  # settings that `--help` explains; None: all
     saved: tuple[str, ...] = ("acts",),  # parts of what a saved policy says of itself that count
+    for_several: bool = False,  # one command line for several methods: flags that do nothing with this one pass
 ) -> Config:
     """The command line -> Config. A flag overrides the recipe, which overrides what a saved policy says of itself,
     which overrides the default recipe. Exits with a clear message on an unknown flag, a bad value or an impossible
@@ -536,7 +537,8 @@ def parse_args(
         config = kind(**settings)
         # of a method that sets some values itself: GRPO's lambdas are 0
         plain = given.keys() - {"mixed_precision", "env_options", "template_options"}
-        if idle := [name for name in plain if getattr(config, name) != given[name]]:
+        idle = [name for name in plain if getattr(config, name) != given[name]]
+        if idle and not for_several:
             raise ValueError(f"--algo {algo} does nothing with {', '.join(map(flag, idle))}")
         return config
     except ValueError as error:

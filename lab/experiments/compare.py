@@ -84,7 +84,7 @@ def jobs_of(
         for arm, own in arms.items():
             out = str(runs / f"{arm}-seed{seed}")
             fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", out]
-            config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"])
+            config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"], for_several=True)
             jobs.append(Job(arm, seed, config, results, weights))
     return jobs
 
