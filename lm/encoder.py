@@ -55,7 +55,7 @@ class Encoder:
         self.date = date or datetime.date.today().isoformat()
         self._template, self._options = dated(tokenizer.get_chat_template(), self.date), options or {}
         self._closing = closing_token(tokenizer)
-        self._ends = {*ends, tokenizer.eos_token_id, self._closing} - {None}
+        self.ends = {*ends, tokenizer.eos_token_id, self._closing} - {None}
         self._control = {id for token, id in _ids_of_special(tokenizer).items() if not TAG.fullmatch(token.strip())}
         self._marker = re.compile("(?!)")  # while the template is looked at, nothing is broken up
         self.began = self._template_begins()
@@ -85,7 +85,7 @@ class Encoder:
         if response[-1:] == closing[-1:]:
             return True
         # A template without an end of turn (GLM) goes on with the next speaker's token, which has to stay.
-        return self._closing is not None and not self._ends.isdisjoint(response[-1:])
+        return self._closing is not None and not self.ends.isdisjoint(response[-1:])
 
     def decode(self, response: list[int]) -> str:
         """The text of an answer: without control tokens, with tags. Of a template with channels the final one alone."""

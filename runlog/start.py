@@ -161,8 +161,7 @@ class Run:
         advantages = batch.advantages
         metrics = self.metrics | {"advantage/silent_groups": sum(silent) / max(1, len(silent))}
         metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
-        ends = set(end_of_turn_ids(self.policy, self.tokenizer))
-        metrics |= shares(batch, ends, self.tokenizer.unk_token_id)
+        metrics |= shares(batch, self.encoder.ends, self.tokenizer.unk_token_id)
         metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
         if iteration % silence.EVERY == 0 or last:
             self.warn(silences(config, metrics))
