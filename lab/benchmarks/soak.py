@@ -1,0 +1,182 @@
+"""A run of many hours in short: does anything grow? 90 minutes of one setting, killed every 20 and gone on with.
+
+    python lab/benchmarks/soak.py laptop official smollm2      # one after the other; --folder X says where
+    python lab/benchmarks/soak.py laptop --report              # the table once more, from what lies in the folder
+
+Every 10 seconds: memory of the run and its children (PSS: shared pages count once), open files, maps, threads, and what
+lies in its folder but for the logs, which grow by a line an iteration. CPU seconds of ten iterations, an evaluation
+among them, are divided by the steps played: episodes get shorter as the policy learns. Each life between two kills has
+a slope of its own, its first minutes left out; the table has their mean and its 95% interval (Student's t). A slope
+whose interval holds 0 is no growth that these minutes can show. At each kill metrics.jsonl is read: every iteration is
+in it once. Temporary files go to the run's folder, and so are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent.parent
+SETTINGS = {
+    "laptop": "--recipe laptop",
+    "official": "--recipe laptop --env-options engine=textworld --tasks 4 --eval-games 20",
+    "smollm2": "--recipe laptop-smollm2 --eval-games 2 --eval-every 10",
+}
+HELD = ("memory MiB", "open files", "maps", "threads", "disk MiB")
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # by degrees of freedom
+EVERY = 10.0  # seconds
+WINDOW = 10  # iterations, an evaluation among them
+
+
+def family(pid: int) -> list[int]:
+    """The process and all below it."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += family(int(child))
+    return found
+
+
+def held(pid: int) -> dict[str, float]:
+    """What a run holds now. A process that goes away while it is read raises OSError."""
+    sums = dict.fromkeys(("memory MiB", "open files", "maps", "threads", "cpu s"), 0.0)
+    for each in family(pid):
+        place = Path(f"/proc/{each}")
+        pss = next(line for line in (place / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+        stat = (place / "stat").read_text().rpartition(")")[2].split()
+        sums["memory MiB"] += int(pss.split()[1]) / 1024
+        sums["open files"] += len(os.listdir(place / "fd"))
+        sums["maps"] += len((place / "maps").read_text().splitlines())
+        sums["threads"] += len(os.listdir(place / "task"))
+        sums["cpu s"] += sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK")  # children that ended, too
+    return sums
+
+
+def disk(folder: Path) -> float:
+    """MiB in the run's folder, without the logs."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # it was being replaced
+            total += path.stat().st_size if path.is_file() and path.suffix != ".jsonl" else 0
+    return total / 2**20
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def live(flags: list[str], folder: Path, life: int, seconds: float) -> None:
+    """One life of the run: started or gone on with, watched, killed."""
+    out, began = folder / "run", time.monotonic()
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "train.py", *flags, "--iterations", "1000000", "--out", str(out), "--resume"]
+    with open(folder / "output.txt", "a") as output:
+        run = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=output, env=os.environ | {"TMPDIR": str(folder / "tmp")}
+        )
+    with open(folder / "watched.jsonl", "a") as log:
+        while (passed := time.monotonic() - began) < seconds:
+            if run.poll() is not None:
+                raise SystemExit(f"the run ended by itself: see {folder}/output.txt")
+            try:
+                now = held(run.pid) | {"disk MiB": disk(folder), "iterations": len(lines(out / "metrics.jsonl"))}
+            except (OSError, StopIteration, json.JSONDecodeError):  # a child that went; a line half written
+                continue
+            log.write(json.dumps({"life": life, "seconds": round(passed, 1), **now}) + "\n")
+            log.flush()
+            time.sleep(EVERY)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    numbers = [line["iteration"] for line in lines(out / "metrics.jsonl")]
+    if numbers != list(range(len(numbers))):
+        raise SystemExit(f"metrics.jsonl has other iterations than each once: {numbers}")
+
+
+def slope(seconds: np.ndarray, values: np.ndarray) -> float:
+    """By hour."""
+    return np.polyfit(seconds / 3600, values, 1)[0] if len(seconds) > 2 else np.nan
+
+
+def costs(watched: list[dict], steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """CPU milliseconds a step of an episode, of each window of iterations in one life, and when it ended."""
+    changed = [now for before, now in pairwise(watched) if now["iterations"] > before["iterations"]]
+    ends, began = [], changed[0] if changed else None
+    for now in changed:
+        if now["iterations"] >= began["iterations"] + WINDOW:
+            played = steps[began["iterations"] : now["iterations"]].sum()
+            ends.append((now["seconds"], 1000 * (now["cpu s"] - began["cpu s"]) / played))
+            began = now
+    return tuple(np.array(ends).reshape(-1, 2).T)
+
+
+def interval(slopes: list[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95% interval."""
+    known = np.array([each for each in slopes if np.isfinite(each)])
+    if len(known) < 2:
+        return (known.mean() if len(known) else np.nan), np.nan
+    return known.mean(), T_95.get(len(known) - 1, 2.0) * known.std(ddof=1) / len(known) ** 0.5
+
+
+def report(name: str, folder: Path, warm: float) -> None:
+    """The table, from what lies in the folder."""
+    watched, metrics = lines(folder / "watched.jsonl"), lines(folder / "run/metrics.jsonl")
+    steps = np.array([line["episodes"] * line["rollout/steps"] for line in metrics])
+    lives = [[row for row in watched if row["life"] == life] for life in sorted({row["life"] for row in watched})]
+    late = [[row for row in life if row["seconds"] >= warm] for life in lives]
+    minutes = sum(life[-1]["seconds"] for life in lives) / 60
+    print(f"{name}: train.py {SETTINGS[name]}")
+    print(f"{minutes:.0f} minutes, {len(metrics)} iterations, {len(lives)} lives, each ended by SIGKILL; each once in")
+    print(f"metrics.jsonl. Slopes are of a life's minutes after the first {warm / 60:.0f}.")
+    print(f"{'':18}{'mean':>10}{'most':>10}{'slope an hour':>16}{'95% interval':>22}")
+    rows = {}
+    for kind in HELD:
+        values = [np.array([row[kind] for row in life]) for life in late]
+        slopes = [slope(np.array([row["seconds"] for row in life]), each) for life, each in zip(late, values)]
+        rows[kind] = np.concatenate(values), slopes
+    by_window = [costs(life, steps) for life in late]
+    rows["CPU ms a step"] = np.concatenate([each for _, each in by_window]), [slope(*each) for each in by_window]
+    for kind, (values, slopes) in rows.items():
+        mean, half = interval(slopes)
+        grows = "  grows" if mean - half > 1e-6 else ""
+        bounds = f"[{mean - half:.2f}, {mean + half:.2f}]"
+        most = values.max(initial=-np.inf)
+        print(f"{kind:18}{values.sum() / max(1, len(values)):10.1f}{most:10.1f}{mean:+16.2f}{bounds:>22}{grows}")
+    ends = [life[-1] for life in lives]
+    print(
+        "at the end of each life: " + ", ".join(f"{end['memory MiB']:.0f}" for end in ends) + " MiB of memory; ", end=""
+    )
+    print(", ".join(f"{end['disk MiB']:.0f}" for end in ends) + " MiB on disk\n", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=SETTINGS)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/soak")
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--kill-every", type=float, default=20, help="minutes")
+    parser.add_argument("--warm", type=float, default=4, help="minutes of a life that are left out of its slope")
+    parser.add_argument("--report", action="store_true", help="only the table")
+    args = parser.parse_args()
+    for name in args.names:
+        folder, left = args.folder / name, 60 * args.minutes
+        for life in range(0 if args.report else 1000):
+            if left <= 0:
+                break
+            seconds = min(left, 60 * args.kill_every)
+            live(SETTINGS[name].split(), folder, life, seconds)
+            left -= seconds
+        report(name, folder, 60 * args.warm)
+
+
+if __name__ == "__main__":
+    main()
