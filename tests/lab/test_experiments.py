@@ -347,7 +347,7 @@ def test_a_report_takes_all_seeds_that_are_there(jobs, tmp_path):
         compare.main([*argv, "--methods", "sdar"])
 
 
-@pytest.mark.parametrize("bench", ["smollm2-search-sparse", "tuning-search-3e-4"])
+@pytest.mark.parametrize("bench", ["smollm2-search-sparse", "tuning-search"])
 def test_stored_tables_are_those_of_the_stored_runs(bench, tmp_path):
     """Old flags among them: --shift-base other, --centred, --divergence."""
     for suffix in (".jsonl", ".md"):
