@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent.parent
 SETTINGS = {
     "laptop": "--recipe laptop",
     "official": "--recipe laptop --env-options engine=textworld --tasks 4 --eval-games 20",
-    "smollm2": "--recipe alfworld-smollm2 --save-every 5",
+    "smollm2": "--recipe alfworld-smollm2 --save-every 1",
 }
 HELD = ("memory MiB", "open files", "maps", "threads", "disk MiB")
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # by degrees of freedom
