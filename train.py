@@ -23,7 +23,7 @@ from torch import Tensor
 from advantage import combine, outcome_advantage, skill_advantage, sum_of_scored
 from config import Config, parse_args, settings_come_from, variant_of
 from data import Advantages, Batch, Trajectory
-from lm.scoring import At, Sequence, micro_batches, pack, progress, sequence_logprobs
+from lm.scoring import At, Sequence, micro_batches, moved, pack, progress, sequence_logprobs
 from memory.plan import describe
 from rescore import rescore
 from rollout import play
@@ -167,6 +167,8 @@ def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
             tokens = processes.sum(sum(size for sequence in mini_batch for _, _, size in sequence.responses))
             if not tokens:  # more mini-batches than sequences, on every process alike
                 continue
+            if loss is opid_loss and not config.kl:
+                mini_batch = moved(mini_batch, batch.advantages.total)
             sums: Terms = {}
             for micro in processes.even(micro_batches(mini_batch, config.token_budget), run.policy):
                 with run.autocast():

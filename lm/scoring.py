@@ -313,6 +313,13 @@ def micro_batches(sequences: list[Sequence], token_budget: int) -> list[list[Seq
     return batches
 
 
+def moved(sequences: list[Sequence], advantages: Tensor) -> list[Sequence]:
+    """Those with a token whose advantage (B, R) is not 0, at least one: PPO-clip alone has no gradient at the others,
+    such as those of GRPO's silent groups."""
+    moving = [s for s in sequences if any(advantages[row, :size].any() for row, _, size in s.responses)]
+    return moving or sequences[:1]  # its gradient is 0, which is a step, too: AdamW has moments
+
+
 def graft(
     sequences: list[Sequence], contexts: list[list[int] | None], responses: list[list[int]], token_budget: int
 ) -> list[Sequence]:

@@ -266,6 +266,27 @@ def test_each_epoch_takes_every_sequence_once_in_another_order(random_tiny, tmp_
     assert [id(sequence) for sequence in first] != [id(sequence) for sequence in second]
 
 
+def test_what_has_no_advantage_is_left_out_of_an_update_without_kl(random_tiny, tmp_path, monkeypatch):
+    """A silent group of two episodes, and one of which every token counts. The weights are as if all were read, the
+    gradient steps as many, a mini-batch of nothing but silence among them."""
+    read, original = {}, train_module.micro_batches
+    by_group = lambda config, trajectories: torch.tensor([float(t.group) for t in trajectories for _ in t.steps])
+    monkeypatch.setattr(train_module, "outcomes", by_group)  # A_ep is 0 in group 0, 1 in group 1
+    for name, kl in (("moved", 0.0), ("kl", 0.01), ("all", 0.0)):
+        counts = read.setdefault(name, [])
+        count = lambda part, budget, counts=counts: counts.append(len(part)) or original(part, budget)
+        monkeypatch.setattr(train_module, "micro_batches", count)
+        if name == "all":
+            monkeypatch.setattr(train_module, "moved", lambda sequences, advantages: sequences)
+        train(config(tmp_path, name, "grpo", kl=kl, mini_batch=8, iterations=4))
+    assert read["kl"] == read["all"] and len(read["moved"]) == len(read["all"])
+    assert set(read["all"]) == {2} and set(read["moved"]) == {1, 2}  # 2: the other mini-batch was all silent
+    mine, plain = weights(tmp_path / "moved"), weights(tmp_path / "all")
+    assert all(torch.allclose(mine[name], plain[name], atol=1e-6) for name in plain)
+    for ours, theirs in zip(lines(tmp_path / "moved"), lines(tmp_path / "all"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
+
+
 def test_a_gradient_is_clipped_to_its_norm_and_weights_decay_as_told(random_tiny, tmp_path):
     """One step of plain gradient descent at rate 1: the weights move by the clipped norm."""
     run = start(
