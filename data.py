@@ -96,8 +96,8 @@ class Batch:
     skill_contexts: dict[Level, Contexts]  # h^, with the skill of that level in it; None where none guides the step
     old_logprobs: Tensor  # (B, R) log pi_old(y | h), NaN beyond a response's end
     reference_logprobs: Tensor | None  # (B, R) log pi_ref(y | h); None where the KL term is off
-    skill_logprobs: dict[Level, Tensor]  # (B, R) log pi(y | h^)
-    advantages: Advantages | None = None  # from step 5 on
+    skill_logprobs: dict[str, Tensor]  # by level, (B, R) log pi(y | h^)
+    advantages: Advantages = field(init=False, repr=False)  # from step 5 on
 
     @property
     def steps(self) -> list[Step]:

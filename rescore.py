@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from data import Batch, Contexts, Guidance, Level, Route, Skills, Trajectory
 from lm.encoder import Encoder
 from lm.scoring import response_logprobs, tree_logprobs
@@ -27,17 +29,17 @@ def rescore(
 
     A step skill only changes the end of a context, so we score it in the same pass as the plain context, as a branch.
     An episode skill changes all that follows the task: a pass of its own.
-    `plain=False`: log-probs under h are left out (None or NaN), and there is no mask.
+    `plain=False`: log-probs under h are left out (NaN), so that the mask is empty.
     """
     config = run.config
     steps = [step for trajectory in trajectories for step in trajectory.steps]
     h, y = [step.context for step in steps], [step.response for step in steps]  # B of each
-    h_skill, metrics = {}, {}  # h^ by the level of the skill in it
+    h_skill, skill_logprobs, metrics = {}, {}, {}  # h^ and the log-probs (B, R) under it, by level
     for level in run.levels:
         found = skill_contexts(run.encoder, trajectories, routes, level, config.context_limit)
         h_skill[level], metrics[f"guided/{level}_too_long"] = found
     temperature, budget = config.temperature, config.token_budget
-    logprobs, skill_logprobs = {}, {}  # (B, R) each
+    logprobs = {"old": torch.full((len(y), max(map(len, y), default=0)), float("nan"))}  # (B, R) each
 
     # log pi_old(y | h) and log pi_ref(y | h), with the step skills' log pi(y | h^) as branches of the scorer's pass
     for name in ("old", "reference"):
@@ -54,15 +56,14 @@ def rescore(
 
     # log pi(y | h^) under the episode skill
     if "episode" in h_skill:
-        scorer, contexts = run.models[config.scorer], h_skill["episode"]
-        with run.reading(scorer):
-            scores = response_logprobs(scorer, contexts, y, temperature=temperature, token_budget=budget)
-        skill_logprobs["episode"] = scores
+        model, h_hat = run.models[config.scorer], h_skill["episode"]
+        with run.reading(model):
+            skill_logprobs["episode"] = response_logprobs(model, h_hat, y, temperature=temperature, token_budget=budget)
 
     for level, scores in skill_logprobs.items():
         metrics[f"guided/{level}"] = (~scores.isnan()).any(1).float().mean().item()
-    old, reference = logprobs.get("old"), logprobs.get("reference") if config.kl > 0 else None
-    return Batch(trajectories, skills, routes, h_skill, old, reference, skill_logprobs), metrics
+    reference = logprobs.get("reference") if config.kl > 0 else None
+    return Batch(trajectories, skills, routes, h_skill, logprobs["old"], reference, skill_logprobs), metrics
 
 
 def skill_contexts(
@@ -75,7 +76,7 @@ def skill_contexts(
     for trajectory, route in zip(trajectories, routes, strict=True):
         for t, (step, guidances) in enumerate(zip(trajectory.steps, route, strict=True)):
             guidance = next((guidance for guidance in guidances if guidance.level == level), None)
-            context = guidance and skill_context(encoder, trajectory, t, guidance)
+            context = skill_context(encoder, trajectory, t, guidance) if guidance else None
             if context and len(context) + len(step.response) > context_limit:
                 too_long, context = too_long + 1, None
             contexts.append(context)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from data import Prompt, Step, Trajectory
-from envs import Guard, TextEnv
+from envs import Guard, Guarded, TextEnv
 from lm.encoder import Encoder
 from lm.obstacles import Mendable
 from lm.sampler import Sampler
@@ -86,7 +86,7 @@ def rollout(
 class Episode:
     """An episode under way: an environment, and what the policy has seen and done in it."""
 
-    env: TextEnv
+    env: Guarded
     trajectory: Trajectory
     observation: str
     admissible: list[str]
@@ -95,7 +95,7 @@ class Episode:
     cut: bool = False  # ended because the context was full
 
     @classmethod
-    def start(cls, env: TextEnv, game, group: int) -> Episode:
+    def start(cls, env: Guarded, game, group: int) -> Episode:
         observation, info = env.reset(options={"game": game})
         kind, name = info.get("task_type", ""), info.get("game", "")
         trajectory = Trajectory(info["task"], group, [], False, task_type=kind, game=name)

@@ -117,7 +117,7 @@ def grpo_loss(new: Tensor, at: At, batch: Batch, config: Config) -> tuple[Tensor
     # L = PPO-clip(r, A) + beta KL(pi_theta || pi_ref)
     policy, clipped = policy_loss(new, old, advantages, config.clip, config.dual_clip)  # (n,) each
     kl = torch.zeros_like(policy)  # (n,)
-    if config.kl > 0:
+    if batch.reference_logprobs is not None:
         kl = k3(new, batch.reference_logprobs[at].to(new.device), config.kl_clip)
     return policy + config.kl * kl, {"loss/policy": policy, "loss/kl": kl, "clip_fraction": clipped}
 
@@ -225,6 +225,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from train import main  # not __main__'s own: variants import this file by its name
+    import train as imported  # not __main__: variants import this file by its name
 
-    main()
+    imported.main()

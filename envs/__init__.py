@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from envs.guard import GameFailure, Guard, ProtocolError, check_env, close_env
+from envs.guard import GameFailure, Guard, Guarded, ProtocolError, check_env, close_env
 
 if TYPE_CHECKING:
     from data import Prompt
 
 
-__all__ = ["GameFailure", "Guard", "ProtocolError", "TextEnv", "check_env", "close_env", "make_env", "read_options"]
+__all__ = ["GameFailure", "Guard", "Guarded", "ProtocolError", "TextEnv"]
+__all__ += ["check_env", "close_env", "make_env", "read_options"]
 
 
 class TextEnv(Protocol):

@@ -6,6 +6,7 @@ Shapes: B rows of length L; heads and size as the model has them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class RoomyLayer(DynamicLayer):
         """(B, heads, new, size) each -> (B, heads, L + new, size) each"""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         self.keys = appended(self.keys, key_states.to(self.dtype or key_states.dtype), self.room)
         self.values = appended(self.values, value_states.to(self.dtype or value_states.dtype), self.room)
         return self.keys, self.values
@@ -95,7 +97,8 @@ class CachedConversations:
             """(rows, heads, length - 1, size) -> (rows, heads, longest - 1, size)"""
             return states.gather(2, cached[:, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers  # of attention alone: no other cache is kept
+        for layer in layers:
             layer.keys, layer.values = move(layer.keys), move(layer.values)
         ids, mask = self.ids.gather(1, columns), self.mask.gather(1, columns)
         return CachedConversations(self.keys, self.seen, ids, mask, self.cache)

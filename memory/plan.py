@@ -99,10 +99,11 @@ class Plan:
         """What is held whatever a phase does. With --offload on a GPU only what is `used` of the models that only read,
         and of the optimizer."""
         config, weights = self.config, bytes_of(self.model)
+        teacher = getattr(config, "teacher", None)  # of some variants
         parts = {
             "weights": weights,
             "reference": self._frozen(config.model) if config.reads("reference") and not config.lora_rank else 0,
-            "teacher": self._frozen(config.teacher) if getattr(config, "teacher", None) else 0,
+            "teacher": self._frozen(teacher) if teacher else 0,
             "optimizer": 2 * bytes_of(self.model, trained=True),
         }
         if config.offload and self.gpu:

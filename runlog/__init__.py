@@ -196,11 +196,8 @@ class RunLog:
                 )
                 row += 1
             if i % max(1, len(trajectories) // count) == 0:
-                known = skills[i] and {
-                    "summary": skills[i].summary,
-                    "episode": skills[i].episode,
-                    "steps": skills[i].steps,
-                }
+                own = skills[i]
+                known = own and {"summary": own.summary, "episode": own.episode, "steps": own.steps}
                 self._append(
                     "samples.jsonl",
                     {

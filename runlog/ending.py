@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ class Ending:
 
 
 @contextmanager
-def one_line(config: Config) -> Iterator[Ending]:
+def one_line(config: Config) -> Generator[Ending]:
     """Around a run: signals, and what the user can mend, end it in one line. Other errors keep their traceback."""
     ending, main = Ending(config), os.environ.get("RANK", "0") == "0"
     handlers = {number: signal.signal(number, ending.stop if main else signal.SIG_DFL) for number in SIGNALS}

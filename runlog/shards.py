@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import load as load_tensors
 from torch.distributed.checkpoint import save as save_tensors
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lm.loading import remove, whole_or_nothing
 
@@ -68,15 +69,17 @@ def load(path: Path, own: dict[str, Tensor], optimizer) -> dict:
     """What `save` was given: weights read into `own` themselves, moments into new tensors that are shared out as
     the optimizer's parameters are."""
     reader = FileSystemReader(path)
-    kept = {name: (about.size, about.properties) for name, about in reader.read_metadata().state_dict_metadata.items()}
+    written = reader.read_metadata().state_dict_metadata
+    kept = {name: about for name, about in written.items() if isinstance(about, TensorStorageMetadata)}
     trained = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
     tensors = {f"model.{name}": tensor for name, tensor in own.items()}
     state: dict[int, dict[str, Tensor]] = {}
-    for name, (size, properties) in kept.items():
+    for name, about in kept.items():
         if name.startswith("optimizer."):
             _, i, moment = name.split(".")
             like = trained[int(i)]
-            empty = torch.empty_like(like) if size == like.shape else torch.empty(size, dtype=properties.dtype)
+            same = about.size == like.shape
+            empty = torch.empty_like(like) if same else torch.empty(about.size, dtype=about.properties.dtype)
             tensors[name] = state.setdefault(int(i), {})[moment] = empty
     load_tensors({name: tensor for name, tensor in tensors.items() if name in kept}, storage_reader=reader)
     rest = torch.load(path / "rest.pt", weights_only=True)

@@ -7,12 +7,13 @@ import copy
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 import torch
+from typing_extensions import TypeVar
 
 from config import Config
 from data import Batch, Level
@@ -37,11 +38,14 @@ from tiny.loading import load_model
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
 
-@dataclass
-class Run:
-    """What lasts from one iteration to the next."""
+SettingsT = TypeVar("SettingsT", bound=Config, default=Config, covariant=True)
 
-    config: Config
+
+@dataclass
+class Run(Generic[SettingsT]):
+    """What lasts from one iteration to the next. `Run[Settings]` is that of a variant with flags of its own."""
+
+    config: SettingsT
     processes: Processes
     log: RunLog
     policy: Any
@@ -53,7 +57,7 @@ class Run:
     make_env: Callable[[], TextEnv]
     games: list  # of the training split
     levels: tuple[Level, ...]  # of the skills that guide steps: those whose lambda is not 0. None: this is GRPO
-    writer: Writer | None = None
+    writer: Writer = field(init=False)  # where the method writes skills
     state: dict[str, Any] = field(default_factory=dict)  # a variant's own, kept in checkpoints: plain values only
     iteration: int = -1  # the one under way
     rng: random.Random = field(default_factory=random.Random)  # of it, the same in all processes
@@ -100,7 +104,7 @@ class Run:
         return self.processes.accelerator.autocast()
 
     @contextmanager
-    def reading(self, *models) -> Iterator[None]:
+    def reading(self, *models) -> Generator[None]:
         """Around passes without gradient: models on the device, whole, in evaluation mode and the run's precision. None
         is no model."""
         models = [model for model in models if model is not None]
@@ -124,7 +128,7 @@ class Run:
     def check_scores(self, batch: Batch) -> Metrics:
         """Once a run: sampled and scored log-probs agree, and what A_skill would be without any skill."""
         config, steps = self.config, batch.steps
-        largest, mean = logprob_gap([step.logprobs for step in steps], batch.old_logprobs)
+        largest, mean = logprob_gap([step.logprobs or [] for step in steps], batch.old_logprobs)
         check_gap(largest, mean, torch.bfloat16 if config.mixed_precision == "bf16" else self.policy.dtype)
         metrics = {"rollout/logprob_gap": largest}
         if self.levels:
@@ -232,7 +236,8 @@ def start(config: Config) -> Run:
     run = Run(
         config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games, config.levels
     )
-    run.writer = writer_of(run) if config.writes_skills else None
+    if config.writes_skills:
+        run.writer = writer_of(run)
     run.state, run.finished = log.restore(policy, optimizer) or {}, log.first_iteration - 1
     optimizer.register_step_pre_hook(run.move)
     offload.rest(*frozen, optimizer)
@@ -267,6 +272,7 @@ def writer_of(run: Run) -> Writer:
     """One of this run's own models, an endpoint, or a function of the user's."""
     config = run.config
     if config.skill_writer == "openai":
+        assert config.openai_model is not None  # the config asks for both together
         return openai_writer(
             config.openai_model,
             base_url=config.openai_base_url,

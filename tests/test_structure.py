@@ -1,7 +1,9 @@
 """How the code is laid out: imports point one way, and what a reader meets stays small."""
 
 import ast
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -108,6 +110,19 @@ def test_no_dictionary_is_splatted_into_a_call_of_the_projects_own():
 
 def named(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.ClassDef)
+
+
+def test_lint_passes():
+    """What `make lint` runs, of the environment that runs the tests."""
+    recipe = re.search(r"^lint:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    places = {"$(BIN)": str(Path(sys.executable).parent), "$(VENV)": sys.prefix}
+    tools = []
+    for line in recipe.splitlines():
+        program, *given = (re.sub(r"\$\(\w+\)", lambda name: places[name[0]], word) for word in line.split())
+        tools.append(Path(program).name)
+        done = subprocess.run([program, *given], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line.strip()}\n{done.stdout}{done.stderr}"
+    assert tools == ["ruff", "ruff", "ty"]
 
 
 # ---- counted in a run ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import os
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,9 +183,12 @@ def test_the_walkthrough_shows_a_step_of_a_task_that_was_won_and_lost():
     routes = [[own, own], [own, own], [episode, own], [own, ()]]
     skill = torch.tensor([[9.0], [9], [9], [9], [5], [-2], [1], [float("nan")]])  # (B, 1)
     advantages = Advantages(torch.zeros(8, 1), torch.zeros(8), skill)
-    batch = Batch(trajectories, [None] * 4, routes, {}, torch.zeros(8, 1), None, {}, advantages)
+    batch = Batch(trajectories, [None] * 4, routes, {}, torch.zeros(8, 1), None, {})
+    batch.advantages = advantages
     assert walkthrough.pick(batch) == (2, 1)
     trajectories.append(Trajectory("", 1, [], False))  # what comes last has no say
-    assert walkthrough.pick(replace(batch, routes=[*routes, []])) == (2, 1)
+    batch.routes = [*routes, []]
+    assert walkthrough.pick(batch) == (2, 1)
     with pytest.raises(ValueError, match="no step is guided"):
-        walkthrough.pick(replace(batch, routes=[[(), ()]] * 4 + [[]]))
+        batch.routes = [[(), ()]] * 4 + [[]]
+        walkthrough.pick(batch)

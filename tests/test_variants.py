@@ -382,22 +382,23 @@ def test_a_teacher_whose_numbers_would_be_wrong_is_refused(monkeypatch, tokenize
     capped = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=5.0))
     monkeypatch.setattr(opd, "load_model", lambda *a, **k: (capped, tokenizer))
     config = laptop(algo="opd", teacher="big")
-    opd.frozen_teacher(config, tokenizer, "cpu")  # the log-probs of sampled tokens are right
+    opd.frozen_teacher(config.teacher, config, tokenizer, "cpu")  # the log-probs of sampled tokens are right
     with pytest.raises(
         ValueError, match="--teacher big: --divergence reverse needs whole distributions of both models: its logits are"
     ):
-        opd.frozen_teacher(replace(config, divergence="reverse"), tokenizer, "cpu")
+        opd.frozen_teacher(config.teacher, replace(config, divergence="reverse"), tokenizer, "cpu")
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     stretched = LlamaConfig(vocab_size=len(tokenizer), **SMALL, rope_parameters=rope, max_position_embeddings=64)
     monkeypatch.setattr(opd, "load_model", lambda *a, **k: (LlamaForCausalLM(stretched), tokenizer))
     with pytest.raises(ValueError, match="--teacher big: its dynamic position embedding"):
-        opd.frozen_teacher(config, tokenizer, "cpu")
+        opd.frozen_teacher(config.teacher, config, tokenizer, "cpu")
 
 
 def test_the_teacher_is_one_of_the_runs_environment(monkeypatch, tokenizer, llama):
     asked = []
     monkeypatch.setattr(opd, "load_model", lambda name, **how: asked.append((name, how)) or (llama, tokenizer))
-    opd.frozen_teacher(laptop(algo="opd", env="search", teacher="cold:smollm2"), tokenizer, "cpu")
+    config = laptop(algo="opd", env="search", teacher="cold:smollm2")
+    opd.frozen_teacher(config.teacher, config, tokenizer, "cpu")
     assert asked == [("cold:smollm2", {"env": "search", "dtype": "float32"})]
 
 

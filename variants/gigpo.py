@@ -25,7 +25,7 @@ class Settings(GrpoSettings):
     gamma: float = OWN(0.95, "discount per step of the return that state groups compare", bounds=(0, 1))
 
 
-def advantages(run: Run, batch: Batch) -> Advantages:
+def advantages(run: Run[Settings], batch: Batch) -> Advantages:
     config = run.config
     steps = [(trajectory, t, step) for trajectory in batch.trajectories for t, step in enumerate(trajectory.steps)]
     groups = torch.tensor([trajectory.group for trajectory, _, _ in steps])  # (B,)

@@ -51,10 +51,11 @@ class Settings(GrpoSettings):
             raise ValueError(f"--divergence {self.divergence} needs whole distributions of both models: {obstacle}")
 
     def further_models(self, tokenizer, device) -> dict:
-        return {"teacher": frozen_teacher(self, tokenizer, device)}
+        assert self.teacher is not None  # __post_init__ refuses to go without
+        return {"teacher": frozen_teacher(self.teacher, self, tokenizer, device)}
 
 
-def advantages(run: Run, batch: Batch) -> Advantages:
+def advantages(run: Run[Settings], batch: Batch) -> Advantages:
     outcome = outcomes(run.config, batch.trajectories)  # (B,) only logged
     shift, shown = teacher_shift(run, batch)  # (B, R) each
     if run.config.divergence != "sampled":
@@ -62,7 +63,7 @@ def advantages(run: Run, batch: Batch) -> Advantages:
     return Advantages(combine(outcome * 0, {"teacher": shift}, {"teacher": 1.0}, batch.mask), outcome, shown)
 
 
-def opd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+def opd_loss(run: Run[Settings], micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
     config, teacher = run.config, run.models["teacher"]
     if config.divergence == "sampled":
         return opid_loss(run, micro, batch)
@@ -89,18 +90,18 @@ def teacher_shift(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     return shift, shift.masked_fill(logprobs.isnan(), float("nan"))
 
 
-def frozen_teacher(config: Config, tokenizer, device):
+def frozen_teacher(name: str, config: Config, tokenizer, device):
     """Load `--teacher`, frozen, in `--frozen-dtype`, on the device. Raises ValueError where its log-probs would be
     wrong, or the distributions that `--divergence` needs."""
-    teacher = load_teacher(config.teacher, tokenizer, env=config.env, dtype=config.dtype)
+    teacher = load_teacher(name, tokenizer, env=config.env, dtype=config.dtype)
     try:
         check_positions(teacher, config.context_limit)
         check_model(teacher, config.context_limit)
         config.check_model(teacher)
     except ValueError as error:
-        raise ValueError(f"--teacher {config.teacher}: {error}") from None
+        raise ValueError(f"--teacher {name}: {error}") from None
     if warning := untrained_positions(teacher, {"--context-limit": config.context_limit}):
-        print(f"--teacher {config.teacher}: {warning}", flush=True)
+        print(f"--teacher {name}: {warning}", flush=True)
     return frozen(teacher, config.frozen_dtype, mixed_precision=config.mixed_precision).to(device)
 
 

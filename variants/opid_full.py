@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from config import OWN, Config
-from data import Batch, Contexts
+from data import Batch, Contexts, Level
 from lm.distributions import DIVERGENCES, divergence, divergences, sequence_states, states_and_logprobs, states_obstacle
 from lm.scoring import At, Sequence, micro_batches, pack
 from runlog.start import Run
@@ -48,7 +48,7 @@ class Settings(Config):
             )
 
 
-def full_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+def full_loss(run: Run[Settings], micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
     config = run.config
     states, new, at = states_and_logprobs(run.policy, micro, config.temperature)  # (n, H), (n,)
     losses, terms = grpo_loss(new, at, batch, config)
@@ -61,7 +61,7 @@ def full_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Te
     return losses + exact, terms | {"loss/distill": exact}
 
 
-def distance_to_scorer(run: Run, batch: Batch, level: str, states: Tensor, at: At) -> Tensor:
+def distance_to_scorer(run: Run[Settings], batch: Batch, level: Level, states: Tensor, at: At) -> Tensor:
     """D between the policy, whose hidden states (n, H) lie `at` these rows and columns, and the scorer under the skill.
     -> (n,), 0 where no skill of the level guides the step."""
     config, scorer = run.config, run.models[run.config.scorer]

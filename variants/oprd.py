@@ -61,17 +61,17 @@ class Settings(OneTeacher):
         return ("teacher" if self.teacher else self.scorer,)
 
     def further_models(self, tokenizer, device) -> dict:
-        return {"teacher": frozen_teacher(self, tokenizer, device)} if self.teacher else {}
+        return {"teacher": frozen_teacher(self.teacher, self, tokenizer, device)} if self.teacher else {}
 
 
-def no_advantages(run: Run, batch: Batch) -> Advantages:
+def no_advantages(run: Run[Settings], batch: Batch) -> Advantages:
     """The loss uses no advantage. What is logged as A_skill is the teacher's log-prob less the policy's."""
     opid = opid_advantages(run, batch)
     shift = teacher_shift(run, batch)[1] if run.config.teacher else opid.skill  # (B, R)
     return replace(opid, total=torch.zeros_like(opid.total), skill=shift)
 
 
-def oprd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+def oprd_loss(run: Run[Settings], micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
     config = run.config
     own, at = layer_states(run.policy, micro, config.oprd_layers)  # (n, K, H)
     theirs = teacher_states(run, micro, batch, own.detach(), at)  # (n, K', H)
@@ -86,7 +86,7 @@ def oprd_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def teacher_states(run: Run, micro: list[Sequence], batch: Batch, own: Tensor, at: At) -> Tensor:
+def teacher_states(run: Run[Settings], micro: list[Sequence], batch: Batch, own: Tensor, at: At) -> Tensor:
     """The teacher's states of these response tokens, (n, K, H); the policy's `own` where no skill guides it."""
     config, layers = run.config, run.config.oprd_layers
     teacher, states = run.models["teacher" if config.teacher else config.scorer], own.clone()

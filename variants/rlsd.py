@@ -20,7 +20,7 @@ class Settings(OneTeacher):
     rlsd_clip: float = OWN(0.2, "bound of the rescaling, 1 - eps to 1 + eps", bounds=(0, None))
 
 
-def advantages(run: Run, batch: Batch) -> Advantages:
+def advantages(run: Run[Settings], batch: Batch) -> Advantages:
     config, opid = run.config, opid_advantages(run, batch)
     left = max(0.0, 1 - run.iteration / config.rlsd_iterations) if config.rlsd_iterations else 1.0
     total = rescale(opid.outcome, opid.skill.nan_to_num(), batch.mask, config.rlsd_mix * left, config.rlsd_clip)

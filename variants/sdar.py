@@ -46,7 +46,7 @@ def outcome_only(run: Run, batch: Batch) -> Advantages:
     return replace(opid, total=combine(opid.outcome, {}, {}, batch.mask))
 
 
-def sdar_loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+def sdar_loss(run: Run[Settings], micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
     new, at = sequence_logprobs(run.policy, micro, run.config.temperature)  # (n,) log pi_theta(y | h)
     losses, terms = grpo_loss(new, at, batch, run.config)
     teacher = only_teacher(batch)[at].to(new.device)  # (n,) log pi(y | h^), NaN where no skill guides the step

@@ -4,6 +4,7 @@ skill files there."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 from accelerate.utils import gather_object
 
@@ -47,9 +48,9 @@ class UnderSkill:
 def play_under_skills(run: Run, games: list) -> tuple[list[Trajectory], dict[str, float]]:
     known, envs = run.state.setdefault("episode_skills", {}), []
 
-    def make_env() -> UnderSkill:
+    def make_env() -> TextEnv:
         envs.append(UnderSkill(run.make_env(), known))
-        return envs[-1]
+        return cast(TextEnv, envs[-1])  # its __getattr__ hands on what it does not define
 
     trajectories, metrics = play(run, games, make_env)
     skills, written = own_skills(run, trajectories)

@@ -20,7 +20,7 @@ class Settings(OneTeacher):
     distill_weight: float = OWN(0.001, "weight of the term (the release's)", bounds=(0, None))
 
 
-def loss(run: Run, micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
+def loss(run: Run[Settings], micro: list[Sequence], batch: Batch) -> tuple[Tensor, Terms]:
     new, at = sequence_logprobs(run.policy, micro, run.config.temperature)  # (n,) log pi_theta(y | h)
     losses, terms = grpo_loss(new, at, batch, run.config)
     teacher, old = only_teacher(batch)[at].to(new.device), batch.old_logprobs[at].to(new.device)  # (n,) each

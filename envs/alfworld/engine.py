@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 from envs.alfworld.files import Game, GameFileError, State, load_game
 from envs.alfworld.pddl import MARKS
@@ -32,6 +33,8 @@ __all__ = ["FastEngine", "Game", "GameFileError", "State", "TextWorldEngine", "l
 
 NOTHING = "Nothing happens."
 INTRO = "-= Welcome to TextWorld, ALFRED! =-"
+
+Action = tuple[str | None, ...]  # a method of FastEngine, less its "_", and what it is called with
 
 
 def listing(names: list[str] | tuple[str, ...]) -> str:
@@ -105,16 +108,16 @@ class FastEngine:
         """Of "isclean", "ishot", "iscool", "issliced", "istoggled", "ison"."""
         return frozenset(mark for mark in MARKS if (mark, thing) in self.state.marks)
 
-    def actions(self) -> dict[str, tuple[str, ...]]:
-        """What can be done now: command -> (verb, names it is done with). Not to be changed by the caller."""
+    def actions(self) -> dict[str, Action]:
+        """What can be done now, by command. Not to be changed by the caller."""
         if self._actions is None:
             self._actions = self._find_actions()
         return self._actions
 
-    def _find_actions(self) -> dict[str, tuple[str, ...]]:
+    def _find_actions(self) -> dict[str, Action]:
         game, state = self.game, self.state
         held = state.holding
-        found = dict(game.ways_from(state.place))
+        found: dict[str, Action] = dict(game.ways_from(state.place))
         found["look"], found["inventory"] = ("look",), ("inventory",)
         if game.texts.help is not None:
             found["help"] = ("help",)
@@ -135,7 +138,7 @@ class FastEngine:
                     found[f"slice {thing} with {held}"] = ("slice", thing, held)
         return found
 
-    def _find_handling(self, found: dict[str, tuple[str, ...]], receptacle: str) -> None:
+    def _find_handling(self, found: dict[str, Action], receptacle: str) -> None:
         """Add what can be done with the things in one receptacle and with what is held."""
         game, held, content = self.game, self.state.holding, self.contents(receptacle)
         for thing in content:
@@ -152,7 +155,7 @@ class FastEngine:
 
     def _enter(self, state: State) -> None:
         self.state = state
-        self._actions: dict[str, tuple[str, ...]] | None = None  # worked out when asked for
+        self._actions: dict[str, Action] | None = None  # worked out when asked for
         self._won: bool | None = None
 
     def _with_inside(self, receptacle: str, content: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
@@ -231,6 +234,7 @@ class FastEngine:
         return "You are not carrying anything." if held is None else f"You are carrying: a {held}."
 
     def _help(self) -> str:
+        assert self.game.texts.help is not None  # else `help` is no action
         return self.game.texts.help
 
     def _examine_receptacle(self, receptacle: str) -> str:
@@ -276,14 +280,15 @@ class TextWorldEngine:
             raise ImportError(
                 "the official ALFWorld engine needs `pip install alfworld 'textworld[pddl]'` (or use engine='fast')"
             ) from error
-        self.game, self._state = game, None
+        self.game = game
+        self._state: Any = None
         planner = IDLE.pop() if IDLE else fast_downward.load_lib()
         self._free = weakref.finalize(self, give_back, planner)
         self._free.atexit = False  # the process is about to end anyway
         env = PddlEnv.__new__(PddlEnv)
         textworld.Environment.__init__(env, textworld.EnvInfos(won=True, admissible_commands=True))
         env.downward_lib = planner  # all that PddlEnv's own constructor does is to load another one
-        self._env = AlfredDemangler(env, shuffle=False)
+        self._env: Any = AlfredDemangler(env, shuffle=False)
         with kept_arguments():
             self._env.load(game.path)
 
@@ -321,7 +326,7 @@ def give_back(planner) -> None:
 
 
 @contextmanager
-def kept_arguments() -> Iterator[None]:
+def kept_arguments() -> Generator[None]:
     """The official translator overwrites the command line of whoever calls it."""
     arguments = sys.argv
     try:

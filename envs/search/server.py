@@ -36,7 +36,7 @@ def make_server(retriever: Retriever, port: int, host: str = "127.0.0.1") -> Thr
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *args) -> None:
+        def log_message(self, format: str, *args) -> None:
             """Silent: a line a request would bury everything else."""
 
     return ThreadingHTTPServer((host, port), Handler)

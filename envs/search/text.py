@@ -24,8 +24,8 @@ def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:
     An empty list matches nothing. Here this departs from the release: an answer of which normalisation leaves nothing
     ("The The", "A", "!!!") is compared as it stands, case and spaces apart. There an empty prediction would win it.
     """
-    if hasattr(golden_answers, "tolist"):  # an array, perhaps of one string and no dimension
-        golden_answers = golden_answers.tolist()
+    if tolist := getattr(golden_answers, "tolist", None):  # an array, perhaps of one string and no dimension
+        golden_answers = tolist()
     if isinstance(golden_answers, str):
         golden_answers = [golden_answers]
     return any(_same(prediction, str(answer)) for answer in golden_answers)

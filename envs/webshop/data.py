@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ def find(folder: Path, kind: str) -> Path:
     raise FileNotFoundError(f"no {' or '.join(FILES[kind])} (WebShop's {kind}) in {folder}: {WHERE}")
 
 
-def read_json(path: Path, kind: str) -> list | dict:
+def read_json(path: Path, kind: str) -> Any:
+    """A list of products, a dict of anything else. Raises ValueError for other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -160,7 +162,7 @@ def read_pricing(pricing: str | None) -> tuple[list[float], str]:
     return prices, " to ".join(f"${price}" for price in prices)
 
 
-def read_options(customization: dict | str | None) -> dict[str, list[str]]:
+def read_options(customization: dict | Literal[""] | None) -> dict[str, list[str]]:
     """Option name -> its values, lower case."""
     return {
         name.lower(): [value["value"].strip().replace("/", " | ").lower() for value in values]

@@ -95,13 +95,14 @@ class WebshopEnv:
                 raise ValueError('no task to play: pass games=[...] or reset(options={"game": id})')
             task = games[(seed or 0) % len(games)]
         goal = self.goal(task)
-        self.session, self.steps = Session(self.shop, self.index, self.asins, goal, self.page_size), 0
+        session = Session(self.shop, self.index, self.asins, goal, self.page_size)
+        self.session, self.steps = session, 0
         instruction = goal["instruction_text"].strip()
-        return self._observation(), {
+        return self._observation(session), {
             "task": compact.task_words(instruction) if self.prompt == "compact" else instruction,
             "task_type": goal["category"],
             "game": task,
-            "admissible_actions": self._admissible(),
+            "admissible_actions": self._admissible(session),
             "won": False,
         }
 
@@ -125,14 +126,15 @@ class WebshopEnv:
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """The episode ends at buy now. `info["score"]` is the official reward, in [0, 1]; the step's reward is 1 for a
         full score, which is what counts as won, else 0. Raises RuntimeError before reset and after the end."""
-        if self.session is None or self.session.page == "done":
+        session = self.session
+        if session is None or session.page == "done":
             raise RuntimeError("call reset() before step()")
-        acted = self.session.act(compact.official(action, self.session) if self.prompt == "compact" else action)
+        acted = session.act(compact.official(action, session) if self.prompt == "compact" else action)
         self.steps += 1
-        done = self.session.page == "done"
-        score = self._score() if done else 0.0
-        info = {"admissible_actions": self._admissible(), "won": score == 1.0, "score": score}
-        observation = self._observation(score, acted)
+        done = session.page == "done"
+        score = self._score(session) if done else 0.0
+        info = {"admissible_actions": self._admissible(session), "won": score == 1.0, "score": score}
+        observation = self._observation(session, score, acted)
         return observation, float(score == 1.0), done, not done and self.steps >= self.max_steps, info
 
     def tasks(self, split: str, count: int | None = None) -> list[str]:
@@ -184,20 +186,19 @@ class WebshopEnv:
     def analysis_prompt(self) -> str | None:
         return COMPACT_ANALYSIS if self.prompt == "compact" else None
 
-    def _score(self) -> float:
-        session = self.session
+    def _score(self, session: Session) -> float:
         return reward(session.product, session.goal, self.shop.prices[session.asin], session.options, nouns)
 
-    def _observation(self, score: float | None = None, acted: bool = True) -> str:
+    def _observation(self, session: Session, score: float | None = None, acted: bool = True) -> str:
         if self.prompt == "official":
-            return self.session.observation(score)
-        return compact.page_words(self.session) if acted else "nothing happens"
+            return session.observation(score)
+        return compact.page_words(session) if acted else "nothing happens"
 
-    def _admissible(self) -> list[str]:
+    def _admissible(self, session: Session) -> list[str]:
         if self.prompt == "compact":
-            return compact.admissible(self.session)
-        search = ["search[<your query>]"] if self.session.page == "search" else []
-        return search + [f"click[{text}]" for text in self.session.clickables()]
+            return compact.admissible(session)
+        search = ["search[<your query>]"] if session.page == "search" else []
+        return search + [f"click[{text}]" for text in session.clickables()]
 
 
 def after_task(observation: str, task: str) -> str:

@@ -105,7 +105,9 @@ class Shopper:
 
     def _judge(self, page: str) -> str:
         """Buy what has all that is asked for, else go back."""
-        title, _, _, options, features = TITLE.fullmatch(page).groups()
+        shown = TITLE.fullmatch(page)
+        assert shown is not None  # a product was opened
+        title, _, _, options, features = shown.groups()
         has = {*title.split(), *features.split()}
         good = has.issuperset(self.goal.attributes) and set(options.split()).issuperset(self.goal.options.values())
         if not good and "no compare" not in self.flaws:

@@ -108,7 +108,7 @@ class Session:
             self.asin = next(product["asin"] for product in self.shown if product["asin"].lower() == text)
 
     def click_product(self, text: str, option: str) -> None:
-        sub_pages = {name.lower(): name for name in SUB_PAGES}
+        sub_pages: dict[str, str] = {name.lower(): name for name in SUB_PAGES}
         if text == BUY.lower():
             self.page = "done"
         elif text == PREVIOUS.lower():
