@@ -39,7 +39,7 @@ OFFICIAL_ANSWER = 24  # tokens: the tags of an official answer around a command,
 # that messages and docs recommend where memory, the context limit or a NaN gradient stopped a run.
 FREE = {
     *("out", "resume", "plan", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"),
-    "strict",
+    *("strict", "device"),
     *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
     *("skill_context_limit", "learning_rate", "max_grad_norm"),
 }
@@ -174,6 +174,9 @@ class Config:
     template_options: dict[str, str] = MODEL(  # noqa: RUF009
         {}, "variables of the chat template, such as enable_thinking=true reasoning_effort=low"
     )
+    device: str = MODEL(
+        "auto", "where the models are; auto: cuda where there is one, else cpu", ("auto", "cpu", "cuda", "mps")
+    )
     dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
     mixed_precision: str = MODEL(
         "auto", "autocast of matrix products; auto: bf16 where the device has it in hardware", ("no", "bf16", "auto")
@@ -207,7 +210,7 @@ class Config:
         if type(self) is not (own := variant_of(self.algo).settings):  # grpo's lambdas are 0, for one
             raise ValueError(f"--algo {self.algo} has settings of its own: {own.__module__}.{own.__name__}")
         self._check_values()
-        self.mixed_precision = mixed_precision(self.mixed_precision)
+        self.mixed_precision = mixed_precision(self.mixed_precision, self.device)
         if self.model.startswith(PREFIX) and (self.prompt, self.context) != ("compact", "chat"):
             raise ValueError(
                 f"--model {self.model} knows --prompt compact and --context chat: for others run tools/coldstart.py "

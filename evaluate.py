@@ -20,6 +20,7 @@ from data import Trajectory
 from envs import GameFailure, TextEnv, make_env, read_options
 from lm.encoder import Encoder
 from lm.loading import about_policy
+from lm.precision import device_of
 from lm.sampler import Sampler, end_of_turn_ids
 from rollout import rollout
 
@@ -29,7 +30,7 @@ HELD_OUT = ("valid_seen", "valid_unseen")
 FLAGS = (
     *("model", "env", "env_options", "template_options", "prompt", "history", "context", "context_limit"),
     *("max_new_tokens", "max_steps"),
-    *("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "dtype", "mixed_precision", "seed"),
+    *("eval_games", "eval_temperature", "rollout_budget", "reuse_cache", "device", "dtype", "mixed_precision", "seed"),
 )  # that evaluation reads; of a run's policy the run's own settings are the defaults
 
 
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device_of(config.device))
     date = about_policy(config.model).get("date")
     encoder = Encoder(tokenizer, config.context, date, config.template_options, end_of_turn_ids(model, tokenizer))
     try:

@@ -29,10 +29,10 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def there() -> float:
+def there(device: torch.device) -> float:
     """Bytes that this process may hold, with what it holds already: the GPU's, or on a CPU what is free and within the
     limits of its control groups. Infinite where the system does not say."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     if not STATUS.exists():
         return float("inf")

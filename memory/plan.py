@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 from transformers import AutoConfig
 
 from config import FREE, LOCAL_WRITERS, RECIPES, Config, flag
 from lm.loading import frozen
+from lm.precision import device_of
 from lm.processes import give_back
 from memory import disk, machine
 from memory.counting import bytes_of, shell
@@ -209,10 +209,10 @@ def planned(config: Config, model, processes: int) -> str:
 
 def _memory(config: Config, model, processes: int) -> str:
     try:
-        plan = Plan(config, model.config, processes=processes, libraries=libraries_of(model))
+        plan = Plan(config, model.config, processes=processes, libraries=libraries_of(config, model))
     except Exception as error:  # an architecture that does not run without data; no reason to refuse it
         return f"memory: not planned, {type(error).__name__} in this architecture's code"
-    there = machine.there()
+    there = machine.there(device_of(config.device))
     line = (
         f"memory: at most {plan.peak / GIB:.1f} GiB by plan (in the {plan.largest.name}), {there / GIB:.1f} GiB there"
     )
@@ -223,8 +223,8 @@ def _memory(config: Config, model, processes: int) -> str:
 def describe(config: Config) -> str:
     """What --plan prints."""
     launched = "WORLD_SIZE" in os.environ
-    plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries_of())
-    there = machine.there()
+    plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries_of(config))
+    there = machine.there(device_of(config.device))
     change = advice(plan, there)
     lines = [format_phases(plan.phases)]
     lines += [f"peak, estimated: {plan.peak / MIB:.1f} MiB a process, in the {plan.largest.name}"]
@@ -241,10 +241,10 @@ def describe(config: Config) -> str:
     return "\n".join([*lines, disk.describe(config, plan.model)])
 
 
-def libraries_of(*models: nn.Module) -> float | None:
+def libraries_of(config: Config, *models: nn.Module) -> float | None:
     """Bytes of this process without the models that it holds; None on a GPU, where it is not in the card's memory."""
     give_back()
-    return None if torch.cuda.is_available() else max(0, machine.resident() - sum(map(bytes_of, models)))
+    return None if device_of(config.device).type == "cuda" else max(0, machine.resident() - sum(map(bytes_of, models)))
 
 
 def format_phases(phases: list[Phase]) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from config import FREE, Config, changed, flag, settings_to_save
 from data import Batch
 from lm.loading import remove, save_policy, taken, write_whole
+from lm.precision import device_of
 from lm.processes import whole
 from lm.watch import watch
 from runlog import checkpoints
@@ -24,22 +24,16 @@ from runlog.metrics import over_processes
 
 
 def accelerator_of(config: Config) -> Accelerator:
-    """The processes, device, precision and tracker of a run. Raises ValueError where accelerate takes each of several
-    processes for a run of its own: all of them would write one folder."""
+    """The processes, device, precision and tracker of a run."""
     # One process may play or evaluate for long after the others have done. One that died is noticed by lm/watch.py.
     patient = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
-    accelerator = Accelerator(
+    return Accelerator(
+        cpu=device_of(config.device).type == "cpu",
         mixed_precision=config.mixed_precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.out,
         kwargs_handlers=[patient],
     )
-    started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # what every launcher sets
-    if accelerator.num_processes < started:
-        raise ValueError(
-            f"accelerate takes each of {started} processes for a run of its own: on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
 
 
 class RunLog:

@@ -29,7 +29,7 @@ KNOWN = {f.name for f in fields(Config)}
 @pytest.fixture
 def as_it_stands(monkeypatch):
     """--mixed-precision auto is not made what this machine reads it as."""
-    monkeypatch.setattr(config_module, "mixed_precision", lambda setting: setting)
+    monkeypatch.setattr(config_module, "mixed_precision", lambda setting, device: setting)
 
 
 def unlike(one: Config, other: Config) -> set[str]:

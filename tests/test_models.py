@@ -1,17 +1,26 @@
 """Loading and saving: SmolLM2 from its package, LoRA with the adapters off as the reference."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torchgen
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import lm.precision
-from config import Config
+from config import Config, parse_args
 from lm.loading import add_lora, frozen, frozen_copy, save_policy
-from lm.precision import mixed_precision, multiplies_bfloat16
+from lm.precision import device_of, mixed_precision, multiplies_bfloat16
+from lm.processes import clip_gradients
+from lm.sampler import Sampler
+from lm.scoring import pack, sequence_logprobs, tree_logprobs
 from tiny.coldstart import ColdStart
 from tiny.loading import load_model
+from train import k3, policy_loss
 
 
 def test_smollm2_is_dense_trainable_and_answers(smollm2):
@@ -91,7 +100,7 @@ def test_lora_reference_is_the_start_and_the_merged_policy_is_the_end(llama, tok
 
 @pytest.mark.parametrize("has, chosen", [(True, "bf16"), (False, "no")])
 def test_auto_is_what_the_device_multiplies_in(has, chosen, monkeypatch):
-    monkeypatch.setattr(lm.precision, "multiplies_bfloat16", lambda device: has)
+    monkeypatch.setattr(lm.precision, "multiplies_bfloat16", lambda kind: has)
     assert mixed_precision("auto") == ColdStart().mixed_precision == chosen
     assert Config(mixed_precision="auto").mixed_precision == chosen
     assert Config(mixed_precision="bf16").mixed_precision == ColdStart(mixed_precision="bf16").mixed_precision == "bf16"
@@ -101,6 +110,74 @@ def test_a_processor_without_oneDNN_multiplies_in_float32(monkeypatch):
     assert multiplies_bfloat16("cpu") in (True, False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert multiplies_bfloat16("cpu") is False
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "cuda", "mps", "chosen"),
+    [("auto", True, False, "cuda"), ("auto", False, True, "cpu"), ("auto", False, False, "cpu"), ("mps", 0, 1, "mps")],
+)
+def test_auto_is_a_gpu_of_cuda_or_the_cpu_and_never_apples(setting, cuda, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert device_of(setting).type == chosen
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        parse_args(["--device", "cuda"])
+    assert "--device cuda: PyTorch finds none on this machine, but cpu" in capsys.readouterr().err
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that PyTorch is asked for, and what there is in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.doubles = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.namespace == "aten":  # others are the profiler's
+            self.names.add(function.name().removeprefix("aten::"))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        self.doubles |= {function.name() for tensor in tensors if tensor.dtype == torch.float64}
+        return out
+
+
+def runs_on_mps(name: str, functions: dict[str, dict]) -> bool:
+    """By PyTorch's own list: with a kernel for it, or made of others."""
+    function = functions[name]
+    if "structured_delegate" in function:
+        return runs_on_mps(function["structured_delegate"], functions)
+    kinds = {kind.strip() for kinds in function.get("dispatch", {}) for kind in kinds.split(",")}
+    return not kinds or any(kind == "MPS" or kind.startswith("Composite") for kind in kinds)
+
+
+def test_the_core_asks_a_mac_for_nothing_that_it_lacks(llama, tokenizer):
+    """Sampling with its cache, scoring packed and as a tree, a pass with gradient, and AdamW's step."""
+    listed = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    functions = {entry["func"].partition("(")[0]: entry for entry in yaml.safe_load(listed.read_text())}
+    assert runs_on_mps("nextafter", functions) and not runs_on_mps("_linalg_eigh", functions)
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
+    contexts, responses = [[3, 4, 5], [3, 4, 5, 6, 7, 8]], [[6, 7], [9]]
+    with Operations() as seen:
+        sampler = Sampler(llama, tokenizer, max_new_tokens=4, temperature=1.0, record=True, token_budget=8)
+        first = sampler([0, 1], [[3, 4, 5], [3, 4]])
+        sampler([1], [[3, 4, *first[1], 5]])
+        tree_logprobs(llama, contexts, responses, [None, [3, 4, 5, 6, 7, 9, 8]], token_budget=64)
+        logprobs, at = sequence_logprobs(llama, pack(contexts, responses), 1.0)
+        losses, _ = policy_loss(logprobs, logprobs.detach(), torch.ones(len(at[0])), 0.2, 3.0)
+        (losses + k3(logprobs, logprobs.detach() - 0.1, 10.0)).sum().backward()
+        clip_gradients(list(llama.parameters()), 1.0)
+        optimizer.step()
+    chosen_by_device = {name for name in seen.names if name.startswith("_scaled_dot_product_")}
+    assert len(seen.names) > 60 and chosen_by_device
+    assert not {name for name in seen.names - chosen_by_device if not runs_on_mps(name, functions)}
+    assert not seen.doubles
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def alone(script: str, *argv: str) -> None:
 
 
 def run_python(options: list[str], *argv: str) -> subprocess.CompletedProcess:
-    surroundings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    surroundings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command, how = [sys.executable, *options, *argv], {"capture_output": True, "text": True, "timeout": 300}
     return subprocess.run(command, cwd=ROOT, env=os.environ | surroundings, **how)
 

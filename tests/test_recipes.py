@@ -38,7 +38,7 @@ def test_every_recipe_has_its_settings_of_before():
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_recipe_has_the_settings_that_it_had(name, monkeypatch):
     """Key by key, whatever the defaults are now. `auto` is compared as it stands, not as this machine reads it."""
-    monkeypatch.setattr(config_module, "mixed_precision", lambda setting: setting)
+    monkeypatch.setattr(config_module, "mixed_precision", lambda setting, device: setting)
     expected = Config().to_dict() | MOST | BEFORE[name]  # a setting that came later has its default
     for config in (Config.from_recipe(name), parse_args(["--recipe", name])):
         assert config.to_dict() == expected

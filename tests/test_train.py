@@ -388,15 +388,6 @@ def test_a_run_from_before_a_flag_had_its_default(random_tiny, tmp_path):
     assert len(lines(c.out)) == 2
 
 
-def test_processes_that_do_not_see_one_another_are_refused(monkeypatch, tmp_path):
-    """As torchrun starts them on CPUs: each would train by itself, and write the others' folder."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="each of 2 processes for a run of its own: on CPUs set ACCELERATE_USE_CPU"):
-        start(config(tmp_path, "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_nan_loss_stops_with_advice(random_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "k3", lambda new, reference, bound: new * float("nan"))
     with pytest.raises(FloatingPointError, match="try a lower --learning-rate"):

@@ -29,7 +29,7 @@ import lm.loading
 from envs import ENVIRONMENTS
 from lm.adapters import left_out
 from lm.loading import add_lora, save_policy, taken, write_whole
-from lm.precision import mixed_precision
+from lm.precision import device_of, mixed_precision
 from lm.processes import give_back, not_finite
 from tiny.demonstrations import Demonstrator, demonstrations
 from tiny.supervised import demonstration_loss, shuffled_batches, teach
@@ -157,7 +157,7 @@ def prepared(model, settings: ColdStart) -> tuple:
     model = add_lora(model, settings.lora_rank) if settings.lora_rank else model
     if settings.lora_rank and (warning := left_out(model)):
         print(warning, flush=True)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    model = model.to(device_of()).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
 

@@ -22,6 +22,7 @@ from data import Trajectory
 from evaluate import columns_of, environment, evaluate, format_table
 from lm.encoder import Encoder
 from lm.loading import load_pretrained
+from lm.precision import device_of
 from lm.writers import model_writer
 from memory.machine import peak_mib
 from skills import write_skills
@@ -48,7 +49,7 @@ def measured(model, tokenizer, settings: ColdStart, games: int, date: str | None
         mixed_precision=settings.mixed_precision,
         eval_games=games,
     )
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to(device_of()).eval()
     encoder = Encoder(tokenizer, config.context, date)
     results = evaluate(model, encoder, config)
     played = [trajectory for split in results.values() for trajectory in split]
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         print("coldstart.py: stopped by Ctrl-C: the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     first, last = record["losses"][:SHOWN], latest(record["losses"])
-    trained_on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained_on = device_of()
     print(f"{len(record['losses'])} steps in {record['seconds']} s, peak memory {peak_mib(trained_on):.0f} MiB")
     print(f"loss {first[0]:.2f} at first, {last:.3f} in the end (mean of the last {SHOWN} steps), nats a token")
     if games:

@@ -80,7 +80,7 @@ def case(flags: list[str]) -> dict[str, list[float]]:
 
     run.note = measured
     frozen = {id(model): model for name, model in run.models.items() if model is not run.policy}
-    plan = Plan(config, run.policy.config, libraries=libraries_of(run.policy, *frozen.values()))
+    plan = Plan(config, run.policy.config, libraries=libraries_of(config, run.policy, *frozen.values()))
     train(run, variant_of(config.algo))
     return {phase.name: [phase.size / 2**20, taken[phase.name]] for phase in plan.phases if phase.name in taken}
 
