@@ -49,7 +49,8 @@ $(VENV)/.dev: $(VENV)/.core requirements-dev.lock
 	touch $@
 
 # The pins stand in requirements*.txt. This adds what they need, with all hashes of PyPI, for every system and Python 3.11
-# and newer. Versions stay where they are, but for `make lock ARGS=--upgrade`.
+# and newer. Versions stay where they are, but for `make lock ARGS=--upgrade`. Which of them have known faults:
+# pip-audit --strict --disable-pip --no-deps -r requirements-dev.lock, and the same with requirements.txt, for torch.
 lock: $(VENV)/.venv
 	$(BIN)/pip install -q uv==0.13.9
 	$(COMPILE) requirements.txt -o requirements.lock $(ARGS)
