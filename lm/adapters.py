@@ -17,7 +17,7 @@ from lm.obstacles import NOISE, next_logprobs, unwrapped
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TWICE = (".modules_to_save.weight", ".original_module.weight")  # what peft saves again of resized embeddings
-NO_PEFT = "needs peft: pip install -r requirements-extra.txt"
+NO_PEFT = "needs peft: pip install peft"
 FEW = 0.01  # of the weights: no more than that may go without adapters and without a word
 
 

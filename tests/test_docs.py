@@ -20,7 +20,8 @@ from tiny.warmstart import warm_started
 from tools import walkthrough
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "lab").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+DOCS += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "lab").glob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCS}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)|!\[([^\]]*)\]\(([^)\s]+)\)")
@@ -42,6 +43,8 @@ SUFFIXES = {
     "xlsx",
     "gz",
     "safetensors",
+    "lock",
+    "cff",
 }
 CONFIG_FLAGS = {flag(name) for name in every_setting()} | {"--recipe", "--help"}
 CONFIG_FLAGS |= {"--no-" + name[2:] for name in CONFIG_FLAGS}
@@ -52,7 +55,8 @@ OTHERS = ("agent_system/", "opid/", "verl/", "gigpo/", "examples/")  # folders o
 # What stored runs were made with.
 OLD_SETTINGS = json.loads((ROOT / "lab" / "experiments" / "old_settings.json").read_text())["defaults"]
 OLD_FLAGS = {
-    page: {flag(name) for name in OLD_SETTINGS} for page in ("lab/README.md", "docs/results.md", "docs/methods.md")
+    page: {flag(name) for name in OLD_SETTINGS}
+    for page in ("CHANGELOG.md", "lab/README.md", "docs/results.md", "docs/methods.md")
 }
 
 
@@ -210,6 +214,14 @@ def test_readme_counts_lines_right():
 def test_docs_holds_the_pages_of_those_who_use_it():
     pages = {"coldstart", "differences", "environments", "flags", "forking", "gpu", "methods", "metrics", "results"}
     assert {path.name for path in (ROOT / "docs").iterdir()} == {f"{page}.md" for page in pages | {"walkthrough"}}
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+def test_every_pinned_package_has_its_licence_in_the_table(file):
+    table = TEXTS["docs/environments.md"].partition("\n## Licences\n")[2]
+    named = {name for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for name in row.split(", ")}
+    pinned = re.findall(r"^([\w.-]+)(?:\[\w+\])?==", (ROOT / file).read_text(), re.MULTILINE)
+    assert len(pinned) > 8 and set(pinned) <= named
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,77 @@ def test_lint_passes():
         done = subprocess.run([program, *given], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, f"{line.strip()}\n{done.stdout}{done.stderr}"
     assert tools == ["ruff", "ruff", "ty"]
+
+
+# ---- what is installed -----------------------------------------------------------------------------------------------
+
+PIN = re.compile(r"^([\w.-]+)(?:\[\w+\])?==([^\s;]+)", re.MULTILINE)
+CUDA = ("torch", "triton", "nvidia-", "cuda-")
+
+
+def pins(file: str) -> dict[str, str]:
+    """-> versions that a file names, by package."""
+    return {normal(name): version for name, version in PIN.findall((ROOT / file).read_text())}
+
+
+def normal(name: str) -> str:
+    """A package's name as PyPI and the locks write it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize(
+    ("lock", "files"),
+    [
+        ("requirements.lock", ["requirements.txt"]),
+        ("requirements-dev.lock", ["requirements.txt", "requirements-dev.txt", "requirements.lock"]),
+    ],
+)
+def test_a_lock_holds_every_pin_at_its_version(lock, files):
+    """Where this fails: `make lock`."""
+    locked, wanted = pins(lock), {name: version for file in files for name, version in pins(file).items()}
+    assert len(wanted) > 10 and wanted.pop("torch")
+    assert {name: locked.get(name) for name in wanted} == wanted
+    assert [name for name in locked if name.startswith(CUDA)] == []
+
+
+def test_the_weights_that_make_names_are_locked():
+    name, version = re.search(r"^SMOLLM2 := (\S+)==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).groups()
+    assert pins("requirements-dev.lock")[name] == version
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+def test_everything_in_a_lock_has_hashes(lock):
+    text = (ROOT / lock).read_text()
+    entries = re.findall(r"^\S+==.*(?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?$)+", text, re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^\S*==", text, re.MULTILINE)) > 50
+    assert re.findall(r"^(?![\w#]|    # |    --hash=).+", text, re.MULTILINE) == []  # no index or folder of one machine
+
+
+def test_the_core_imports_what_its_lock_installs_and_the_rest_what_the_tests_install():
+    """Packages that a file imports when it is read, and those that a function imports once it needs them."""
+    core, everything = {*pins("requirements.lock"), "torch"}, {*pins("requirements-dev.lock"), "torch"}
+    providers, seen = packages_distributions(), set()
+    for path in files_of(*LEVEL.keys() - {"lab"}):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            for name in packages(node) - sys.stdlib_module_names:
+                if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists():
+                    allowed = core if node in tree.body else everything
+                    assert allowed & {normal(provider) for provider in providers.get(name, [])}, f"{path}: {name}"
+                    seen.add(name)
+    assert {"transformers", "Stemmer", "peft"} <= seen  # it did find imports
+
+
+def packages(node: ast.AST) -> set[str]:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module] if isinstance(node, ast.ImportFrom) else []
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_lock_knows_what_torch_needs_beside_cuda():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["dependency-metadata"]
+    needs = [need for need in requires("torch") if "extra ==" not in need and not need.startswith(CUDA)]
+    assert {"name": "torch", "requires-dist": needs} in told
 
 
 # ---- counted in a run ------------------------------------------------------------------------------------------------
