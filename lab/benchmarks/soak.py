@@ -4,11 +4,11 @@
     python lab/benchmarks/soak.py laptop --report              # the table once more, from what lies in the folder
 
 Every 10 seconds: memory of the run and its children (PSS: shared pages count once), open files, maps, threads, and what
-lies in its folder but for the logs, which grow by a line an iteration. CPU seconds of ten iterations, an evaluation
-among them, are divided by the steps played: episodes get shorter as the policy learns. Each life between two kills has
-a slope of its own, its first minutes left out; the table has their mean and its 95% interval (Student's t). A slope
-whose interval holds 0 is no growth that these minutes can show. At each kill metrics.jsonl is read: every iteration is
-in it once. Temporary files go to the run's folder, and so are counted.
+lies in its folder but for the logs, which grow by a line an iteration. Temporary files go to the folder, and so count.
+Of each iteration the most that it held is taken: phases differ. Each life between two kills has a slope of its own, its
+first minutes left out; the table has their mean and its 95% interval (Student's t). Where it holds 0 there is no growth
+that these minutes can show. CPU seconds are divided by the steps of episodes, which get shorter as the policy learns. At
+each kill metrics.jsonl is read: every iteration is in it once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,9 @@ SETTINGS = {
     "official": "--recipe laptop --env-options engine=textworld --tasks 4 --eval-games 20",
     "smollm2": "--recipe alfworld-smollm2 --save-every 1",
 }
-HELD = ("memory MiB", "open files", "maps", "threads", "disk MiB")
+HELD = ("memory MiB", "open files", "maps", "threads")
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # by degrees of freedom
 EVERY = 10.0  # seconds
-WINDOW = 10  # iterations, an evaluation among them
 
 
 def family(pid: int) -> list[int]:
@@ -102,21 +101,24 @@ def live(flags: list[str], folder: Path, life: int, seconds: float) -> None:
         raise SystemExit(f"metrics.jsonl has other iterations than each once: {numbers}")
 
 
-def slope(seconds: np.ndarray, values: np.ndarray) -> float:
-    """By hour."""
-    return np.polyfit(seconds / 3600, values, 1)[0] if len(seconds) > 2 else np.nan
+def peaks(life: list[dict], kind: str) -> np.ndarray:
+    """Of each iteration the second at which it held the most, and how much. -> (iterations, 2)"""
+    rows = [max(rows, key=lambda row: row[kind]) for _, rows in groupby(life, key=lambda row: row["iterations"])]
+    return np.array([(row["seconds"], row[kind]) for row in rows]).reshape(-1, 2)
 
 
-def costs(watched: list[dict], steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """CPU milliseconds a step of an episode, of each window of iterations in one life, and when it ended."""
-    changed = [now for before, now in pairwise(watched) if now["iterations"] > before["iterations"]]
-    ends, began = [], changed[0] if changed else None
-    for now in changed:
-        if now["iterations"] >= began["iterations"] + WINDOW:
-            played = steps[began["iterations"] : now["iterations"]].sum()
-            ends.append((now["seconds"], 1000 * (now["cpu s"] - began["cpu s"]) / played))
-            began = now
-    return tuple(np.array(ends).reshape(-1, 2).T)
+def slope(points: np.ndarray) -> float:
+    """By hour, of (seconds, value)."""
+    return np.polyfit(points[:, 0] / 3600, points[:, 1], 1)[0] if len(points) > 2 else np.nan
+
+
+def cost(life: list[dict], steps: np.ndarray) -> float:
+    """CPU milliseconds a step of an episode, over the whole iterations of a life."""
+    changed = [now for before, now in pairwise(life) if now["iterations"] > before["iterations"]]
+    if len(changed) < 2:
+        return np.nan
+    first, last = changed[0], changed[-1]
+    return 1000 * (last["cpu s"] - first["cpu s"]) / steps[first["iterations"] : last["iterations"]].sum()
 
 
 def interval(slopes: list[float]) -> tuple[float, float]:
@@ -138,19 +140,12 @@ def report(name: str, folder: Path, warm: float) -> None:
     print(f"{minutes:.0f} minutes, {len(metrics)} iterations, {len(lives)} lives, each ended by SIGKILL; each once in")
     print(f"metrics.jsonl. Slopes are of a life's minutes after the first {warm / 60:.0f}.")
     print(f"{'':18}{'mean':>10}{'most':>10}{'slope an hour':>16}{'95% interval':>22}")
-    rows = {}
     for kind in HELD:
-        values = [np.array([row[kind] for row in life]) for life in late]
-        slopes = [slope(np.array([row["seconds"] for row in life]), each) for life, each in zip(late, values)]
-        rows[kind] = np.concatenate(values), slopes
-    by_window = [costs(life, steps) for life in late]
-    rows["CPU ms a step"] = np.concatenate([each for _, each in by_window]), [slope(*each) for each in by_window]
-    for kind, (values, slopes) in rows.items():
-        mean, half = interval(slopes)
+        found = [peaks(life, kind) for life in late]
+        (mean, half), values = interval([slope(each) for each in found]), np.concatenate(found)[:, 1]
         grows = "  grows" if mean - half > 1e-6 else ""
         bounds = f"[{mean - half:.2f}, {mean + half:.2f}]"
-        most = values.max(initial=-np.inf)
-        print(f"{kind:18}{values.sum() / max(1, len(values)):10.1f}{most:10.1f}{mean:+16.2f}{bounds:>22}{grows}")
+        print(f"{kind:18}{values.mean():10.1f}{values.max():10.1f}{mean:+16.2f}{bounds:>22}{grows}")
     ends = [life[-1] for life in lives]
     print(
         "at the end of each life: " + ", ".join(f"{end['memory MiB']:.0f}" for end in ends) + " MiB of memory; ", end=""
