@@ -5,10 +5,10 @@
 
 Every 10 seconds: memory of the run and its children (PSS: shared pages count once), open files, maps, threads, and what
 lies in its folder but for the logs, which grow by a line an iteration. Temporary files go to the folder, and so count.
-Of each iteration the most that it held is taken: phases differ. Each life between two kills has a slope of its own, its
-first minutes left out; the table has their mean and its 95% interval (Student's t). Where it holds 0 there is no growth
-that these minutes can show. CPU seconds are divided by the steps of episodes, which get shorter as the policy learns. At
-each kill metrics.jsonl is read: every iteration is in it once.
+Of each iteration the most that it held is taken, since phases differ. Each life between two kills has a slope of its
+own, its first minutes left out; the table has their mean and its 95% interval (Student's t). Where that holds 0 there is
+no growth that these minutes can show. CPU seconds are divided by the steps of episodes, which get shorter as the policy
+learns. At each kill metrics.jsonl is read: every iteration is in it once.
 """
 
 from __future__ import annotations
@@ -147,10 +147,10 @@ def report(name: str, folder: Path, warm: float) -> None:
         bounds = f"[{mean - half:.2f}, {mean + half:.2f}]"
         print(f"{kind:18}{values.mean():10.1f}{values.max():10.1f}{mean:+16.2f}{bounds:>22}{grows}")
     ends = [life[-1] for life in lives]
-    print(
-        "at the end of each life: " + ", ".join(f"{end['memory MiB']:.0f}" for end in ends) + " MiB of memory; ", end=""
-    )
-    print(", ".join(f"{end['disk MiB']:.0f}" for end in ends) + " MiB on disk\n", flush=True)
+    memory, on_disk = (", ".join(f"{end[kind]:.0f}" for end in ends) for kind in ("memory MiB", "disk MiB"))
+    costs = ", ".join(f"{cost(life, steps):.1f}" for life in lives)
+    print(f"at the end of each life: {memory} MiB of memory; {on_disk} MiB on disk")
+    print(f"CPU ms a step of an episode, life by life: {costs}\n", flush=True)
 
 
 def main() -> None:
