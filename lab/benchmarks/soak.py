@@ -6,7 +6,7 @@
 Every 10 seconds: memory of the run and its children (PSS: shared pages count once), open files, maps, threads, and what
 lies in its folder but for the logs, which grow by a line an iteration. Temporary files go to the folder, and so count.
 Of each iteration the most that it held is taken, since phases differ. Each life between two kills has a slope of its
-own, its first minutes left out; the table has their mean and its 95% interval (Student's t). Where that holds 0 there is
+own, its first minutes left out; the table has their mean and its 95% interval. Where that holds 0 there is
 no growth that these minutes can show. CPU seconds are divided by the steps of episodes, which get shorter as the policy
 learns. At each kill metrics.jsonl is read: every iteration is in it once.
 """
