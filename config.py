@@ -39,7 +39,7 @@ OFFICIAL_ANSWER = 24  # tokens: the tags of an official answer around a command,
 # that messages and docs recommend where memory, the context limit or a NaN gradient stopped a run.
 FREE = {
     *("out", "resume", "plan", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"),
-    *("strict", "device"),
+    *("strict", "device", "plan_for"),
     *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
     *("skill_context_limit", "learning_rate", "max_grad_norm"),
 }
@@ -97,7 +97,8 @@ class Config:
     seed: int = FIRST(0, "seed of everything random")
     out: str = FIRST("runs/opid", "run folder")
     resume: bool = FIRST(False, "go on from the newest checkpoint in --out")
-    plan: bool = FIRST(False, "print the estimated peak memory of this run, without loading weights, and exit")
+    plan: bool = FIRST(False, "print this run's estimated peak memory and hours, without loading weights, and exit")
+    plan_for: str | None = FIRST(None, "print the plan for another card, by its name, such as 'RTX 4090', or its GiB")
 
     context: str = ROLLOUT(
         "window", "chat: one growing conversation; window: each step is a prompt of its own", ("chat", "window")
@@ -210,7 +211,9 @@ class Config:
         if type(self) is not (own := variant_of(self.algo).settings):  # grpo's lambdas are 0, for one
             raise ValueError(f"--algo {self.algo} has settings of its own: {own.__module__}.{own.__name__}")
         self._check_values()
-        self.mixed_precision = mixed_precision(self.mixed_precision, self.device)
+        self.plan = self.plan or self.plan_for is not None
+        if self.plan_for is None:  # else the other card decides
+            self.mixed_precision = mixed_precision(self.mixed_precision, self.device)
         if self.model.startswith(PREFIX) and (self.prompt, self.context) != ("compact", "chat"):
             raise ValueError(
                 f"--model {self.model} knows --prompt compact and --context chat: for others run tools/coldstart.py "

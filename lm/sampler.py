@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from lm.cache import CachedConversations, roomy_cache
 from lm.encoder import closing_token
 from lm.obstacles import cache_obstacle, cached_columns, padding_obstacle, unwrapped
+from lm.scoring import counted
 
 COMPACT_AT = 0.25  # share of spare columns at which a cache is compacted; the copy costs about as much as one new token
 
@@ -219,6 +220,7 @@ class Sampler:
     def _note(self, keys: list[int], responses: list[list[int]], draws: Draws) -> None:
         """The turn is over: the next one has other random numbers."""
         self.turns.update(keys)
+        counted["sampled"] += sum(map(len, responses))
         if self.recorded is not None:
             rows = draws.recorded(max(map(len, responses)))
             for key, response, row in zip(keys, responses, rows, strict=True):

@@ -16,6 +16,7 @@ H hidden size, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lm.obstacles import other_layers, ropes, takes, text_config, unwrapped
 
 CHUNK = 2**25  # tokens x vocabulary: 128 MiB of float32, and still 220 tokens a matrix product at 152k words
+
+counted: Counter[str] = Counter()  # tokens sampled, scored and trained on since a run last took note (runlog/start.py)
 
 _linear_heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether its logits are head(hidden states)
 
@@ -162,6 +165,7 @@ def model_inputs(model, sequences: list[Sequence]) -> tuple[dict[str, Tensor], T
     attention_mask = torch.zeros_like(ids)  # (S, L)
     keep = torch.zeros(ids.shape, dtype=torch.bool)  # (S, L) True at p - 1 for a response token at p
     rows, columns, targets = [], [], []
+    counted["trained" if torch.is_grad_enabled() else "scored"] += sum(len(s.ids) for s in sequences if s.responses)
     for s, sequence in enumerate(sequences):
         ids[s, : len(sequence.ids)] = torch.tensor(sequence.ids)
         attention_mask[s, : len(sequence.ids)] = 1

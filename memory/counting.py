@@ -1,7 +1,8 @@
-"""How much memory a computation holds, counted on tensors without data: the model's own code runs, nothing is computed.
+"""What a computation holds and does, counted on tensors without data: the model's own code runs, nothing is computed.
 
-It takes a second or two, and no device. What counts is what PyTorch's tensors hold, which on a GPU is what
-`torch.cuda.max_memory_allocated` says of the same code; what a kernel needs inside itself does not.
+It takes a second or two, and no device. What counts as held is what PyTorch's tensors hold, which on a GPU is what
+`torch.cuda.max_memory_allocated` says of the same code; what a kernel needs inside itself does not. What it does is
+counted an operation at a time (`Work`): hours.py makes seconds of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Generator
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,25 +19,45 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
 from lm.loading import add_lora
 
 
+@dataclass(frozen=True)
+class Work:
+    """`launches`: operations that PyTorch dispatches, each a kernel or a view. `weights`: bytes of the matrices that
+    rows are multiplied with, keys and values among them. `moved`: all other bytes that are read and written.
+    `products`: multiplications and additions, of matrix products and attention alone."""
+
+    launches: float = 0.0
+    weights: float = 0.0
+    moved: float = 0.0
+    products: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(times * mine for mine in astuple(self)))
+
+
 class Count(TorchDispatchMode):
-    """While it is entered: `held`, bytes of the tensors that are alive, and `peaks`, the most of it in each stage, up
-    to a `mark` and from there on. Tensors that were there before (`known`) count as nothing. `kept` and `cache` are for
-    the work to set: what it leaves behind, and keys and values."""
+    """While it is entered: `held`, bytes of the tensors that are alive, `peaks`, the most of it in each stage, up to a
+    `mark` and from there on, and the `work` done. Tensors that were there before (`known`) count as nothing held.
+    `kept` and `cache` are for the work to set: what it leaves behind, and keys and values."""
 
     def __init__(self, known):
         super().__init__()
-        self.held, self.peaks, self.kept, self.cache = 0, [0], 0, 0
+        self.held, self.peaks, self.kept, self.cache, self.work = 0, [0], 0, 0, Work()
         self._sizes: dict[int, int] = {}  # storage -> its bytes
         for tensor in known:
             self._add(tensor.untyped_storage(), 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.work += work_of(func, args, kwargs or {}, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -59,6 +81,42 @@ class Count(TorchDispatchMode):
         self.held -= self._sizes.pop(key)
 
 
+ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu": (0, 2)}  # where its query is, and how many products it is
+ATTENTION["_scaled_dot_product_flash_attention_for_cpu_backward"] = (1, 5)
+LOOKED_UP = ("embedding", "index", "index_select", "gather")  # read of their first argument what they return
+# which arguments rows are multiplied with: weights, or keys and values
+MATRICES = {"mm": slice(1, 2), "bmm": slice(1, 2), "addmm": slice(2, 3)}
+MATRICES["_scaled_dot_product_flash_attention_for_cpu"] = slice(1, 3)
+NO_NUMBERS = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh")
+
+
+def work_of(function, args, kwargs, out) -> Work:
+    """Of one operation. A view moves nothing, nor does memory that is not filled."""
+    kernel = function.overloadpacket
+    name = kernel.__name__
+    if function.namespace != "aten":  # what tensors without data ask themselves
+        return Work()
+    if function.is_view or name in NO_NUMBERS:
+        return Work(1)
+    products = 0.0
+    if name in ATTENTION:
+        at, count = ATTENTION[name]
+        query, key = args[at], args[at + 1]  # (B, heads, L, size) each
+        products = 2 * count * query.numel() * key.shape[2]
+    elif kernel in flop_registry:
+        products = flop_registry[kernel](*args, **kwargs, out_val=out)
+    given = [*args[1:], out] if name in LOOKED_UP else list(args)
+    weights = sum(map(bytes_in, args[MATRICES[name]])) if name in MATRICES else 0
+    return Work(1, weights, sum(map(bytes_in, tree_leaves([given, kwargs, out]))) - weights, products)
+
+
+def bytes_in(value) -> int:
+    """Of a tensor's numbers, those that it shows many times (`expand`) once; 0 of anything else."""
+    if not isinstance(value, torch.Tensor):
+        return 0
+    return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+
+
 def shell(architecture, dtype: str, lora_rank: int) -> nn.Module:
     """The model with all its sizes and none of its data."""
     with torch.device("meta"):
@@ -78,22 +136,22 @@ class Shells:
             if whole == two + self.more * (three - two):
                 self.counted = short
 
-    def peak_of(self, work: Callable[[nn.Module, Count], None]) -> tuple[float, float, float]:
-        """Bytes beyond the weights that `work` holds: (at its peak, what it `kept`, its `cache`).
+    def count(self, work: Callable[[nn.Module, Count], None]) -> tuple[float, float, float, Work]:
+        """Bytes beyond the weights that `work` holds: (at its peak, what it `kept`, its `cache`), and what it does.
 
-        In each stage of it memory grows with every layer by the same, so that two numbers of layers say it of any.
+        In each stage of it all of these grow with every layer by the same, so that two numbers of layers say it of any.
         """
         stages = [self._stages(work, architecture) for architecture in self.counted]
         if len(stages) == 2:
             stages = [[two + self.more * (three - two) for two, three in zip(*stages, strict=True)]]
-        *peaks, kept, cache = stages[0]
-        return max(peaks), kept, cache
+        *peaks, kept, cache = stages[0][:-4]
+        return max(peaks), kept, cache, Work(*stages[0][-4:])
 
     def _stages(self, work, architecture) -> list[float]:
         model = shell(architecture, *self.options)
         with _without_data(model), Count([*model.parameters(), *model.buffers()]) as count:
             work(model, count)
-            return [*count.peaks, count.kept, count.cache]
+            return [*count.peaks, count.kept, count.cache, *astuple(count.work)]
 
 
 def bytes_of(model: nn.Module, *, trained: bool = False) -> int:

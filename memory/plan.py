@@ -1,6 +1,6 @@
 """What a run needs of memory, phase by phase, whether that is there, and what to change first: python train.py --plan
 
-It also says what the run writes to disk (disk.py).
+It also says how long the run will take (hours.py) and what it writes to disk (disk.py).
 
 Planned from the model's configuration, no weights loaded. Exact: weights, gradients, optimizer, copies, keys and
 values. What a pass holds besides is counted on tensors without data, by the run's own code (passes.py). All rows are
@@ -17,9 +17,9 @@ from transformers import AutoConfig
 
 from config import FREE, LOCAL_WRITERS, RECIPES, Config, flag
 from lm.loading import frozen
-from lm.precision import device_of
+from lm.precision import device_of, mixed_precision
 from lm.processes import give_back
-from memory import disk, machine
+from memory import disk, hours, machine
 from memory.counting import bytes_of, shell
 from memory.passes import Pass, Passes
 from tiny.loading import load_config
@@ -65,7 +65,7 @@ class Plan:
 
     def _phases(self) -> list[Phase | None]:
         config, limit = self.config, self.config.context_limit
-        alive, played = self._rows(limit, self._episodes()), self._rows(limit, self._share(config.eval_games))
+        alive, played = self.rows(limit, self.episodes), self.rows(limit, self.share(config.eval_games))
         return [
             self._without_gradient("rollout", self.passes.sampling(alive, limit)),
             self._skills(),
@@ -74,14 +74,16 @@ class Plan:
             self._without_gradient("evaluation", self.passes.sampling(played, limit)) if played > alive else None,
         ]
 
-    def _share(self, count: int) -> int:
+    def share(self, count: int) -> int:
         """The most of so many that one process gets."""
         return -(-count // self.processes)
 
-    def _episodes(self) -> int:
-        return self._share(self.config.tasks) * self.config.rollouts
+    @property
+    def episodes(self) -> int:
+        """Of one process, in an iteration."""
+        return self.share(self.config.tasks) * self.config.rollouts
 
-    def _rows(self, length: int, count: int) -> int:
+    def rows(self, length: int, count: int) -> int:
         """How many rows are sampled at a time, of `count` in all."""
         return min(max(1, self.config.rollout_budget // length), count)
 
@@ -90,7 +92,7 @@ class Plan:
         if not config.writes_skills or writer not in LOCAL_WRITERS:
             return None
         length = config.skill_context_limit or config.context_limit
-        work = self.passes.sampling(self._rows(length, self._episodes()), length)
+        work = self.passes.sampling(self.rows(length, self.episodes), length)
         return self._without_gradient("skills", work, writer)
 
     # ---- what a phase holds --------------------------------------------------------------------------------------
@@ -221,24 +223,38 @@ def _memory(config: Config, model, processes: int) -> str:
 
 
 def describe(config: Config) -> str:
-    """What --plan prints."""
-    launched = "WORLD_SIZE" in os.environ
-    plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries_of(config))
-    there = machine.there(device_of(config.device))
+    """What --plan and --plan-for print. Raises ValueError for a card that is not known."""
+    launched, name, card = "WORLD_SIZE" in os.environ, config.plan_for, None
+    there, libraries = machine.there(device_of(config.device)), libraries_of(config)
+    if name is not None:
+        config, card = for_card(config, name)
+        there, libraries = GIB * (card.memory if card else float(name)), None
+    plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries)
     change = advice(plan, there)
     lines = [format_phases(plan.phases)]
     lines += [f"peak, estimated: {plan.peak / MIB:.1f} MiB a process, in the {plan.largest.name}"]
     fits = "it fits" if change is None else f"does not fit: change {change}"
-    lines += [
-        f"{'the GPU has' if plan.gpu else 'this machine has'} {there / GIB:.1f} GiB, {USABLE:.0%} of which may be "
-        f"planned with: {fits}"
-    ]
+    whose = f"{name if card else 'such a card'} has" if name else "the GPU has" if plan.gpu else "this machine has"
+    lines += [f"{whose} {there / GIB:.1f} GiB, {USABLE:.0%} of which may be planned with: {fits}"]
     counts = (1, 2, 4, 8) if config.shard and not launched else (plan.processes,)
     for count in counts:
         peak = Plan(config, plan.architecture, processes=count).peak
-        card = next((f"fits a GPU of {card} GB" for card in CARDS if peak <= USABLE * card * GIB), "fits no GPU")
-        lines += [f"on {count} GPU{'s' * (count > 1)}: {peak / GIB:.1f} GiB each, {card}"]
+        fitting = next((f"fits a GPU of {size} GB" for size in CARDS if peak <= USABLE * size * GIB), "fits no GPU")
+        lines += [f"on {count} GPU{'s' * (count > 1)}: {peak / GIB:.1f} GiB each, {fitting}"]
+    if card or name is None:
+        lines += [hours.describe(plan, hours.by_sheet(name, config) if name and card else hours.this_machine(plan))]
+    else:
+        lines += ["hours: name a card (--plan-for 'RTX 4090')"]
     return "\n".join([*lines, disk.describe(config, plan.model)])
+
+
+def for_card(config: Config, name: str) -> tuple[Config, hours.Card | None]:
+    """The settings as they hold on the card of --plan-for, and that card; None where only its memory is known."""
+    card = hours.card_of(name)
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = mixed_precision(precision) if card is None else "bf16" if card.bfloat16 else "no"
+    return replace(config, plan_for=None, mixed_precision=precision), card
 
 
 def libraries_of(config: Config, *models: nn.Module) -> float | None:

@@ -17,6 +17,7 @@ COUNTS = {
     *("episodes", "rollout/context_full", "rollout/failed", "rollout/skilled", "rollout/too_long"),
     *("skills/failed", "skills/retried", "skills/too_long", "skills/step_keys_dropped"),
     *("guided/episode_too_long", "guided/step_too_long"),
+    *("tokens/sampled", "tokens/skills", "tokens/scored", "tokens/trained"),
 }
 MEANS_OVER = {
     "episodes": ("train/success", "rollout/steps", "skills/parse_rate", "skills/first_parse_rate"),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic
 
 import torch
@@ -26,15 +27,17 @@ from lm.loading import add_lora, frozen_copy
 from lm.obstacles import check_gap, check_model, check_positions, logprob_gap, sampling_note, untrained_positions
 from lm.processes import Offload, Processes, gathered, give_back, shard
 from lm.sampler import Sampler, end_of_turn_ids
-from lm.scoring import layout_noise
+from lm.scoring import counted, layout_noise
 from lm.writers import Writer, import_writer, model_writer, openai_writer
+from memory import hours
 from memory.machine import peak_mib
-from memory.plan import planned
+from memory.plan import Plan, planned
 from runlog import RunLog, accelerator_of, checkpoints, silence
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
 from runlog.silence import shares, silences
 from tiny.loading import load_model
 
+TOKENS = ("tokens/sampled", "tokens/skills", "tokens/scored", "tokens/trained")  # docs/metrics.md says what counts
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
 
@@ -63,6 +66,7 @@ class Run(Generic[SettingsT]):
     rng: random.Random = field(default_factory=random.Random)  # of it, the same in all processes
     metrics: Metrics = field(default_factory=dict)  # of it
     lap: float = 0.0  # when its last step ended
+    evaluation: float | None = None  # seconds of the last one; None: there was none yet
     finished: int = -1  # the last iteration that came to its end
     kept: dict[str, Any] = field(default_factory=dict)  # `state` at its end
     ahead: bool = False  # whether the weights have moved since
@@ -80,7 +84,8 @@ class Run(Generic[SettingsT]):
 
     def begin(self, iteration: int) -> None:
         """Seeds everything random for this iteration, PyTorch by process, `rng` alike in all; and its learning rate."""
-        self.iteration, self.metrics, self.lap = iteration, {}, time.perf_counter()
+        self.iteration, self.metrics, self.lap = iteration, dict.fromkeys(TOKENS, 0.0), time.perf_counter()
+        counted.clear()
         torch.manual_seed(self.config.seed * 1_000_003 + iteration * 1009 + self.processes.rank)
         self.rng = random.Random(f"{self.config.seed} {iteration}")
         for group in self.optimizer.param_groups:
@@ -119,10 +124,16 @@ class Run(Generic[SettingsT]):
             yield
 
     def note(self, step: str, metrics: Metrics) -> None:
-        """The metrics of a step of the iteration, which ends here, and its seconds."""
+        """The metrics of a step of the iteration, which ends here, its seconds, and the tokens that it read or sampled.
+        Those of an evaluation do not count."""
         give_back()
         now = time.perf_counter()
         self.metrics |= metrics | {f"seconds/{step}": now - self.lap}
+        if step != "evaluate":
+            for kind, count in counted.items():
+                name = f"tokens/{'skills' if (step, kind) == ('skills', 'sampled') else kind}"
+                self.metrics[name] = self.metrics.get(name, 0) + count
+        counted.clear()
         self.lap = time.perf_counter()
 
     def check_scores(self, batch: Batch) -> Metrics:
@@ -150,6 +161,7 @@ class Run(Generic[SettingsT]):
             success, table = evaluate_everywhere(self.policy, self.encoder, self.config, self.processes)
         self.log.evaluation(self.iteration, success, table)
         self.note("evaluate", {f"eval/{split}/success": share for split, share in success.items()})
+        self.evaluation = self.metrics["seconds/evaluate"]
 
     def finish(self, batch: Batch) -> None:
         """Evaluate, log, save, each when it is due."""
@@ -167,6 +179,10 @@ class Run(Generic[SettingsT]):
         metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
         metrics |= shares(batch, self.encoder.ends, self.tokenizer.unk_token_id)
         metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
+        if iteration == self.log.first_iteration and not last:
+            plan = partial(Plan, config, self.policy.config, processes=self.processes.count)
+            if self.processes.rank == 0:
+                print(hours.after_an_iteration(config, metrics, iteration, self.evaluation, plan))
         if iteration % silence.EVERY == 0 or last:
             self.warn(silences(config, metrics))
         if last or (iteration + 1) % config.save_every == 0:

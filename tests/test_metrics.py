@@ -29,10 +29,11 @@ def test_means_over_processes_are_those_of_everything_together():
     mine["rollout/logprob_gap"] = 0.25
     theirs = {"episodes": 1, "skills/parse_rate": 0.0, "rollout/valid_actions": 1.0, "grad_norm": 2.0, "loss/kl": 0.25}
     theirs["rollout/logprob_gap"] = 0.5
+    mine["tokens/sampled"], theirs["tokens/sampled"] = 100, 20
     other = Process()
     over_processes(theirs, {"episodes": 1, "steps": 2}, other)
     got = over_processes(mine, {"episodes": 3, "steps": 30}, Process(other))
-    assert got["episodes"] == 4
+    assert (got["episodes"], got["tokens/sampled"]) == (4, 120)
     assert got["skills/parse_rate"] == pytest.approx(2 / 4)
     assert got["rollout/valid_actions"] == pytest.approx((15 + 2) / 32)
     assert (got["grad_norm"], got["loss/kl"]) == (2.0, 0.25)

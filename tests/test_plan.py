@@ -1,5 +1,6 @@
-"""The memory plan: parts by hand, passes against real tensors, advice that is enough, and nothing left behind."""
+"""The plan: parts by hand, passes against real tensors, advice that is enough, nothing left behind; and its hours."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,14 +12,16 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 import train
+from config import every_setting, flag, variant_of
 from lm.cache import CachedConversations
 from lm.sampler import Sampler
-from lm.scoring import Sequence, sequence_logprobs
-from memory import machine
-from memory.counting import Count, Shells
-from memory.passes import Passes
-from memory.plan import GIB, Plan, _changes, advice, describe, planned
-from runlog.start import Run
+from lm.scoring import Sequence, counted, sequence_logprobs
+from memory import hours, machine
+from memory.counting import Count, Shells, Work
+from memory.hours import Hours, Machine
+from memory.passes import Passes, Shape
+from memory.plan import GIB, Plan, _changes, advice, describe, for_card, planned
+from runlog.start import TOKENS, Run, start
 from tests.settings import laptop
 from tiny.loading import load_config
 from tiny.warmstart import tiny_model, tiny_tokenizer
@@ -286,3 +289,172 @@ def test_a_teacher_is_planned_for_the_environment_of_the_run(monkeypatch):
     monkeypatch.setattr("memory.plan.load_config", lambda name, env: asked.append((name, env)) or architecture)
     Plan(laptop(env="search", algo="opd", teacher="cold:bigger"))
     assert ("cold:bigger", "search") in asked
+
+
+# ---- hours ----
+
+STEPS = Machine("a launch is a second", float("inf"), float("inf"), float("inf"), 1.0)
+
+
+def test_operations_by_hand():
+    a, b = torch.ones(3, 4), torch.ones(4, 5)
+    with Count([]) as count:
+        c = a @ b
+        assert count.work == Work(1, weights=4 * 20, moved=4 * (12 + 15), products=2 * 3 * 4 * 5)
+        c.t()  # a view
+        assert count.work.launches == 2
+        torch.nn.functional.embedding(torch.tensor([1, 1]), b)  # two rows of five are read and written, by two longs
+        assert count.work.moved == 4 * (12 + 15) + 2 * 4 * 10 + 2 * 8
+        a.expand(7, 3, 4) + 1  # twelve numbers are read, however often
+    assert count.work.moved == 4 * (12 + 15) + 2 * 4 * 10 + 2 * 8 + 4 * 12 + 4 * 7 * 12
+
+
+def test_a_step_and_an_update_of_two_layers_by_hand():
+    rows, length = 4, 50
+    passes = Passes(laptop(), load_config("tiny"))
+    step = passes.reading(rows, length, 1, room=1).work
+    weights, attention = LINEAR + WORDS * 192, 2 * 2 * 192 * length  # of a row: q k and p v, both layers
+    assert step.products == pytest.approx(rows * 2 * (weights + attention), rel=1e-3)  # and rotary embeddings
+    assert step.weights == pytest.approx(4 * weights + rows * 4 * attention, rel=1e-3)  # keys and values are read
+    shape = Shape(2, length, 10)
+    update, scoring = passes.update(shape).work, passes.scoring(shape).work
+    layers, head, last = 2 * 2 * length * LINEAR, 2 * 2 * 10 * WORDS * 192, 2 * 2 * WORDS * 192  # one logit a row
+    seen = 2 * length * 2 * attention
+    assert scoring.products == pytest.approx(layers + head + last + seen, rel=1e-3)
+    # twice as much backwards, attention 5 products for 2; logits are all in one chunk, which is made again
+    assert update.products == pytest.approx(3 * layers + 4 * head + last + 3.5 * seen, rel=1e-3)
+
+
+def test_work_grows_with_the_layers():
+    counted, whole = Shells(DEEP, "float32", 0), Shells(DEEP, "float32", 0)
+    whole.counted = [DEEP]
+
+    def work(model, count):
+        model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False)
+
+    assert counted.count(work)[3] == whole.count(work)[3]
+
+
+def test_seconds_of_work_by_hand():
+    machine = Machine("slow", weights=2e9, bandwidth=1e9, products=1e12, launch=1e-3)
+    assert machine.seconds(Work(100, weights=8e9, moved=4e9, products=2e12)) == pytest.approx(0.1 + 4 + 4 + 2)
+
+
+def test_half_of_the_limits_by_hand():
+    config = laptop()  # 16 x 8 episodes of 20 steps of 12 tokens, 5 step skills, KL
+    lengths = hours.expected(config)
+    assert (lengths.turns, lengths.read, lengths.answer, lengths.skill) == (10, 64, 6, 48)
+    # five branches of an observation, a skill and an answer; the conversation again with a skill in it
+    assert lengths.guided == 5 * (64 + 32 + 6) + 10 * (64 + 6) + 32
+    counts = {"sampled": 128 * 60, "skills": 128 * 48, "scored": 128 * (2 * 700 + 1242), "trained": 128 * 700}
+    assert hours.tokens(config, lengths, 128) == counts
+    grpo = laptop(algo="grpo", kl=0.0)
+    assert hours.tokens(grpo, hours.expected(grpo), 128) == counts | {"skills": 0, "scored": 128 * 700}
+    window = hours.expected(laptop(context="window"))
+    assert (window.turns, window.read, window.guided) == (10, 506, 10 * (506 + 32 + 6))
+
+
+def test_phases_by_hand(monkeypatch):
+    config = laptop(tasks=2, rollouts=3, rollout_budget=2048, mini_batch=0, eval_games=4)
+    plan = Plan(config, processes=1)
+    plan.passes = SimpleNamespace(
+        reading=lambda rows, length, columns, room=0: SimpleNamespace(work=Work(1)),
+        scoring=lambda shape: SimpleNamespace(work=Work(10)),
+        update=lambda shape: SimpleNamespace(work=Work(100)),
+    )
+    monkeypatch.setattr(hours, "STEP_LAUNCHES", 0)
+    longest = {"most_turns": 20.0, "most_read": 64.0}
+    planned = Hours(plan, STEPS, replace(hours.expected(config), **longest))
+    # three waves of two; a turn is read at once and samples 12 tokens, the first of which reading gives
+    assert planned.phases["rollout"] == 3 * 20 * 12
+    assert planned.evaluation == 2 * (2 * 20 * 12)
+    # transcripts of 464 + 96 tokens, three at a time: two batches
+    assert planned.phases["skills"] == 2 * 96
+    # 700 tokens an episode: five in the 4096 of a micro-batch
+    assert planned.phases["rescore"] == pytest.approx(10 * 6 * (2 * 700 + 1242) / (5 * 700))
+    assert planned.phases["update"] == pytest.approx(100 * 6 * 700 / (5 * 700))
+    assert planned.run == pytest.approx(60 * planned.iteration + 7 * planned.evaluation)
+
+
+def test_evaluations_by_hand():
+    config = laptop(iterations=25, eval_every=10)  # before the first, after 10 and 20, after the last
+    assert [hours.evaluations(replace(config, eval_every=every)) for every in (0, 10, 25)] == [1, 4, 2]
+    assert [hours.evaluations_left(config, i) for i in (0, 9, 10, 19, 23, 24)] == [3, 2, 2, 1, 1, 0]
+    assert hours.evaluations_left(replace(config, eval_every=0), 0) == 1
+
+
+def test_what_a_run_logs_is_what_the_plan_counts(random_tiny, tmp_path, monkeypatch):
+    """Of given turns and lengths. Tokens are counted here from the batch itself."""
+    config = laptop(
+        algo="grpo", out=str(tmp_path), tasks=2, rollouts=2, max_steps=3, iterations=2, eval_every=1, eval_games=1
+    )
+    batches, finish = [], Run.finish
+    monkeypatch.setattr(Run, "finish", lambda run, batch: (batches.append(batch), finish(run, batch)))
+    train.train(run := start(config), variant_of("grpo"))
+    steps = [step for trajectory in batches[-1].trajectories for step in trajectory.steps]
+    last = [trajectory.steps[-1] for trajectory in batches[-1].trajectories]
+    episodes = sum(len(step.context) + len(step.response) for step in last)  # a conversation is packed into its last
+    metrics = {name.removeprefix("tokens/"): value for name, value in run.metrics.items() if "tokens/" in name}
+    assert metrics == {
+        "sampled": sum(len(step.response) for step in steps),
+        "skills": 0,
+        "scored": 2 * episodes,  # by the policy and the reference
+        "trained": episodes,
+    }
+    line = run.metrics
+    lengths = hours.measured(config, line)
+    assert hours.tokens(config, lengths, len(last)) == pytest.approx(metrics)
+    assert lengths.turns * len(last) == pytest.approx(len(steps))
+    assert lengths.read == pytest.approx((episodes - metrics["sampled"]) / len(steps))
+
+
+def test_tokens_of_a_phase_are_told_apart():
+    run = SimpleNamespace(metrics=dict.fromkeys(TOKENS, 0), lap=0.0)
+    for step in ("rollout", "skills", "evaluate", "update"):
+        counted.clear()
+        counted.update({"sampled": 5, "scored": 7})
+        Run.note(run, step, {})
+    assert [run.metrics[name] for name in TOKENS] == [10, 5, 21, 0]  # an update may sample and score, too
+    assert not counted
+
+
+def test_known_cards_by_name_or_memory():
+    config = laptop(plan_for="RTX 4090", mixed_precision="auto")
+    assert config.plan and config.mixed_precision == "auto"  # the other card decides
+    shown = describe(config)
+    assert "RTX 4090 has 24.0 GiB" in shown and "hours, estimated on RTX 4090: " in shown
+    assert for_card(config)[0].mixed_precision == "bf16"
+    turing, _ = for_card(replace(config, plan_for="T4"))
+    assert turing.mixed_precision == "no" and hours.by_sheet("T4", turing).products == 0.5 * 8.1e12
+    assert hours.by_sheet("RTX 4090", for_card(config)[0]).weights == pytest.approx(0.8 * 1008e9)
+    assert "such a card has 24.0 GiB" in describe(laptop(plan_for="24"))
+    with pytest.raises(ValueError, match=r"--plan-for '4091x': not among T4, L4, .* nor a number of GiB"):
+        describe(laptop(plan_for="4091x"))
+
+
+def test_after_the_first_iteration_a_run_says_what_is_left(monkeypatch):
+    config = laptop(iterations=11, eval_every=5)  # three more evaluations
+    line = {"seconds/rollout": 60.0, "seconds/rescore": 30.0, "seconds/update": 18.0}
+    line |= {"rollout/steps": 19.6, "rollout/response_tokens": 11.0}
+    said = hours.after_an_iteration(config, line, 0, 840.0, None)  # no plan is made for a short one
+    left = "hours left: 1.0, evaluations included"  # 10 x 108 + 3 x 840 s
+    assert said == f"seconds: rollout 60.0, rescore 30.0, update 18.0, an evaluation 840.0; {left}"
+    assert "an evaluation 187.5;" in hours.after_an_iteration(config, line, 0, None, None)  # 2 x 200 games for 128
+    line["seconds/rollout"] = 600.0
+    planned = {"rollout": 100.0, "rescore": 20.0, "update": 30.0}
+    monkeypatch.setattr(hours, "this_machine", lambda plan: STEPS)
+    monkeypatch.setattr(hours, "Hours", lambda plan, machine: SimpleNamespace(phases=planned))
+    said = hours.after_an_iteration(config, line, 0, 840.0, lambda: None).splitlines()
+    assert len(said) == 2
+    assert said[1].startswith("WARNING: the rollout took 600 s, 100 by plan (20 turns of 11 tokens): --max-new-tokens")
+    planned["rollout"] = 400.0  # less than twice in all
+    assert len(hours.after_an_iteration(config, line, 0, 840.0, lambda: None).splitlines()) == 1
+    named = re.findall(r"--[\w-]+", " ".join(hours.CHANGE.values()))
+    assert named and set(named) <= set(map(flag, every_setting()))
+
+
+def test_this_machine_is_measured(monkeypatch):
+    monkeypatch.setattr(hours, "_seconds", lambda work, least=0.8: work() is None or 1e-3)
+    found = hours.measured_machine(laptop(), 48)
+    assert found.products == 2 * 1024 * 48 * 144 / 1e-3
+    assert 0 < found.launch < 1e-3 / 100 and found.bandwidth == 2 * 4 * 2**24 / 1e-3

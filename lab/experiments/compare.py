@@ -125,11 +125,19 @@ def store(job: Job, version: str) -> None:
         "train": [float(f"{m['train/success']:.4g}") for m in metrics],
         "episodes": sum(m["episodes"] for m in metrics),
         "seconds": round(sum(v for m in metrics for k, v in m.items() if k.startswith("seconds/")), 2),
+        "phases": {name: round(total, 2) for name, total in totals(metrics, "seconds/").items()},
+        "tokens": totals(metrics, "tokens/"),
         "signal": {name: [float(f"{m[name]:.4g}") for m in metrics] for name in SIGNAL if name in metrics[0]},
     }
     add(job.results, result)
     for path in saved(Path(job.config.out))[:-1]:  # the last one is enough, now that nothing can cut it off
         remove(path)
+
+
+def totals(metrics: list[dict], kind: str) -> dict[str, float]:
+    """Over all iterations, of those metrics whose names begin with `kind`."""
+    names = dict.fromkeys(name for line in metrics for name in line if name.startswith(kind))
+    return {name.removeprefix(kind): sum(line.get(name, 0) for line in metrics) for name in names}
 
 
 def run_all(jobs: list[Job], launch: Callable[[Job], None], at_once: int = 2) -> None:

@@ -27,7 +27,7 @@ def on_the_laptop(flags: list[str]) -> list[str]:
 
 def settings(config: Config) -> dict:
     """What makes two runs the same run: everything but where they lie."""
-    return {k: v for k, v in config.to_dict().items() if k not in ("out", "resume", "model")}
+    return {k: v for k, v in config.to_dict().items() if k not in ("out", "resume", "model", "plan_for")}
 
 
 def fingerprint(model: Path) -> str:

@@ -85,6 +85,7 @@ def pretend(job):
     ]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     metrics = [{"train/success": 0.5, "episodes": 4, "seconds/rollout": 1.5, "seconds/update": 0.5}] * 2
+    metrics = [m | {"tokens/sampled": count} for m, count in zip(metrics, (10, 20), strict=True)]
     metrics = [m | {"advantage/skill_abs": 0.123456} for m in metrics]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     for name in ("000000.pt", "000001.pt"):
@@ -110,6 +111,7 @@ def test_results_are_stored_once_and_tabulated(jobs):
     assert [point["iteration"] for point in stored["curve"]] == [0, 2]
     assert scores(found["grpo"]).tolist() == [[0.4, 0.4], [0.5, 0.4]]
     assert stored["signal"] == {"advantage/skill_abs": [0.1235, 0.1235]}
+    assert (stored["phases"], stored["tokens"]) == ({"rollout": 3.0, "update": 1.0}, {"sampled": 30})
     rows = table(found, "grpo").splitlines()
     assert [cell.strip() for cell in rows[0].split("|")][3:6] == ["valid_seen, IQM, %", "95%", "valid_unseen, IQM, %"]
     assert rows[2].startswith("| grpo | 2 | 45.0 | [40.0, 50.0] | 40.0 | [40.0, 40.0] |")
