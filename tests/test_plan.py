@@ -195,7 +195,7 @@ def test_a_run_starts_with_a_line_and_warns_where_it_would_run_out(monkeypatch):
     model = tiny_model(WORDS, seed=0)
     assert [text.split(":")[0] for text in planned(laptop(), model, 1).splitlines()] == ["memory", "disk"]
     assert "GiB by plan (in the update)" in planned(laptop(), model, 1)
-    monkeypatch.setattr(machine, "there", lambda: 0.3 * GIB)
+    monkeypatch.setattr(machine, "there", lambda device: 0.3 * GIB)
     assert "WARNING: this run may run out of memory. Change " in planned(laptop(), model, 1)
     model.config.num_attention_heads = 0  # such code cannot be run
     line = planned(laptop(), model, 1).splitlines()[0]
@@ -262,13 +262,13 @@ def test_a_model_of_two_layers_of_named_kinds_is_counted_whole():
 
 @pytest.mark.parametrize("settings", [{"algo": "opid-full"}, {"algo": "oprd"}])
 def test_advice_leaves_out_what_the_run_refuses(settings, monkeypatch):
-    monkeypatch.setattr(machine, "there", lambda: 0.2 * GIB)
+    monkeypatch.setattr(machine, "there", lambda device: 0.2 * GIB)
     line = planned(laptop(**settings), tiny_model(WORDS, seed=0), 2)
     assert "WARNING" in line and "--shard" not in line
 
 
 def test_a_resumed_run_is_told_of_what_it_may_change(monkeypatch):
-    monkeypatch.setattr(machine, "there", lambda: 0.2 * GIB)
+    monkeypatch.setattr(machine, "there", lambda device: 0.2 * GIB)
     run = laptop(frozen_dtype="float32", offload=True, gradient_checkpointing=True)
     first, resumed = (
         {flag for _, change in _changes(Plan(c)) for flag in change} for c in (run, replace(run, resume=True))
