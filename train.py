@@ -12,6 +12,7 @@ Shapes: B rows are steps pooled over trajectories, R is the longest response, n 
 
 from __future__ import annotations
 
+import lm  # noqa: F401  # isort: skip
 import random
 import sys
 from collections.abc import Callable
@@ -214,10 +215,10 @@ OPID = Variant(play, own_skills, opid_advantages, opid_loss)
 
 def main() -> None:
     config = parse_args()
-    print(settings_come_from(sys.argv[1:]))
     with one_line(config) as ending:  # Ctrl-C, and what the user can mend: a folder, a full disk, a server that is gone
+        ending.print(settings_come_from(sys.argv[1:]))
         if config.plan:
-            return print(describe(config))
+            return ending.print(describe(config))
         ending.run = start(config)  # policy, reference, optimizer, games, log; from a checkpoint where there is one
         train(ending.run, variant_of(config.algo))
 

@@ -146,6 +146,10 @@ class RunLog:
             metrics = metrics | over_processes(metrics, sizes, self.accelerator)
         self._append("metrics.jsonl", {"iteration": iteration, **metrics})
         self.accelerator.log(metrics, step=iteration + 1)
+        return metrics
+
+    def show(self, iteration: int, metrics: dict[str, float]) -> None:
+        """The line of an iteration."""
         shown = {
             "success": f"{100 * metrics['train/success']:.0f}%",
             "steps": f"{metrics['rollout/steps']:.1f}",
@@ -158,7 +162,6 @@ class RunLog:
             "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-        return metrics
 
     def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
         """The held-out table, printed and kept with the success of each split."""

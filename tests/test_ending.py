@@ -25,8 +25,10 @@ from envs.search.questions import load_questions
 from envs.webshop import WebshopEnv
 from lm.loading import load_pretrained, save_policy, taken
 from lm.obstacles import Mendable
-from runlog.ending import command
+from runlog import RunLog, checkpoints
+from runlog.ending import Ending, command, one_line, without_terminal
 from runlog.start import start
+from tests.settings import laptop
 from tests.test_train import SMALL, config, lines, same, train, weights
 from tiny import warmstart
 from tiny.coldstart import ColdStart, cold_start
@@ -262,6 +264,78 @@ def test_no_first_prompt_that_fits_is_a_line(random_tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (*original(*a), " look" * 5000))
     with pytest.raises(SystemExit, match=r"^train\.py: not one first prompt fits: raise --context-limit .*--resume$"):
         main(tmp_path / "run", monkeypatch=monkeypatch)
+
+
+def test_strict_saves_the_iteration_first(random_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(start_module, "silences", lambda *args: {"actions": "none is valid"})
+    told = (
+        rf"train\.py: --strict, and nothing is learnt: actions\. Last checkpoint: {tmp_path}/run/checkpoints/000000\.pt"
+    )
+    with pytest.raises(SystemExit, match=rf"^{told}\. Go on with: .*--strict --resume$"):
+        main(tmp_path / "run", "--strict", monkeypatch=monkeypatch)
+    assert torch.load(tmp_path / "run/checkpoints/000000.pt")["variant"] == {"silent": {"actions": 0}}
+
+
+def test_a_reader_that_has_gone_costs_nothing(random_tiny, tmp_path, monkeypatch):
+    """`| head`, or a terminal that was closed: the line of an iteration is an error, and the iteration is kept."""
+    monkeypatch.setattr(RunLog, "show", lambda *args: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(SystemExit, match=r"Broken pipe\. Last checkpoint: .*000000\.pt\. Go on with"):
+        main(tmp_path / "run", monkeypatch=monkeypatch)
+
+
+def test_a_signal_waits_while_a_run_that_failed_is_saved(random_tiny, tmp_path, monkeypatch, capfd):
+    fails(OSError(5, "gone"), 3, monkeypatch)
+    sends(signal.SIGTERM, 1, "save", monkeypatch, checkpoints)
+    with pytest.raises(SystemExit, match=r"gone\. Last checkpoint: .*000001\.pt"):
+        main(tmp_path / "run", monkeypatch=monkeypatch)
+    assert "the run is being saved; Ctrl-C ends at once" in capfd.readouterr().err
+
+
+def test_a_closed_terminal_ends_a_run_unless_nohup_says_otherwise():
+    with pytest.raises(SystemExit) as ended, one_line(laptop(out="nowhere")):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert ended.value.code == 129
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with one_line(laptop(out="nowhere")):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def test_words_to_a_terminal_that_has_closed_are_no_error():
+    master, terminal = os.openpty()
+    os.close(master)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(terminal, b"words")
+    without_terminal(terminal)
+    assert os.write(terminal, b"words") == 5
+    os.close(terminal)
+
+
+def test_only_the_first_process_says_where_settings_come_from(monkeypatch, capsys):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        Ending(laptop()).print(f"settings of {rank}")
+    assert capsys.readouterr().out == "settings of 0\n"
+
+
+IMPORTING = ["train.py", "evaluate.py", "tools/coldstart.py", "tools/skill_quality.py", "tools/walkthrough.py"]
+IMPORTING += ["lab/experiments/skill_effect.py", "lab/experiments/compare.py"]
+
+
+@pytest.mark.parametrize("command", IMPORTING)
+def test_ctrl_c_while_pytorch_loads_is_a_line(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    told = subprocess.run([sys.executable, command], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert told.stderr.decode() == f"{Path(command).name}: stopped by Ctrl-C\n"
+    assert told.returncode == -signal.SIGINT
+
+
+def test_a_pipe_without_a_reader_is_no_traceback():
+    script = "import lm\nwhile True: print('x')"
+    said = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said.stdout.readline()
+    said.stdout.close()
+    assert said.stderr.read() == b"" and said.wait()
 
 
 def test_the_command_that_goes_on_is_quoted_and_has_resume_once(monkeypatch):
