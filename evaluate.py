@@ -213,9 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     with lm.one_line("evaluate.py"):
         held_out_games(config)
         model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
+        date = about_policy(config.model).get("date")
+        encoder = Encoder(tokenizer, config.context, date, config.template_options, end_of_turn_ids(model, tokenizer))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    date = about_policy(config.model).get("date")
-    encoder = Encoder(tokenizer, config.context, date, config.template_options, end_of_turn_ids(model, tokenizer))
     try:
         results = evaluate(model, encoder, config)
     except GameFailure as error:

@@ -283,14 +283,22 @@ def about_policy(folder: str | Path) -> dict:
     file = Path(policy_in(folder), SAVED)
     if not file.is_file():
         return {}
-    try:
-        about = json.loads(file.read_text())
-        kinds = [about.get("base", ""), about.get("date") or "", about.get("acts", {}), about.get("evaluated", {})]
-        if list(map(type, kinds)) != [str, str, dict, dict]:
-            raise ValueError("base and date must be texts, acts and evaluated tables")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {error}. Without it every setting must be given by flags") from None
+    about = read_json(file)
+    kinds = [about.get("base", ""), about.get("date") or "", about.get("acts", {}), about.get("evaluated", {})]
+    if list(map(type, kinds)) != [str, str, dict, dict]:
+        raise ValueError(f"{file} is damaged: base and date must be texts, acts and evaluated tables")
     return about
+
+
+def read_json(file: Path) -> dict:
+    """The table that a file of this project holds. Raises ValueError where it is damaged."""
+    try:
+        table = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{file} is damaged: it is no table")
+    return table
 
 
 def policy_in(folder: str | Path) -> str:

@@ -225,6 +225,9 @@ def start(config: Config) -> Run:
     policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
     check_model(policy, config.context_limit)
     config.check_model(policy)
+    if log.first_iteration >= config.iterations:
+        made = f"{log.first_iteration} iterations are made already, and --iterations is {config.iterations}"
+        processes.print(f"{made}: nothing more is trained")
     for note in notes(config, policy):
         processes.print(note)
     processes.print(planned(config, policy, processes.count))
@@ -267,6 +270,15 @@ def notes(config: Config, policy) -> list[str]:
     limits = {"--context-limit": config.context_limit}
     if config.longest > config.context_limit:
         limits["--skill-context-limit"] = config.longest
+    rates = [learning_rate(config, iteration) / config.learning_rate for iteration in range(config.iterations)]
+    if max(rates) < 0.5:
+        lines += [
+            f"WARNING: the learning rate reaches {max(rates):.1%} of its peak: --warmup {config.warmup} is too long"
+        ]
+    elif rates[-1] < 0.001:
+        lines += [
+            f"WARNING: the learning rate ends at {rates[-1]:.0e} of its peak: raise --lr-halving {config.lr_halving}"
+        ]
     without = left_out(policy) if config.lora_rank else None
     return lines + [line for line in (without, untrained_positions(policy, limits)) if line]
 

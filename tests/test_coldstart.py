@@ -444,6 +444,11 @@ def test_the_command_prints_losses_success_and_skills(start, tmp_path, capsys):
         main([*command, "--seed", "1"])
 
 
+def test_words_that_a_model_cannot_learn_are_told(start, tmp_path, capsys):
+    cold_start(ColdStart(model=start, env="search", games=1), tmp_path)
+    assert re.search(r"WARNING: \d+% of the responses' tokens are unknown to --model", capsys.readouterr().out)
+
+
 def test_the_novice_of_a_cold_start_is_seeded():
     tokenizer = byte_tokenizer(TEMPLATES["chatml"])
     one, same, other = (Demonstrator(tokenizer, seed) for seed in (0, 0, 1))

@@ -27,7 +27,7 @@ from lm.loading import load_pretrained, save_policy, taken
 from lm.obstacles import Mendable
 from runlog import RunLog, checkpoints
 from runlog.ending import Ending, command, one_line, without_terminal
-from runlog.start import start
+from runlog.start import notes, start
 from tests.settings import laptop
 from tests.test_train import SMALL, config, lines, same, train, weights
 from tiny import warmstart
@@ -309,6 +309,41 @@ def test_words_to_a_terminal_that_has_closed_are_no_error():
     without_terminal(terminal)
     assert os.write(terminal, b"words") == 5
     os.close(terminal)
+
+
+@pytest.mark.parametrize(("name", "text"), [("start.json", "{"), ("config.json", "[]"), ("config.json", "")])
+def test_a_damaged_file_of_a_run_is_named(name, text, random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1))
+    Path(c.out, name).write_text(text)
+    with pytest.raises(ValueError, match=rf"run/{name} is damaged: ") as refused:
+        start(replace(c, resume=True, iterations=2))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_line_costs_only_itself(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=2))
+    file = Path(c.out, "metrics.jsonl")
+    file.write_text('{"iteration": 0, "x\n[1]\n' + file.read_text())
+    train(replace(c, resume=True, iterations=3))
+    assert [record["iteration"] for record in lines(c.out)] == [0, 1, 2]
+
+
+def test_fewer_iterations_than_were_made_are_told(random_tiny, tmp_path, capsys):
+    train(c := config(tmp_path, "run", iterations=2))
+    train(replace(c, resume=True, iterations=1))
+    assert "2 iterations are made already, and --iterations is 1: nothing more is trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"warmup": 1000, "lr_halving": 0}, "the learning rate reaches 16.0% of its peak: --warmup 1000 is too long"),
+        ({"lr_halving": 8}, "the learning rate ends at 1e-06 of its peak"),
+    ],
+)
+def test_a_learning_rate_that_teaches_nothing_is_told(changes, words, llama):
+    assert any(words in note for note in notes(laptop(iterations=160, **changes), llama))
+    assert not any("learning rate" in note for note in notes(laptop(iterations=160), llama))
 
 
 def test_only_the_first_process_says_where_settings_come_from(monkeypatch, capsys):

@@ -134,7 +134,7 @@ def cold_started(name: str, env: str) -> str:
 
 def read_record(folder: Path) -> dict:
     """Settings, losses and, once it is finished, seconds of the cold start in a folder; {} where there is none."""
-    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+    return lm.loading.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
 def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
@@ -215,6 +215,10 @@ def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
         raise ValueError(f"no demonstration fits in {settings.context_limit} tokens")
     scored = sum(size for sequence in sequences for _, _, size in sequence.responses)
     print(f"{len(sequences)} sequences, {sum(len(s.ids) for s in sequences)} tokens, {scored} of them responses")
+    learnt = [token for s in sequences for _, start, size in s.responses for token in s.ids[start : start + size]]
+    if (unknown := tokenizer.unk_token_id) is not None and unknown in learnt:
+        share = learnt.count(unknown) / len(learnt)
+        print(f"WARNING: {share:.0%} of the responses' tokens are unknown to --model {settings.model}, and stay so")
     return shuffled_batches(sequences, settings.batch_tokens, 1, settings.seed)
 
 
