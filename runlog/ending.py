@@ -104,6 +104,8 @@ def one_line(config: Config) -> Iterator[Ending]:
     except (Exception, KeyboardInterrupt) as error:
         words, ending.over = ending.words(error), True
         if words is None:
+            if ending.run:
+                error.add_note(f"Last checkpoint: {ending.keep() or 'none'}. Go on with: {command()}")
             raise
         stopped = ending.signal or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
         if ending.run or stopped:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from config import Config
+from config import LOCAL_WRITERS, Config
 from data import Batch
 from evaluate import MOST, acted, misfits
 
 EVERY = 5  # iterations between two looks, after the first
+PARTIAL = {"steps"}  # what leaves something to be learnt: --strict goes on
 
 
 def shares(batch: Batch, ends: set[int], unknown: int | None) -> dict[str, float]:
@@ -48,6 +49,11 @@ def _unguided(config: Config, metrics: dict[str, float]) -> str:
         return f"contexts with a skill do not fit into --context-limit {config.context_limit}: raise it"
     if metrics.get("skills/parse_rate", 1.0):
         return f"the skills name no step that --routing {config.routing} and the weights let guide"
+    if config.skill_writer not in LOCAL_WRITERS:
+        refused = metrics.get("skills/too_long", 0)
+        return (
+            f"--skill-writer {config.skill_writer} gave no answer that could be read as skills ({refused:.0f} refusals)"
+        )
     if metrics.get("skills/too_long") and metrics["skills/too_long"] >= metrics["episodes"]:
         return "no transcript fits: raise --skill-context-limit (or --context-limit)"
     return (

@@ -173,7 +173,7 @@ class Run:
         metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
         found = self.silences(metrics) if iteration % silence.EVERY == 0 or last else {}
         self.finished, self.kept, self.ahead = iteration, copy.deepcopy(self.state), False  # in this order
-        if last or (iteration + 1) % config.save_every == 0 or (found and config.strict):
+        if last or (iteration + 1) % config.save_every == 0 or self.hopeless(found):
             self.log.save(iteration, self.policy, self.optimizer, self.state)
         self.log.show(iteration, metrics)  # where nobody reads any more this is an error, and nothing is lost
         self.warn(found)
@@ -195,10 +195,14 @@ class Run:
         for kind, words in found.items():
             since = self.state["silent"][kind]
             self.processes.print(f"WARNING (since iteration {since}): {words}")
-        if found and self.config.strict:
+        if kinds := self.hopeless(found):
             if self.processes.rank:
                 sys.exit(1)  # the first one says why
-            raise Mendable(f"--strict, and nothing is learnt: {', '.join(found)}")
+            raise Mendable(f"--strict, and nothing is learnt: {', '.join(kinds)}")
+
+    def hopeless(self, found: dict[str, str]) -> list[str]:
+        """The kinds that end a run with --strict."""
+        return [kind for kind in found if kind not in silence.PARTIAL] if self.config.strict else []
 
 
 def start(config: Config) -> Run:

@@ -240,8 +240,10 @@ def fails(error: Exception, at: int, monkeypatch) -> None:
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")], ids=repr)
 def test_a_bug_keeps_its_traceback(error, random_tiny, tmp_path, monkeypatch):
     fails(error, 2, monkeypatch)
-    with pytest.raises(type(error), match="a bug"):
+    with pytest.raises(type(error), match="a bug") as ended:
         main(tmp_path / "run", monkeypatch=monkeypatch)
+    (note,) = ended.value.__notes__  # under the traceback
+    assert note.startswith(f"Last checkpoint: {tmp_path}/run/checkpoints/000000.pt. Go on with: python train.py")
 
 
 def test_after_the_first_gradient_step_of_an_iteration_nothing_of_it_is_saved(random_tiny, tmp_path, monkeypatch):
@@ -267,13 +269,13 @@ def test_no_first_prompt_that_fits_is_a_line(random_tiny, tmp_path, monkeypatch)
 
 
 def test_strict_saves_the_iteration_first(random_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(start_module, "silences", lambda *args: {"actions": "none is valid"})
+    monkeypatch.setattr(start_module, "silences", lambda *args: {"steps": "no end", "actions": "none is valid"})
     told = (
         rf"train\.py: --strict, and nothing is learnt: actions\. Last checkpoint: {tmp_path}/run/checkpoints/000000\.pt"
     )
     with pytest.raises(SystemExit, match=rf"^{told}\. Go on with: .*--strict --resume$"):
         main(tmp_path / "run", "--strict", monkeypatch=monkeypatch)
-    assert torch.load(tmp_path / "run/checkpoints/000000.pt")["variant"] == {"silent": {"actions": 0}}
+    assert torch.load(tmp_path / "run/checkpoints/000000.pt")["variant"] == {"silent": {"steps": 0, "actions": 0}}
 
 
 def test_a_reader_that_has_gone_costs_nothing(random_tiny, tmp_path, monkeypatch):

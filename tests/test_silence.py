@@ -44,6 +44,14 @@ def test_what_failed_is_named_with_the_flag_that_helps(changes, kinds, words):
     assert any(words in text for text in found.values())
 
 
+def test_a_writer_elsewhere_is_not_told_of_flags_for_local_ones():
+    config = laptop(skill_writer="json:loads")
+    refused = FINE | {"guided/tokens": 0.0, "skills/parse_rate": 0.0, "skills/too_long": 8}
+    assert silences(config, refused)["skills"].endswith(
+        "--skill-writer json:loads gave no answer that could be read as skills (8 refusals)"
+    )
+
+
 def test_grpo_is_not_told_of_skills():
     assert silences(laptop(algo="grpo"), FINE | {"guided/tokens": 0.0, "advantage/skill_abs": 0.0}) == {}
 
