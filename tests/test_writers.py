@@ -362,10 +362,7 @@ class InLine:
     def __init__(self, workers):
         self.map = map
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def shutdown(self, **options):
         pass
 
 
