@@ -155,16 +155,18 @@ class _Endpoint:
         """Of each prompt the answer, or the error that refuses it."""
         self.busy, self.waited, self.fatal = 0, 0.0, None
         self.stopped.clear()
-        with ThreadPoolExecutor(concurrency) as pool:
-            try:  # the first error ends all of it
-                return list(pool.map(self.ask, prompts))
-            except BaseException:
-                self.stopped.set()
-                raise
-            finally:
-                if self.busy:
-                    waited = f"{self.waited:.0f} s of waiting"
-                    log.warning(f"{self.client.base_url} answered 429 (too many requests) {self.busy} times: {waited}")
+        pool = ThreadPoolExecutor(concurrency)
+        try:  # the first error ends all of it
+            return list(pool.map(self.ask, prompts))
+        except BaseException:
+            self.stopped.set()
+            raise
+        finally:
+            # Ctrl-C does not wait for requests under way, each a minute at most, before the run is saved
+            pool.shutdown(wait=not self.stopped.is_set(), cancel_futures=True)
+            if self.busy:
+                waited = f"{self.waited:.0f} s of waiting"
+                log.warning(f"{self.client.base_url} answered 429 (too many requests) {self.busy} times: {waited}")
 
     def ask(self, prompt: str):
         """An answer, or the error that refuses this prompt. Raises Mendable for anything else."""

@@ -23,7 +23,15 @@ from evaluate import environment, evaluate_everywhere, games_of, held_out_games
 from lm.adapters import base_of, left_out
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
-from lm.obstacles import check_gap, check_model, check_positions, logprob_gap, sampling_note, untrained_positions
+from lm.obstacles import (
+    Mendable,
+    check_gap,
+    check_model,
+    check_positions,
+    logprob_gap,
+    sampling_note,
+    untrained_positions,
+)
 from lm.processes import Offload, Processes, gathered, give_back, shard
 from lm.sampler import Sampler, end_of_turn_ids
 from lm.scoring import layout_noise
@@ -167,11 +175,12 @@ class Run(Generic[SettingsT]):
         metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
         metrics |= shares(batch, self.encoder.ends, self.tokenizer.unk_token_id)
         metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
-        if iteration % silence.EVERY == 0 or last:
-            self.warn(silences(config, metrics))
-        if last or (iteration + 1) % config.save_every == 0:
-            self.log.save(iteration, self.policy, self.optimizer, self.state)
+        found = self.silences(metrics) if iteration % silence.EVERY == 0 or last else {}
         self.finished, self.kept, self.ahead = iteration, copy.deepcopy(self.state), False  # in this order
+        if last or (iteration + 1) % config.save_every == 0 or self.hopeless(found):
+            self.log.save(iteration, self.policy, self.optimizer, self.state)
+        self.log.show(iteration, metrics)  # where nobody reads any more this is an error, and nothing is lost
+        self.warn(found)
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -179,15 +188,25 @@ class Run(Generic[SettingsT]):
         """Called before each step of the optimizer."""
         self.ahead = True
 
-    def warn(self, found: dict[str, str]) -> None:
-        """Says what is wrong, and since when. With --strict that ends the run."""
-        before = self.state.get("silent", {})
+    def silences(self, metrics: Metrics) -> dict[str, str]:
+        """What is wrong with this iteration; since when is kept with the run."""
+        found, before = silences(self.config, metrics), self.state.get("silent", {})
         self.state["silent"] = {kind: before.get(kind, self.iteration) for kind in found}
+        return found
+
+    def warn(self, found: dict[str, str]) -> None:
+        """Says what is wrong, and since when. With --strict that ends the run, whose last iteration is saved."""
         for kind, words in found.items():
             since = self.state["silent"][kind]
             self.processes.print(f"WARNING (since iteration {since}): {words}")
-        if found and self.config.strict:
-            sys.exit(f"train.py: --strict, and nothing is learnt: {', '.join(found)}")
+        if kinds := self.hopeless(found):
+            if self.processes.rank:
+                sys.exit(1)  # the first one says why
+            raise Mendable(f"--strict, and nothing is learnt: {', '.join(kinds)}")
+
+    def hopeless(self, found: dict[str, str]) -> list[str]:
+        """The kinds that end a run with --strict."""
+        return [kind for kind in found if kind not in silence.PARTIAL] if self.config.strict else []
 
 
 def start(config: Config) -> Run:
@@ -214,6 +233,9 @@ def start(config: Config) -> Run:
     policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
     check_model(policy, config.context_limit)
     config.check_model(policy)
+    if log.first_iteration >= config.iterations:
+        made = f"{log.first_iteration} iterations are made already, and --iterations is {config.iterations}"
+        processes.print(f"{made}: nothing more is trained")
     for note in notes(config, policy):
         processes.print(note)
     processes.print(planned(config, policy, processes.count))
@@ -257,6 +279,15 @@ def notes(config: Config, policy) -> list[str]:
     limits = {"--context-limit": config.context_limit}
     if config.longest > config.context_limit:
         limits["--skill-context-limit"] = config.longest
+    rates = [learning_rate(config, iteration) / config.learning_rate for iteration in range(config.iterations)]
+    if max(rates) < 0.5:
+        lines += [
+            f"WARNING: the learning rate reaches {max(rates):.1%} of its peak: --warmup {config.warmup} is too long"
+        ]
+    elif rates[-1] < 0.001:
+        lines += [
+            f"WARNING: the learning rate ends at {rates[-1]:.0e} of its peak: raise --lr-halving {config.lr_halving}"
+        ]
     without = left_out(policy) if config.lora_rank else None
     return lines + [line for line in (without, untrained_positions(policy, limits)) if line]
 

@@ -1,6 +1,8 @@
 """lm/writers.py: local models, a function of the user's, an OpenAI-compatible endpoint."""
 
 import json
+import os
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -140,6 +142,22 @@ def key(monkeypatch):
 
 
 OPTIONS = {"max_new_tokens": 7, "temperature": 0.5, "timeout": 5.0}
+
+
+def test_ctrl_c_does_not_wait_for_requests_under_way(key):
+    held, answered = threading.Event(), []
+
+    def answer(request, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        held.wait(2)
+        answered.append(number)
+        return completion("late")
+
+    with server(answer) as url:
+        with pytest.raises(KeyboardInterrupt):
+            openai_writer("m", base_url=url, **OPTIONS)(["p"])
+        assert not answered
+        held.set()
 
 
 def test_openai_writer_answers_in_order(key):
@@ -344,10 +362,7 @@ class InLine:
     def __init__(self, workers):
         self.map = map
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def shutdown(self, **options):
         pass
 
 
