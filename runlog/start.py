@@ -26,7 +26,7 @@ from lm.obstacles import check_gap, check_model, check_positions, logprob_gap, s
 from lm.processes import Offload, Processes, gathered, give_back, shard
 from lm.sampler import Sampler, end_of_turn_ids
 from lm.scoring import layout_noise
-from lm.writers import Writer, import_writer, model_writer, openai_writer
+from lm.writers import Writer, import_writer, model_writer, openai_writer, that_may_fail
 from memory.machine import peak_mib
 from memory.plan import planned
 from runlog import RunLog, accelerator_of, checkpoints, silence
@@ -249,6 +249,8 @@ def start(config: Config) -> Run:
         config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games, config.levels
     )
     run.writer = writer_of(run) if config.writes_skills else None
+    if config.skills_may_fail and run.writer:
+        run.writer = that_may_fail(run.writer)
     run.state, run.finished = log.restore(policy, optimizer) or {}, log.first_iteration - 1
     optimizer.register_step_pre_hook(run.move)
     offload.rest(*frozen, optimizer)
