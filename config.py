@@ -43,6 +43,7 @@ FREE = {
     *("strict", "device"),
     *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
     *("skill_context_limit", "learning_rate", "max_grad_norm"),
+    *("skills_may_fail", "openai_base_url"),  # where an endpoint is gone
 }
 
 # The settings that a saved policy keeps in opid.json, beside its weights: how it acts, and how it was evaluated.
@@ -121,6 +122,9 @@ class Config:
         "policy",
         "who writes: policy, reference, openai (as the released code does), or your own function as "
         "package.module:function",
+    )
+    skills_may_fail: bool = SKILLS(
+        False, "go on without the skills of a batch whose endpoint or function fails; off: the run ends, to be resumed"
     )
     max_step_skills: int = SKILLS(5, "K: most step skills per trajectory")
     skill_tokens: int = SKILLS(1024, "most tokens of a skill answer")
@@ -285,6 +289,8 @@ class Config:
                 f"--skill-writer must be one of {', '.join(LOCAL_WRITERS)}, openai or package.module:function, "
                 f"not {self.skill_writer!r}"
             )
+        if self.skills_may_fail and self.skill_writer in LOCAL_WRITERS:
+            raise ValueError("--skills-may-fail is for --skill-writer openai or a function of your own")
         room = "context_limit" if self.skill_context_limit is None else "skill_context_limit"
         if self.skill_writer in LOCAL_WRITERS and self.skill_tokens >= getattr(self, room):
             raise ValueError(f"--skill-tokens leaves no room for a transcript in {flag(room)}")

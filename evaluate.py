@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from config import Config, parse_args
 from data import Step, Trajectory
 from envs import GameFailure, TextEnv, make_env, read_options
+from envs.guard import checked_tasks, one_line
 from lm.encoder import Encoder
 from lm.loading import about_policy
 from lm.precision import device_of
@@ -49,8 +50,8 @@ def games_of(config: Config, split: str) -> list:
     """
     env = environment(config)()
     if split == "train":
-        return env.tasks(split, config.train_games if getattr(env, "generated", True) else None)
-    return env.tasks(split, config.eval_games)
+        return checked_tasks(env.tasks(split, config.train_games if getattr(env, "generated", True) else None))
+    return checked_tasks(env.tasks(split, config.eval_games))
 
 
 def eval_splits(config: Config) -> tuple[str, ...]:
@@ -122,8 +123,9 @@ def format_table(results: dict[str, list[Trajectory]], columns: dict[str, str]) 
     """A line per split: success in % by task type, then over all games, its 95% interval, the number of games."""
     columns = named([t for trajectories in results.values() for t in trajectories], columns)
     names = [*columns.values(), "All"]
-    widths = [max(8, len(name) + 2) for name in names]
-    head = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    shown = [one_line(name) for name in names]  # an environment's own words
+    widths = [max(8, len(name) + 2) for name in shown]
+    head = "".join(f"{name:>{width}}" for name, width in zip(shown, widths, strict=True))
     lines = [f"{'split':<13}{head}{'95% interval':>17}{'games':>7}"]
     for split, trajectories in results.items():
         table = success_by_type(trajectories, columns)

@@ -89,6 +89,19 @@ def import_writer(name: str) -> Writer:
     return checked
 
 
+def that_may_fail(write: Writer) -> Writer:
+    """A writer whose failure costs its batch the skills, and not the run: all answers are None; the log says why."""
+
+    def attempt(prompts: list[str]) -> list[str | None]:
+        try:
+            return write(prompts)
+        except (Mendable, OSError) as error:
+            log.warning("no skills for %d episodes: %s", len(prompts), " ".join(str(error).split()))
+            return [None] * len(prompts)
+
+    return attempt
+
+
 # How servers say that it is this prompt which they do not take: too long, or against their rules.
 _THIS_PROMPT = re.compile(
     r"context.(?:length|size|window)|max_tokens must be at least|content.?(?:filter|policy|management)|invalid_prompt"
@@ -175,7 +188,10 @@ class _Endpoint:
         if self.stopped.is_set():
             raise self.fatal or Mendable("stopped")
         try:
-            return _text(self._patiently(prompt).choices[0].message.content)
+            answer = self._patiently(prompt)
+            if not getattr(answer, "choices", None):  # a web page, a stream, an error that calls itself a success
+                raise ValueError(f"it answers with no chat completion: {answer!r:.300}")
+            return _text(answer.choices[0].message.content)
         except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, openai.APIStatusError) and _refuses(error):
                 return error

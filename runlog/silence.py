@@ -55,6 +55,8 @@ def _unguided(config: Config, metrics: dict[str, float]) -> str:
             f"--skill-writer {config.skill_writer} gave no answer that could be read as skills ({refused:.0f} refusals)"
         )
     if metrics.get("skills/too_long") and metrics["skills/too_long"] >= metrics["episodes"]:
+        if config.skills_may_fail:
+            return "the writer failed, or refused every transcript: the log says why"
         return "no transcript fits: raise --skill-context-limit (or --context-limit)"
     return (
         "no answer could be read as skills. Cut off? Raise --skill-tokens. No JSON? --skill-prefill "

@@ -16,9 +16,9 @@ import torch
 from typing_extensions import TypeVar
 
 from config import Config
-from data import Batch, Level
-from envs import TextEnv, fingerprints
-from envs.guard import check_first_game
+from data import Batch, Level, Trajectory
+from envs import GameFailure, TextEnv, fingerprints
+from envs.guard import check_first_game, most_failed
 from evaluate import environment, evaluate_everywhere, games_of, held_out_games
 from lm.adapters import base_of, left_out
 from lm.encoder import Encoder
@@ -35,12 +35,13 @@ from lm.obstacles import (
 from lm.processes import Offload, Processes, gathered, give_back, shard
 from lm.sampler import Sampler, end_of_turn_ids
 from lm.scoring import layout_noise
-from lm.writers import Writer, import_writer, model_writer, openai_writer
+from lm.writers import Writer, import_writer, model_writer, openai_writer, that_may_fail
 from memory.machine import peak_mib
 from memory.plan import planned
 from runlog import RunLog, accelerator_of, checkpoints, silence
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
 from runlog.silence import shares, silences
+from skills import analysis_prompt
 from tiny.loading import load_model
 
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
@@ -75,6 +76,8 @@ class Run(Generic[SettingsT]):
     kept: dict[str, Any] = field(default_factory=dict)  # `state` at its end
     ahead: bool = False  # whether the weights have moved since
     interrupted: bool = False  # whether the run is to end with this iteration (ending.py)
+    tried: int = 0  # episodes since this process started
+    failed: int = 0  # of them
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -183,6 +186,17 @@ class Run(Generic[SettingsT]):
         self.warn(found)
         if self.interrupted:
             raise KeyboardInterrupt
+        if not last:
+            self.count_failures(metrics)
+
+    def count_failures(self, metrics: Metrics) -> None:
+        """A rollout of few episodes is too small to tell 5% from a fifth, so that all of them are counted together.
+        Raises GameFailure."""
+        self.failed += round(metrics["rollout/failed"])
+        self.tried += round(sum(metrics[name] for name in ("rollout/failed", "episodes", "rollout/too_long")))
+        if self.failed > (most := most_failed(self.tried, self.config.rollouts)):
+            share = f"{self.failed} of {self.tried} episodes failed"
+            raise GameFailure(f"{share} since this command began, and no more than {most} may: the log names them")
 
     def move(self, *_) -> None:
         """Called before each step of the optimizer."""
@@ -218,6 +232,8 @@ def start(config: Config) -> Run:
     make_env, games = environment(config), games_of(config, "train")
     held_out = held_out_games(config)  # missing data are best noticed before hours of work
     check_first_game(make_env, games, config.max_steps, config.context, config.levels)
+    if config.writes_skills:  # a template with other fields is best noticed before the first rollout
+        analysis_prompt(Trajectory("", 0, [], False), 1, make_env().analysis_prompt())
     if min(config.tasks, len(games)) < config.least_tasks * processes.count:
         each = "one" if config.least_tasks == 1 else "two"
         raise ValueError(f"{config.tasks} --tasks of {len(games)} games: fewer than {each} for each process")
@@ -259,7 +275,7 @@ def start(config: Config) -> Run:
         config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games, config.levels
     )
     if config.writes_skills:
-        run.writer = writer_of(run)
+        run.writer = that_may_fail(writer_of(run)) if config.skills_may_fail else writer_of(run)
     run.state, run.finished = log.restore(policy, optimizer) or {}, log.first_iteration - 1
     optimizer.register_step_pre_hook(run.move)
     offload.rest(*frozen, optimizer)

@@ -39,6 +39,11 @@ def test_table():
     assert line.split()[-1] == "5"
 
 
+def test_a_tables_words_are_an_environments_and_may_be_any():
+    table = format_table({"test": played("t\x1b[2J\ud800\u202e", True)}, {})
+    assert table.replace("\n", "").isprintable() and table.encode() and "100.0" in table
+
+
 def test_table_of_questions_by_data_set():
     games = played("nq", True, False) + played("2wikimultihopqa", True)
     header, line = format_table({"test": games}, DATA_SOURCES).splitlines()
