@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import tomllib
 import types
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from data import Level
 from envs import ENVIRONMENTS, new_words, read_options
-from lm.loading import about_policy
+from lm.loading import SAVED, about_policy
 from lm.precision import mixed_precision
 from lm.writers import import_writer
 from router import LEVELS, RULES
@@ -28,7 +29,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("warmup", "kl", "clip", "mini_batch", "lora_rank", "max_step_skills", "eval_every", "history", "lr_halving"),
-    *("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay"),
+    *("eval_temperature", "skill_temperature", "invalid_penalty", "weight_decay", "success_reward"),
 )
 
 LOCAL_WRITERS = ("policy", "reference")
@@ -42,6 +43,7 @@ FREE = {
     *("strict", "device", "plan_for"),
     *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
     *("skill_context_limit", "learning_rate", "max_grad_norm"),
+    *("skills_may_fail", "openai_base_url"),  # where an endpoint is gone
 }
 
 # The settings that a saved policy keeps in opid.json, beside its weights: how it acts, and how it was evaluated.
@@ -121,6 +123,9 @@ class Config:
         "policy",
         "who writes: policy, reference, openai (as the released code does), or your own function as "
         "package.module:function",
+    )
+    skills_may_fail: bool = SKILLS(
+        False, "go on without the skills of a batch whose endpoint or function fails; off: the run ends, to be resumed"
     )
     max_step_skills: int = SKILLS(5, "K: most step skills per trajectory")
     skill_tokens: int = SKILLS(1024, "most tokens of a skill answer")
@@ -263,6 +268,8 @@ class Config:
                 raise ValueError(f"{flag(f.name)} must be {f.type}, not {value!r}")
             if isinstance(value, int) and hints[f.name] in (float, float | None):
                 setattr(self, f.name, float(value))  # TOML and Python write 1: a tensor of it would round all to ints
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag(f.name)} must be a number, not {value}")
             least, most = f.metadata["bounds"]
             if (least is not None and value < least) or (most is not None and value > most):
                 raise ValueError(f"{flag(f.name)} must be {_between(least, most)}, not {value!r}")
@@ -285,6 +292,8 @@ class Config:
                 f"--skill-writer must be one of {', '.join(LOCAL_WRITERS)}, openai or package.module:function, "
                 f"not {self.skill_writer!r}"
             )
+        if self.skills_may_fail and self.skill_writer in LOCAL_WRITERS:
+            raise ValueError("--skills-may-fail is for --skill-writer openai or a function of your own")
         room = "context_limit" if self.skill_context_limit is None else "skill_context_limit"
         if self.skill_writer in LOCAL_WRITERS and self.skill_tokens >= getattr(self, room):
             raise ValueError(f"--skill-tokens leaves no room for a transcript in {flag(room)}")
@@ -478,6 +487,9 @@ class CommandLine:
         model = self.model or recipe.get("model", "tiny")
         said = about_policy(model)
         saved = {name: value for part in parts for name, value in said.get(part, {}).items()}
+        if unknown := saved.keys() - known:
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"{SAVED} of {model} is of another version: it has the unknown settings {names}")
         if self.recipe and not saved:
             return None, recipe
         name = default_recipe(model, self.env or recipe.get("env") or saved.get("env", "alfworld"))

@@ -6,6 +6,7 @@ python evaluate.py --model Jinyang23/OPID-ALFWorld-1.7B --recipe alfworld-qwen3-
 
 from __future__ import annotations
 
+import lm  # isort: skip
 import logging
 import math
 import sys
@@ -16,8 +17,9 @@ import torch
 from accelerate.utils import gather_object
 
 from config import Config, parse_args
-from data import Trajectory
+from data import Step, Trajectory
 from envs import GameFailure, TextEnv, make_env, read_options
+from envs.guard import checked_tasks, one_line
 from lm.encoder import Encoder
 from lm.loading import about_policy
 from lm.precision import device_of
@@ -27,6 +29,7 @@ from rollout import rollout
 log = logging.getLogger(__name__)
 
 HELD_OUT = ("valid_seen", "valid_unseen")
+MOST = 0.5  # the share above which responses that are cut off, or unknown tokens, are no accident
 FLAGS = (
     *("model", "env", "env_options", "template_options", "prompt", "history", "context", "context_limit"),
     *("max_new_tokens", "max_steps"),
@@ -47,8 +50,8 @@ def games_of(config: Config, split: str) -> list:
     """
     env = environment(config)()
     if split == "train":
-        return env.tasks(split, config.train_games if getattr(env, "generated", True) else None)
-    return env.tasks(split, config.eval_games)
+        return checked_tasks(env.tasks(split, config.train_games if getattr(env, "generated", True) else None))
+    return checked_tasks(env.tasks(split, config.eval_games))
 
 
 def eval_splits(config: Config) -> tuple[str, ...]:
@@ -120,8 +123,9 @@ def format_table(results: dict[str, list[Trajectory]], columns: dict[str, str]) 
     """A line per split: success in % by task type, then over all games, its 95% interval, the number of games."""
     columns = named([t for trajectories in results.values() for t in trajectories], columns)
     names = [*columns.values(), "All"]
-    widths = [max(8, len(name) + 2) for name in names]
-    head = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    shown = [one_line(name) for name in names]  # an environment's own words
+    widths = [max(8, len(name) + 2) for name in shown]
+    head = "".join(f"{name:>{width}}" for name, width in zip(shown, widths, strict=True))
     lines = [f"{'split':<13}{head}{'95% interval':>17}{'games':>7}"]
     for split, trajectories in results.items():
         table = success_by_type(trajectories, columns)
@@ -171,25 +175,58 @@ def evaluate_everywhere(model, encoder: Encoder, config: Config, processes) -> t
     return success, format_table(results, columns_of(config))
 
 
+def acted(steps: Sequence[Step], ends: set[int], unknown: int | None) -> dict[str, float]:
+    """How a policy gets on with its prompts. `ends`: tokens that end a turn; `unknown`: the tokenizer's token for what
+    it does not know, None where it has none."""
+    strange = sum(step.context.count(unknown) for step in steps) if unknown is not None else 0
+    return {
+        "rollout/cut_off": sum(step.response[-1] not in ends for step in steps) / max(1, len(steps)),
+        "rollout/unknown_tokens": strange / max(1, sum(len(step.context) for step in steps)),
+        "rollout/valid_actions": sum(step.valid for step in steps) / max(1, len(steps)),
+    }
+
+
+def misfits(config: Config, metrics: dict[str, float]) -> dict[str, str]:
+    """What does not fit between a policy and its prompts -> in words, with what helps. `metrics`: see `acted`."""
+    found = {}
+    if metrics["rollout/cut_off"] > MOST:
+        found["cut off"] = (
+            f"{metrics['rollout/cut_off']:.0%} of the responses are cut off at --max-new-tokens "
+            f"{config.max_new_tokens}: raise it, or take a --prompt that asks for less"
+        )
+    if metrics["rollout/unknown_tokens"] > MOST:
+        found["unknown"] = (
+            f"{metrics['rollout/unknown_tokens']:.0%} of the prompts' tokens are unknown to --model {config.model}: "
+            "--prompt compact, --env and its data must be those that it was trained on"
+        )
+    if not metrics["rollout/valid_actions"]:
+        found["actions"] = (
+            f"no action was valid: does --prompt {config.prompt} fit --model {config.model}? A model that knows "
+            "neither format nor game needs a cold start (tools/coldstart.py)"
+        )
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     from tiny.loading import load_model
 
     config = parse_args(
         argv, program="evaluate.py", about=__doc__.splitlines()[0], shown=FLAGS, saved=("acts", "evaluated")
     )
-    try:
+    with lm.one_line("evaluate.py"):
         held_out_games(config)
         model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        date = about_policy(config.model).get("date")
+        encoder = Encoder(tokenizer, config.context, date, config.template_options, end_of_turn_ids(model, tokenizer))
     model.to(device_of(config.device))
-    date = about_policy(config.model).get("date")
-    encoder = Encoder(tokenizer, config.context, date, config.template_options, end_of_turn_ids(model, tokenizer))
     try:
         results = evaluate(model, encoder, config)
     except GameFailure as error:
         sys.exit(f"evaluate.py: {error}")
     print(format_table(results, columns_of(config)))
+    steps = [step for played in results.values() for trajectory in played for step in trajectory.steps]
+    for words in misfits(config, acted(steps, encoder.ends, tokenizer.unk_token_id)).values():
+        print(f"WARNING: {words}")
 
 
 if __name__ == "__main__":

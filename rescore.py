@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from data import Batch, Contexts, Guidance, Level, Route, Skills, Trajectory
 from lm.encoder import Encoder
-from lm.scoring import response_logprobs, tree_logprobs
+from lm.scoring import no_logprobs, response_logprobs, tree_logprobs
 from router import guided_messages
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ def rescore(
         found = skill_contexts(run.encoder, trajectories, routes, level, config.context_limit)
         h_skill[level], metrics[f"guided/{level}_too_long"] = found
     temperature, budget = config.temperature, config.token_budget
-    logprobs = {"old": torch.full((len(y), max(map(len, y), default=0)), float("nan"))}  # (B, R) each
+    logprobs = {"old": no_logprobs(y)}  # (B, R) each
 
     # log pi_old(y | h) and log pi_ref(y | h), with the step skills' log pi(y | h^) as branches of the scorer's pass
     for name in ("old", "reference"):

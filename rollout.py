@@ -68,8 +68,7 @@ def rollout(
             responses = sampler(live, [contexts[i] for i in live]) if live else []
             # judged together with what the template itself began the answer with, such as <think>
             texts = [encoder.began + encoder.decode(response) for response in responses]
-            if live and (prefetch := getattr(episodes[live[0]].env, "prefetch", None)):
-                prefetch(texts)
+            guard.prefetch([episodes[i].env for i in live], texts)
             for i, response, text in zip(live, responses, texts, strict=True):
                 logprobs = sampler.recorded[i][-1] if sampler.recorded is not None else None  # of this turn
                 episodes[i].act(contexts[i], response, text, logprobs)

@@ -12,6 +12,7 @@ Shapes: B rows are steps pooled over trajectories, R is the longest response, n 
 
 from __future__ import annotations
 
+import lm  # noqa: F401  # isort: skip
 import random
 import sys
 from collections.abc import Callable
@@ -167,10 +168,9 @@ def update(run: Run, batch: Batch, loss: Callable) -> dict[str, float]:
             tokens = processes.sum(sum(size for sequence in mini_batch for _, _, size in sequence.responses))
             if not tokens:  # more mini-batches than sequences, on every process alike
                 continue
-            if loss is opid_loss and not config.kl:
-                mini_batch = moved(mini_batch, batch.advantages.total)
+            read = mini_batch if config.kl or loss is not opid_loss else moved(mini_batch, batch.advantages.total)
             sums: Terms = {}
-            for micro in processes.even(micro_batches(mini_batch, config.token_budget), run.policy):
+            for micro in processes.even(micro_batches(read, config.token_budget), run.policy):
                 with run.autocast():
                     losses, terms = loss(run, micro, batch)  # (n,)
                 (losses.sum() / tokens).backward()
@@ -216,10 +216,10 @@ OPID = Variant(play, own_skills, opid_advantages, opid_loss)
 
 def main() -> None:
     config = parse_args()
-    print(settings_come_from(sys.argv[1:]))
     with one_line(config) as ending:  # Ctrl-C, and what the user can mend: a folder, a full disk, a server that is gone
+        ending.print(settings_come_from(sys.argv[1:]))
         if config.plan:
-            return print(describe(config))
+            return ending.print(describe(config))
         ending.run = start(config)  # policy, reference, optimizer, games, log; from a checkpoint where there is one
         train(ending.run, variant_of(config.algo))
 

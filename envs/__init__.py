@@ -35,13 +35,15 @@ class TextEnv(Protocol):
     - `sources() -> dict[str, str]`: the files and addresses that the data come from, by what they hold, but for games
       that are files themselves. A resumed run refuses others (none)
     - `new_words`, of the class: options that, changed, bring words which the tiny model does not know (none)
-    - `time_limit`: seconds that one call of `reset` or `step` may take, None for any (60; see guard.within). A call
-      that takes longer, or raises something, ends that episode. It is left out of training, counted and logged
+    - `time_limit`: seconds that one call of a method may take, None for any (60; see guard.within). `tasks` may take
+      as long as it likes. A call that takes longer, or raises something, ends that episode. It is left out of training,
+      counted and logged
     - `close() -> None`: free what the environment holds. Called when an episode ends, however it ends. It may be called
       twice, and a `reset` may follow it (nothing to free)
     - `prefetch(responses: list[str]) -> None`, called on one live environment of a rollout before each turn's steps,
       with the texts of all live episodes' responses in order. An environment whose steps ask something slow (a search
-      server) can ask for all of them in one request there, and find the answers in its steps.
+      server) can ask for all of them in one request there, and find the answers in its steps. Where it fails or takes
+      longer than `time_limit`, the log says so, and the steps ask
     """
 
     max_steps: int

@@ -7,6 +7,7 @@ environment of one's own gets wrong.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -19,8 +20,8 @@ from data import Prompt, Slot
 
 log = logging.getLogger(__name__)
 
-TIME_LIMIT = 60.0  # seconds for one call of reset or step, where an environment names no `time_limit`
-MOST_FAILED = 0.05  # of a rollout's episodes; one group may fail whole, since one bad game is met by all of it
+TIME_LIMIT = 60.0  # seconds for one call of an environment, where it names no `time_limit`
+MOST_FAILED = 0.05  # of the episodes; one group may fail whole, since one bad game is met by all of it
 LONGEST = 500_000  # characters of an observation: no context holds more, and tokenizers need minutes and gigabytes
 LONGEST_PROMPT = 4 * LONGEST
 ANSWERS = ("", "look", "<think>hm</think><action>look</action>", "{} \x00 \ud800")  # for `check_env` to be parsed
@@ -43,6 +44,15 @@ def close_env(env: Any) -> None:
     close = getattr(env, "close", None)
     if close is not None:
         close()
+
+
+def try_to_close(env: Any, game: Any) -> None:
+    """`close_env`; where it fails, the log says so."""
+    try:
+        within(getattr(env, "time_limit", TIME_LIMIT), lambda: close_env(env))
+    except BaseException as error:
+        _pass_ctrl_c(error)
+        log.warning("game %s cannot be closed: %s", one_line(game), described(error))
 
 
 def within(seconds: float | None, call: Callable[[], Any]) -> Any:
@@ -74,7 +84,7 @@ class Guard:
 
     def __init__(self, make_env: Callable[[], Any], episodes: int, group_size: int):
         self.make_env, self.episodes = make_env, episodes
-        self.most = max(group_size, int(MOST_FAILED * episodes))
+        self.most = most_failed(episodes, group_size)
         self.opened: list[Guarded] = []
         self.failures: dict[int, str] = {}  # number of the environment -> its game and what happened
 
@@ -85,9 +95,19 @@ class Guard:
         self.close(self.opened)
 
     def env(self) -> Guarded:
-        """A new environment. What its constructor raises is no game's fault, and passes."""
-        self.opened.append(Guarded(self.make_env(), self))
+        """A new environment, which its first `reset` makes."""
+        self.opened.append(Guarded(self))
         return self.opened[-1]
+
+    def prefetch(self, envs: list[Guarded], responses: list[str]) -> None:
+        """What the coming steps of live environments ask for, in one request. Where it fails each asks for itself."""
+        first = next((env for env in envs if not env.failed), None)
+        if first and (prefetch := getattr(first.env, "prefetch", None)):
+            try:
+                within(first.limit, lambda: prefetch(responses))
+            except BaseException as error:
+                _pass_ctrl_c(error)
+                log.warning("prefetch failed, so that each step asks for itself: %s", described(error))
 
     def close(self, envs: Iterable[Guarded]) -> None:
         for env in envs:
@@ -113,26 +133,34 @@ class Guard:
 class Guarded:
     """An environment that raises nothing: what goes wrong is noted, and its episode ends. `failed` says so.
 
-    After a failure its answers are empty. Everything else is the environment's own.
+    After a failure its answers are empty.
     """
 
-    def __init__(self, env: Any, guard: Guard):
-        self.env, self.guard, self.game = env, guard, None
+    def __init__(self, guard: Guard):
+        self.env: Any = None  # until the first reset
+        self.guard, self.game = guard, None
         self.failed, self.closed, self.steps = False, False, 0
-        self.limit = getattr(env, "time_limit", TIME_LIMIT)
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["env"], name)
+        self.limit = TIME_LIMIT
 
     def reset(self, *, options: dict) -> tuple[str, dict]:
-        self.game = options.get("game")
-        read = lambda: checked_reset(self.env.reset(options=options))
-        return self._try("reset", read, ("", {"task": ""}), self.limit)
+        self.game, nothing = options.get("game"), ("", {"task": ""})
+        if self.env is None:
+            self._try("constructor", self._make, None)
+        return self._try("reset", lambda: checked_reset(self.env.reset(options=options)), nothing)
+
+    def _make(self) -> None:
+        self.env = self.guard.make_env()
+        self.limit = getattr(self.env, "time_limit", TIME_LIMIT)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         self.steps += 1
-        read = lambda: checked_step(self.env.step(action))
-        return self._try("step", read, ("", 0.0, False, True, {}), self.limit)
+        return self._try("step", lambda: self._ended(checked_step(self.env.step(action))), ("", 0.0, False, True, {}))
+
+    def _ended(self, played: tuple) -> tuple[str, float, bool, bool, dict]:
+        """Else a game that never ends would be played for ever."""
+        if self.steps >= self.env.max_steps and not (played[2] or played[3]):
+            raise ProtocolError(f"the episode goes on after step {self.env.max_steps}: it must end there, truncated")
+        return played
 
     def build_prompt(self, *given) -> Prompt:
         return self._try("build_prompt", lambda: checked_prompt(self.env.build_prompt(*given)), ("",))
@@ -143,21 +171,30 @@ class Guarded:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            try:
-                within(self.limit, lambda: close_env(self.env))
-            except (Exception, TimeUp) as error:
-                log.warning("game %s cannot be closed: %s", one_line(self.game), described(error))
+            try_to_close(self.env, self.game)
 
-    def _try(self, method: str, call: Callable[[], Any], otherwise: Any, seconds: float | None = None) -> Any:
+    def _try(self, method: str, call: Callable[[], Any], otherwise: Any) -> Any:
         if self.failed:
             return otherwise
         try:
-            return within(seconds, call)
-        except (Exception, TimeUp) as error:
+            return within(self.limit, call)
+        except BaseException as error:
+            _pass_ctrl_c(error)
             self.failed = True
             place = f"step {self.steps}" if method == "step" else method
             self.guard.note(self, f"game {one_line(self.game)} ({place}: {described(error)})", error)
             return otherwise
+
+
+def most_failed(episodes: int, group_size: int) -> int:
+    """How many of so many episodes may fail: 5%, or all of one group where that is more."""
+    return max(group_size, int(MOST_FAILED * episodes))
+
+
+def _pass_ctrl_c(error: BaseException) -> None:
+    """An environment may raise anything, sys.exit's SystemExit included. Ctrl-C alone is not its own."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
 
 
 def described(error: BaseException) -> str:
@@ -166,7 +203,11 @@ def described(error: BaseException) -> str:
 
 def one_line(value: Any, most: int = 300) -> str:
     """A text for logs: one line, and nothing that moves a terminal's cursor."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(value)[: 4 * most])
+    try:
+        text = str(value)[: 4 * most]
+    except Exception:
+        text = f"a {type(value).__name__} that cannot be printed"
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(text.split())[:most]
 
 
@@ -220,7 +261,28 @@ def checked_action(result: Any) -> tuple[str, bool]:
     """What `parse_action` returned, if it keeps the protocol. Raises ProtocolError."""
     if not isinstance(result, tuple) or list(map(type, result)) != [str, bool]:
         raise ProtocolError(f"parse_action must return (action, whether it is valid): (str, bool), not {result!r:.100}")
+    _check_text(result[0], "the action of parse_action")
     return result
+
+
+def checked_tasks(games: Any) -> list:
+    """What `tasks` returned, if it keeps the protocol. Raises ProtocolError."""
+    if not isinstance(games, list | tuple):
+        raise ProtocolError(f"tasks must return a list, not {_kind(games)}")
+    return list(games)
+
+
+def _check_attributes(env: Any) -> None:
+    own, limit = getattr(env, "max_steps", None), getattr(env, "time_limit", TIME_LIMIT)
+    if not isinstance(own, int) or own < 1:
+        raise ProtocolError(f"max_steps must be a positive number, not {_kind(own)}")
+    if limit is not None and (not isinstance(limit, int | float) or not 0 < limit < math.inf):
+        raise ProtocolError(f"time_limit must be a positive number of seconds or None, not {_kind(limit)}")
+    splits, columns = getattr(env, "held_out", ()), getattr(env, "columns", {})
+    if not isinstance(splits, list | tuple) or not all(isinstance(split, str) for split in splits):
+        raise ProtocolError(f"held_out must be a tuple of splits, not {_kind(splits)}")
+    if not isinstance(columns, dict):
+        raise ProtocolError(f"columns must be a dict, task type to column, not {_kind(columns)}")
 
 
 def _check_text(value: Any, what: str) -> None:
@@ -259,18 +321,16 @@ def check_env(
     of the training split. `max_steps`: a lower limit than `env.max_steps`. `levels`: of the skills that need a slot.
     Raises GameFailure where the environment itself raises, or does not answer in time.
     """
+    _check_attributes(env)
     if game is None:
-        games = _call(env, "tasks", None, lambda: env.tasks("train", 1))
+        games = checked_tasks(_call(env, "tasks", None, lambda: env.tasks("train", 1)))
         if not games:
             raise ProtocolError("tasks('train') is empty: there is nothing to train on")
         game = games[0]
-    own = getattr(env, "max_steps", None)
-    if not isinstance(own, int) or own < 1:
-        raise ProtocolError(f"max_steps must be a positive number, not {_kind(own)}")
+    own = env.max_steps
     most = min(own, max_steps or own)
-    limit = getattr(env, "time_limit", TIME_LIMIT)
     for listed in (False, True):  # actions that were made up, then such as the environment lists
-        result = _call(env, "reset", game, lambda: env.reset(options={"game": game}), limit)
+        result = _call(env, "reset", game, lambda: env.reset(options={"game": game}))
         observation, info = checked_reset(result)
         task, history = info["task"], []
         for number in range(1, most + 1):
@@ -284,7 +344,7 @@ def check_env(
             action = checked_action(parsed)[0]
             if listed and admissible:
                 action = admissible[number % len(admissible)]
-            played = _call(env, "step", game, lambda action=action: env.step(action), limit)
+            played = _call(env, "step", game, lambda action=action: env.step(action))
             seen, _, terminated, truncated, info = checked_step(played)
             history, observation = [*history, (observation, action)], seen
             if terminated or truncated:
@@ -292,7 +352,7 @@ def check_env(
             if number == most:
                 flag = f" (--max-steps {max_steps}; its own max_steps is {own})" if max_steps else ""
                 raise ProtocolError(f"an episode goes on after step {most}: it must end there, truncated{flag}")
-    template = env.analysis_prompt()
+    template = _call(env, "analysis_prompt", game, env.analysis_prompt)
     if not isinstance(template, str | None):
         raise ProtocolError(f"analysis_prompt must return a string or None, not {_kind(template)}")
 
@@ -308,13 +368,15 @@ def check_first_game(make_env: Callable[[], Any], games: list, max_steps: int, s
             if number == len(games[:3]):
                 raise ValueError(f"not one of the first {number} games can be played: {error}") from error
         finally:
-            close_env(env)
+            try_to_close(env, game)
 
 
-def _call(env: Any, method: str, game: Any, call: Callable[[], Any], seconds: float | None = None) -> Any:
+def _call(env: Any, method: str, game: Any, call: Callable[[], Any]) -> Any:
+    seconds = getattr(env, "time_limit", TIME_LIMIT) if game is not None else None  # `tasks` may make them
     try:
         return within(seconds, call)
-    except (Exception, TimeUp) as error:
+    except BaseException as error:
+        _pass_ctrl_c(error)
         raise GameFailure(f"{type(env).__name__}.{method} failed, game {one_line(game)}: {described(error)}") from error
 
 

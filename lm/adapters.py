@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lm.obstacles import NOISE, next_logprobs, unwrapped
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -136,25 +139,35 @@ def merged_copy(model):
     """A LoRA model's weights with its adapters merged, on the CPU in float32.
 
     In bfloat16 a short run's changes would be rounded away, and the policy would not be the one that was evaluated.
+    Where merging itself changes what the model computes, a warning says so.
     """
     copied = {}  # what deepcopy finds here it takes: the device never holds a second model
     for weight in model.parameters():
         copied[id(weight)] = nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True), weight.requires_grad)
     for buffer in model.buffers():
         copied[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    return copy.deepcopy(model, copied).merge_and_unload()
+    adapted = copy.deepcopy(model, copied).eval()
+    before = next_logprobs(adapted)
+    merged = adapted.merge_and_unload()
+    change = (next_logprobs(merged) - before).abs().max().item()
+    if not change <= NOISE[torch.float32]:  # NaN, too
+        log.warning("merging the adapters changes log-probs by %.2g nats: the adapters themselves are exact", change)
+    return merged
 
 
 def left_out(model) -> str | None:
-    """A warning that names the weights of a LoRA model that have no adapters; None where they are few.
+    """A warning that names the weights of a LoRA model that no adapter changes; None where they are few.
 
-    Embeddings, output layer, norms and biases never have any, and do not count.
+    Embeddings, output layer, norms and biases never have adapters, and do not count. An adapter does nothing where the
+    model reads a layer's weight and never calls the layer (Jamba's dt_proj): it gets no gradient, and stays 0.
     """
     core = unwrapped(model)
+    layers = {name: module for name, module in core.named_modules() if hasattr(module, "lora_A")}
+    called = _called(model, layers)
     adapted = {
         id(weight)
-        for module in core.modules()
-        if hasattr(module, "lora_A")
+        for name, module in layers.items()
+        if _kind(name) in called
         for weight in module.get_base_layer().parameters()
     }
     ends = [module for module in core.modules() if isinstance(module, nn.Embedding)] + [core.get_output_embeddings()]
@@ -168,9 +181,29 @@ def left_out(model) -> str | None:
     share = sum(without.values()) / max(1, sum(weight.numel() for weight in counted.values()))
     if share <= FEW:
         return None
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in without))
+    kinds = list(dict.fromkeys(map(_kind, without)))
     shown = ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else "")
     return (
-        f"WARNING: LoRA leaves {share:.0%} of the weights as they are, for which peft makes no adapters: {shown}. "
+        f"WARNING: LoRA leaves {share:.0%} of the weights as they are, since no adapter reaches them: {shown}. "
         "--lora-rank 0 trains all"
     )
+
+
+def _kind(name: str) -> str:
+    """What layers and experts of a kind have in common."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+@torch.no_grad()
+def _called(model, layers: dict[str, nn.Module]) -> set[str]:
+    """The kinds of `layers` that a forward pass calls. A few tokens do not reach every expert, but every kind."""
+    kinds: set[str] = set()
+    hooks = []
+    for name, module in layers.items():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: kinds.add(_kind(name))))
+    try:
+        next_logprobs(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kinds

@@ -18,6 +18,7 @@ MARKER = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[[^\[\]\s]+\]|#{2,} *[A-Za-z][\w ]*:
 TAG = re.compile(r"</?(think|thinking|action|search|answer|information)>")
 CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")  # gpt-oss: analysis, commentary, final
 NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+FIXED = ("messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents")  # not the user's to set
 OPENED = re.compile(r"<(\w+)>\s*$")
 
 
@@ -54,6 +55,10 @@ class Encoder:
         self.tokenizer, self.style = tokenizer, style
         self.date = date or datetime.date.today().isoformat()
         self._template, self._options = dated(tokenizer.get_chat_template(), self.date), options or {}
+        if unread := [name for name in self._options if name in FIXED or not re.search(rf"\b{name}\b", self._template)]:
+            raise ValueError(
+                f"--template-options: the chat template of this model has no variable {unread[0]!r} to set"
+            )
         self._closing = closing_token(tokenizer)
         known = (*ends, tokenizer.eos_token_id, self._closing)
         self.ends: set[int] = {token for token in known if token is not None}

@@ -52,7 +52,7 @@ def _read(name: str, dtype: str):
             model, tokenizer = _read(base, "float32")
         return with_adapters(model, name), _tokenizer_of(name) or tokenizer
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        raise ValueError(f"{name} holds no model: there is no config.json in it")
+        raise ValueError(f"{name} holds no model: there is no config.json in it{_policy_near(name)}")
     source, options = _smollm2() if name == "smollm2" else (name, {})
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
@@ -109,10 +109,18 @@ def _unpacked(name: str, architecture):
 
 def _none_there(name: str, error: Exception) -> ValueError:
     """In one line: the libraries' messages run over many."""
+    if Path(name).is_file():
+        return ValueError(f"{name} is a file: --model takes the folder of a model{_policy_near(name)}")
     if name.startswith((".", "/", "~")):  # a path, and no name on the hub
         return ValueError(f"no model {name!r}: there is no such folder")
     why = str(error).strip().splitlines()[0]
     return ValueError(f"no model {name!r}: it is neither a folder here nor a model that the hub gives ({why})")
+
+
+def _policy_near(name: str) -> str:
+    """Where something in a run's folder was named: a hint at its policy."""
+    runs = [folder for folder in Path(name).absolute().parents[:2] if (folder / "start.json").is_file()]
+    return f". The policy of that run: {runs[0] / 'policy'}" if runs and (runs[0] / "policy").is_dir() else ""
 
 
 def _smollm2() -> tuple[str, dict]:
@@ -271,9 +279,26 @@ def save_policy(model, tokenizer, folder: str | Path, about: dict | None = None)
 
 
 def about_policy(folder: str | Path) -> dict:
-    """What a saved policy says of itself; {} where it says nothing."""
+    """What a saved policy says of itself; {} where it says nothing. Raises ValueError where that cannot be read."""
     file = Path(policy_in(folder), SAVED)
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    about = read_json(file)
+    kinds = [about.get("base", ""), about.get("date") or "", about.get("acts", {}), about.get("evaluated", {})]
+    if list(map(type, kinds)) != [str, str, dict, dict]:
+        raise ValueError(f"{file} is damaged: base and date must be texts, acts and evaluated tables")
+    return about
+
+
+def read_json(file: Path) -> dict:
+    """The table that a file of this project holds. Raises ValueError where it is damaged."""
+    try:
+        table = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{file} is damaged: it is no table")
+    return table
 
 
 def policy_in(folder: str | Path) -> str:

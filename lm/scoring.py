@@ -61,6 +61,11 @@ class Sequence:
 # ---- many responses, no gradient -------------------------------------------------------------------------------------
 
 
+def no_logprobs(responses: list[list[int]]) -> Tensor:
+    """What nobody has scored: NaN, (B, R)."""
+    return torch.full((len(responses), max(map(len, responses), default=0)), float("nan"))
+
+
 def response_logprobs(
     model,
     contexts: Iterable[list[int] | None],

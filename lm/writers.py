@@ -89,6 +89,19 @@ def import_writer(name: str) -> Writer:
     return checked
 
 
+def that_may_fail(write: Writer) -> Writer:
+    """A writer whose failure costs its batch the skills, and not the run: all answers are None; the log says why."""
+
+    def attempt(prompts: list[str]) -> list[str | None]:
+        try:
+            return write(prompts)
+        except (Mendable, OSError) as error:
+            log.warning("no skills for %d episodes: %s", len(prompts), " ".join(str(error).split()))
+            return [None] * len(prompts)
+
+    return attempt
+
+
 # How servers say that it is this prompt which they do not take: too long, or against their rules.
 _THIS_PROMPT = re.compile(
     r"context.(?:length|size|window)|max_tokens must be at least|content.?(?:filter|policy|management)|invalid_prompt"
@@ -155,16 +168,18 @@ class _Endpoint:
         """Of each prompt the answer, or the error that refuses it."""
         self.busy, self.waited, self.fatal = 0, 0.0, None
         self.stopped.clear()
-        with ThreadPoolExecutor(concurrency) as pool:
-            try:  # the first error ends all of it
-                return list(pool.map(self.ask, prompts))
-            except BaseException:
-                self.stopped.set()
-                raise
-            finally:
-                if self.busy:
-                    waited = f"{self.waited:.0f} s of waiting"
-                    log.warning(f"{self.client.base_url} answered 429 (too many requests) {self.busy} times: {waited}")
+        pool = ThreadPoolExecutor(concurrency)
+        try:  # the first error ends all of it
+            return list(pool.map(self.ask, prompts))
+        except BaseException:
+            self.stopped.set()
+            raise
+        finally:
+            # Ctrl-C does not wait for requests under way, each a minute at most, before the run is saved
+            pool.shutdown(wait=not self.stopped.is_set(), cancel_futures=True)
+            if self.busy:
+                waited = f"{self.waited:.0f} s of waiting"
+                log.warning(f"{self.client.base_url} answered 429 (too many requests) {self.busy} times: {waited}")
 
     def ask(self, prompt: str):
         """An answer, or the error that refuses this prompt. Raises Mendable for anything else."""
@@ -173,7 +188,10 @@ class _Endpoint:
         if self.stopped.is_set():
             raise self.fatal or Mendable("stopped")
         try:
-            return _text(self._patiently(prompt).choices[0].message.content)
+            answer = self._patiently(prompt)
+            if not getattr(answer, "choices", None):  # a web page, a stream, an error that calls itself a success
+                raise ValueError(f"it answers with no chat completion: {answer!r:.300}")
+            return _text(answer.choices[0].message.content)
         except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, openai.APIStatusError) and _refuses(error):
                 return error

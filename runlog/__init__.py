@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from config import FREE, Config, changed, flag, settings_to_save
 from data import Batch
-from lm.loading import remove, save_policy, taken, write_whole
+from lm.loading import read_json, remove, save_policy, taken, write_whole
 from lm.precision import device_of
 from lm.processes import whole
 from lm.watch import watch
@@ -46,7 +46,7 @@ class RunLog:
         if saved or (self.folder / "metrics.jsonl").exists():
             # with a checkpoint, the weights behind --model are compared in `start`
             free = FREE | ({"model"} if saved and (self.folder / "start.json").exists() else set())
-            self._check(json.loads(written.read_text()) if written.exists() else None, free)
+            self._check(read_json(written) if written.exists() else None, free)
         self.checkpoint, damaged = checkpoints.newest_readable(saved if config.resume else [])
         if damaged and self.checkpoint is None:
             raise ValueError(f"no checkpoint in {self.folder} is whole ({damaged[0]} is not): nothing to resume from")
@@ -75,8 +75,8 @@ class RunLog:
             text = json.dumps(start | {"data": data}, indent=2) + "\n"
             write_whole(path, lambda temporary: temporary.write_text(text))
         self.accelerator.wait_for_everyone()
-        start = json.loads(path.read_text())
-        if start["weights"] != own:
+        start = read_json(path)
+        if start.get("weights") != own:
             raise ValueError(f"the weights behind --model are not those that {self.folder} started from: cannot resume")
         before = start.get("data", data)  # a run from before fingerprints
         if others := [name for name in before | data if before.get(name) != data.get(name)]:
@@ -116,8 +116,8 @@ class RunLog:
                     try:
                         if json.loads(line)["iteration"] < iteration:
                             yield line.removesuffix("\n") + "\n"
-                    except json.JSONDecodeError:
-                        break
+                    except (ValueError, KeyError, TypeError):  # no record: what follows may be one
+                        continue
 
         def write(temporary: Path) -> None:
             with open(temporary, "w") as file:
@@ -140,6 +140,10 @@ class RunLog:
             metrics = metrics | over_processes(metrics, sizes, self.accelerator)
         self._append("metrics.jsonl", {"iteration": iteration, **metrics})
         self.accelerator.log(metrics, step=iteration + 1)
+        return metrics
+
+    def show(self, iteration: int, metrics: dict[str, float]) -> None:
+        """The line of an iteration."""
         shown = {
             "success": f"{100 * metrics['train/success']:.0f}%",
             "steps": f"{metrics['rollout/steps']:.1f}",
@@ -152,7 +156,6 @@ class RunLog:
             "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-        return metrics
 
     def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
         """The held-out table, printed and kept with the success of each split."""
@@ -224,7 +227,7 @@ class RunLog:
         if self.accelerator.is_main_process:
             from runlog.curve import plot_curve  # matplotlib is not needed for anything else
 
-            about = settings_to_save(self.config, json.loads((self.folder / "start.json").read_text())["date"])
+            about = settings_to_save(self.config, read_json(self.folder / "start.json")["date"])
             write_whole(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary, about))
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
         self.farewell()

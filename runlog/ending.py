@@ -1,8 +1,9 @@
 """How a run ends before its last iteration: it is saved, and one line says why and names the command that goes on.
 
-A signal ends it where its weights are those of the last finished iteration. Until the first gradient step of an
-iteration they are, so the run ends there at once. After that step the iteration comes to its end first, its evaluation
-included. Several processes wait for nobody: there the last state is kept only where the weights have not moved.
+A signal (Ctrl-C, SIGTERM, SIGHUP of a terminal that closes) ends it where its weights are those of the last finished
+iteration. Until the first gradient step of an iteration they are, so the run ends there at once. After that step the
+iteration comes to its end first, its evaluation included. Several processes wait for nobody: there the last state is
+kept only where the weights have not moved.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from runlog.start import Run
 
 SIGNALS = {signal.SIGINT: "stopped by Ctrl-C", signal.SIGTERM: "stopped by SIGTERM"}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    SIGNALS[signal.SIGHUP] = "stopped by SIGHUP"
 NO_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's allocator on CPUs, CUDA's libraries
 
 
@@ -38,18 +41,29 @@ class Ending:
     config: Config
     run: Run | None = None  # once it has started
     signal: int = 0  # the first that came
+    over: bool = False  # whether the run has ended, and is being saved
+
+    def print(self, text: str) -> None:
+        """By the first process alone."""
+        if first():
+            print(text)
 
     def stop(self, number: int, frame) -> None:
         """Handles a signal. A launcher may send SIGTERM after Ctrl-C, so that this one does not count as a second."""
         if self.signal:
             if number in (self.signal, signal.SIGINT):
-                os.write(2, b"train.py: ended at once. What comes after the last checkpoint is lost\n")
+                told(b"train.py: ended at once. What comes after the last checkpoint is lost\n")
                 os._exit(128 + number)
             return
         self.signal = number
+        for stream in (1, 2):
+            without_terminal(stream)
+        if self.over:
+            told(b"train.py: the run is being saved; Ctrl-C ends at once\n")
+            return
         if self.run and self.run.ahead and self.run.processes.count == 1:
             self.run.interrupted = True
-            os.write(2, b"train.py: this iteration comes to its end first; Ctrl-C ends at once\n")
+            told(b"train.py: this iteration comes to its end first; Ctrl-C ends at once\n")
             return
         raise KeyboardInterrupt
 
@@ -82,13 +96,16 @@ class Ending:
 @contextmanager
 def one_line(config: Config) -> Generator[Ending]:
     """Around a run: signals, and what the user can mend, end it in one line. Other errors keep their traceback."""
-    ending, main = Ending(config), os.environ.get("RANK", "0") == "0"
-    handlers = {number: signal.signal(number, ending.stop if main else signal.SIG_DFL) for number in SIGNALS}
+    ending = Ending(config)
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+    handlers = {number: signal.signal(number, ending.stop if first() else signal.SIG_DFL) for number in heard}
     try:
         yield ending
     except (Exception, KeyboardInterrupt) as error:
-        words = ending.words(error)
+        words, ending.over = ending.words(error), True
         if words is None:
+            if ending.run:
+                error.add_note(f"Last checkpoint: {ending.keep() or 'none'}. Go on with: {command()}")
             raise
         stopped = ending.signal or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
         if ending.run or stopped:
@@ -100,6 +117,24 @@ def one_line(config: Config) -> Generator[Ending]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def first() -> bool:
+    """Whether this is the first process, before accelerate knows of any."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def told(words: bytes) -> None:
+    with suppress(OSError):  # there may be nobody left to tell
+        os.write(2, words)
+
+
+def without_terminal(stream: int) -> None:
+    """What is written to a terminal that has closed goes nowhere, where it would raise an error."""
+    try:
+        os.write(stream, b"")
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def command() -> str:

@@ -37,8 +37,17 @@ WEIGHED_BY = {name: over for over, names in MEANS_OVER.items() for name in names
 
 
 def read_lines(path: Path) -> list[dict]:
-    """metrics.jsonl, evaluations.jsonl or samples.jsonl. Raises FileNotFoundError where it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """metrics.jsonl, evaluations.jsonl or samples.jsonl, but for a last line that is being written, or was when its run
+    was killed. Raises FileNotFoundError where it is not there, and ValueError for a line that is no record."""
+    lines, records = path.read_text().split("\n"), []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is damaged: {error}") from None
+    if wrong := [record for record in records if not isinstance(record, dict)]:
+        raise ValueError(f"{path} is no file of a run: it holds {wrong[0]!r}")
+    return records
 
 
 def sizes_of(batch: Batch, metrics: Metrics) -> dict[str, float]:

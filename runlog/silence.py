@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-from config import Config
+from config import LOCAL_WRITERS, Config
 from data import Batch
+from evaluate import MOST, acted, misfits
 
 EVERY = 5  # iterations between two looks, after the first
-MOST = 0.5  # the share above which responses that are cut off, or unknown tokens, are no accident
+PARTIAL = {"steps"}  # what leaves something to be learnt: --strict goes on
 
 
 def shares(batch: Batch, ends: set[int], unknown: int | None) -> dict[str, float]:
-    """Metrics that only this is for. `ends`: tokens that end a turn; `unknown`: the tokenizer's token for what it does
-    not know, None where it has none."""
-    steps, tokens = batch.steps, sum(len(step.context) for step in batch.steps)
-    strange = sum(step.context.count(unknown) for step in steps) if unknown is not None else 0
+    """Metrics that only this is for. `ends`, `unknown`: see `acted`."""
     guided = (~batch.advantages.skill.isnan()).sum().item()
-    return {
-        "rollout/cut_off": sum(step.response[-1] not in ends for step in steps) / max(1, len(steps)),
-        "rollout/unknown_tokens": strange / max(1, tokens),
-        "guided/tokens": guided / max(1, batch.mask.sum().item()),
-    }
+    return acted(batch.steps, ends, unknown) | {"guided/tokens": guided / max(1, batch.mask.sum().item())}
 
 
 def silences(config: Config, metrics: dict[str, float]) -> dict[str, str]:
     """What is wrong with an iteration -> in words, with what helps. Empty where it may have taught something."""
-    found = {}
-    if metrics["rollout/cut_off"] > MOST:
-        found["cut off"] = (
-            f"{metrics['rollout/cut_off']:.0%} of the responses are cut off at --max-new-tokens "
-            f"{config.max_new_tokens}: raise it, or take a --prompt that asks for less"
-        )
-    if metrics["rollout/unknown_tokens"] > MOST:
-        found["unknown"] = (
-            f"{metrics['rollout/unknown_tokens']:.0%} of the prompts' tokens are unknown to --model {config.model}: "
-            "--prompt compact, --env and its data must be those that it was trained on"
-        )
-    if not metrics["rollout/valid_actions"]:
-        found["actions"] = (
-            f"no action was valid: does --prompt {config.prompt} fit --model {config.model}? A model that knows "
-            "neither format nor game needs a cold start (tools/coldstart.py). samples.jsonl shows what it answered"
+    found = misfits(config, metrics)
+    if "actions" in found:
+        found["actions"] += ". samples.jsonl shows what it answered"
+    full = metrics.get("rollout/context_full", 0) + metrics.get("rollout/too_long", 0)
+    if full > MOST * (episodes := metrics["episodes"] + metrics.get("rollout/too_long", 0)):
+        found["full"] = (
+            f"{full:.0f} of {episodes:.0f} episodes end because their context is full, at --context-limit "
+            f"{config.context_limit}: raise it, or take --context window or a lower --max-steps"
         )
     if config.levels and not metrics["guided/tokens"]:
         found["skills"] = f"no step is guided by a skill, so this is GRPO at OPID's cost: {_unguided(config, metrics)}"
     elif config.levels and not metrics["advantage/skill_abs"]:
         found["shift"] = "skills guide steps and change no log-prob: all of them say the same, or nothing"
+    elif set(config.levels) == {"episode", "step"} and metrics.get("guided/step") == 0 and config.routing != "episode":
+        dropped = metrics.get("skills/step_keys_dropped", 0)
+        found["steps"] = f"no step has a skill of its own ({dropped:.0f} name no step), so --step-weight does nothing"
     if config.rollouts == 1 and not metrics["advantage/outcome_abs"]:
         found["outcome"] = "groups of one have nobody to be compared with, so A_ep is 0: more --rollouts"
     if not metrics["advantage/outcome_abs"] and not metrics["advantage/skill_abs"]:
@@ -59,7 +49,14 @@ def _unguided(config: Config, metrics: dict[str, float]) -> str:
         return f"contexts with a skill do not fit into --context-limit {config.context_limit}: raise it"
     if metrics.get("skills/parse_rate", 1.0):
         return f"the skills name no step that --routing {config.routing} and the weights let guide"
+    if config.skill_writer not in LOCAL_WRITERS:
+        refused = metrics.get("skills/too_long", 0)
+        return (
+            f"--skill-writer {config.skill_writer} gave no answer that could be read as skills ({refused:.0f} refusals)"
+        )
     if metrics.get("skills/too_long") and metrics["skills/too_long"] >= metrics["episodes"]:
+        if config.skills_may_fail:
+            return "the writer failed, or refused every transcript: the log says why"
         return "no transcript fits: raise --skill-context-limit (or --context-limit)"
     return (
         "no answer could be read as skills. Cut off? Raise --skill-tokens. No JSON? --skill-prefill "

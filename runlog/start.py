@@ -17,24 +17,33 @@ import torch
 from typing_extensions import TypeVar
 
 from config import Config
-from data import Batch, Level
-from envs import TextEnv, fingerprints
-from envs.guard import check_first_game
+from data import Batch, Level, Trajectory
+from envs import GameFailure, TextEnv, fingerprints
+from envs.guard import check_first_game, most_failed
 from evaluate import environment, evaluate_everywhere, games_of, held_out_games
 from lm.adapters import base_of, left_out
 from lm.encoder import Encoder
 from lm.loading import add_lora, frozen_copy
-from lm.obstacles import check_gap, check_model, check_positions, logprob_gap, sampling_note, untrained_positions
+from lm.obstacles import (
+    Mendable,
+    check_gap,
+    check_model,
+    check_positions,
+    logprob_gap,
+    sampling_note,
+    untrained_positions,
+)
 from lm.processes import Offload, Processes, gathered, give_back, shard
 from lm.sampler import Sampler, end_of_turn_ids
 from lm.scoring import counted, layout_noise
-from lm.writers import Writer, import_writer, model_writer, openai_writer
+from lm.writers import Writer, import_writer, model_writer, openai_writer, that_may_fail
 from memory import hours
 from memory.machine import peak_mib
 from memory.plan import Plan, planned
 from runlog import RunLog, accelerator_of, checkpoints, silence
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
 from runlog.silence import shares, silences
+from skills import analysis_prompt
 from tiny.loading import load_model
 
 TOKENS = ("tokens/sampled", "tokens/skills", "tokens/scored", "tokens/trained")  # docs/metrics.md says what counts
@@ -71,6 +80,8 @@ class Run(Generic[SettingsT]):
     kept: dict[str, Any] = field(default_factory=dict)  # `state` at its end
     ahead: bool = False  # whether the weights have moved since
     interrupted: bool = False  # whether the run is to end with this iteration (ending.py)
+    tried: int = 0  # episodes since this process started
+    failed: int = 0  # of them
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -179,31 +190,52 @@ class Run(Generic[SettingsT]):
         metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
         metrics |= shares(batch, self.encoder.ends, self.tokenizer.unk_token_id)
         metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
-        if iteration == self.log.first_iteration and not last:
-            plan = partial(Plan, config, self.policy.config, processes=self.processes.count)
-            if self.processes.rank == 0:
-                print(hours.after_an_iteration(config, metrics, iteration, self.evaluation, plan))
-        if iteration % silence.EVERY == 0 or last:
-            self.warn(silences(config, metrics))
-        if last or (iteration + 1) % config.save_every == 0:
-            self.log.save(iteration, self.policy, self.optimizer, self.state)
+        found = self.silences(metrics) if iteration % silence.EVERY == 0 or last else {}
         self.finished, self.kept, self.ahead = iteration, copy.deepcopy(self.state), False  # in this order
+        if last or (iteration + 1) % config.save_every == 0 or self.hopeless(found):
+            self.log.save(iteration, self.policy, self.optimizer, self.state)
+        self.log.show(iteration, metrics)  # where nobody reads any more this is an error, and nothing is lost
+        if iteration == self.log.first_iteration and not last and self.processes.rank == 0:
+            plan = partial(Plan, config, self.policy.config, processes=self.processes.count)
+            print(hours.after_an_iteration(config, metrics, iteration, self.evaluation, plan))
+        self.warn(found)
         if self.interrupted:
             raise KeyboardInterrupt
+        if not last:
+            self.count_failures(metrics)
+
+    def count_failures(self, metrics: Metrics) -> None:
+        """A rollout of few episodes is too small to tell 5% from a fifth, so that all of them are counted together.
+        Raises GameFailure."""
+        self.failed += round(metrics["rollout/failed"])
+        self.tried += round(sum(metrics[name] for name in ("rollout/failed", "episodes", "rollout/too_long")))
+        if self.failed > (most := most_failed(self.tried, self.config.rollouts)):
+            share = f"{self.failed} of {self.tried} episodes failed"
+            raise GameFailure(f"{share} since this command began, and no more than {most} may: the log names them")
 
     def move(self, *_) -> None:
         """Called before each step of the optimizer."""
         self.ahead = True
 
-    def warn(self, found: dict[str, str]) -> None:
-        """Says what is wrong, and since when. With --strict that ends the run."""
-        before = self.state.get("silent", {})
+    def silences(self, metrics: Metrics) -> dict[str, str]:
+        """What is wrong with this iteration; since when is kept with the run."""
+        found, before = silences(self.config, metrics), self.state.get("silent", {})
         self.state["silent"] = {kind: before.get(kind, self.iteration) for kind in found}
+        return found
+
+    def warn(self, found: dict[str, str]) -> None:
+        """Says what is wrong, and since when. With --strict that ends the run, whose last iteration is saved."""
         for kind, words in found.items():
             since = self.state["silent"][kind]
             self.processes.print(f"WARNING (since iteration {since}): {words}")
-        if found and self.config.strict:
-            sys.exit(f"train.py: --strict, and nothing is learnt: {', '.join(found)}")
+        if kinds := self.hopeless(found):
+            if self.processes.rank:
+                sys.exit(1)  # the first one says why
+            raise Mendable(f"--strict, and nothing is learnt: {', '.join(kinds)}")
+
+    def hopeless(self, found: dict[str, str]) -> list[str]:
+        """The kinds that end a run with --strict."""
+        return [kind for kind in found if kind not in silence.PARTIAL] if self.config.strict else []
 
 
 def start(config: Config) -> Run:
@@ -215,6 +247,8 @@ def start(config: Config) -> Run:
     make_env, games = environment(config), games_of(config, "train")
     held_out = held_out_games(config)  # missing data are best noticed before hours of work
     check_first_game(make_env, games, config.max_steps, config.context, config.levels)
+    if config.writes_skills:  # a template with other fields is best noticed before the first rollout
+        analysis_prompt(Trajectory("", 0, [], False), 1, make_env().analysis_prompt())
     if min(config.tasks, len(games)) < config.least_tasks * processes.count:
         each = "one" if config.least_tasks == 1 else "two"
         raise ValueError(f"{config.tasks} --tasks of {len(games)} games: fewer than {each} for each process")
@@ -230,6 +264,9 @@ def start(config: Config) -> Run:
     policy = (add_lora(model, config.lora_rank) if config.lora_rank else model).to(place)
     check_model(policy, config.context_limit)
     config.check_model(policy)
+    if log.first_iteration >= config.iterations:
+        made = f"{log.first_iteration} iterations are made already, and --iterations is {config.iterations}"
+        processes.print(f"{made}: nothing more is trained")
     for note in notes(config, policy):
         processes.print(note)
     processes.print(planned(config, policy, processes.count))
@@ -253,7 +290,7 @@ def start(config: Config) -> Run:
         config, processes, log, policy, tokenizer, encoder, models, optimizer, offload, make_env, games, config.levels
     )
     if config.writes_skills:
-        run.writer = writer_of(run)
+        run.writer = that_may_fail(writer_of(run)) if config.skills_may_fail else writer_of(run)
     run.state, run.finished = log.restore(policy, optimizer) or {}, log.first_iteration - 1
     optimizer.register_step_pre_hook(run.move)
     offload.rest(*frozen, optimizer)
@@ -273,6 +310,15 @@ def notes(config: Config, policy) -> list[str]:
     limits = {"--context-limit": config.context_limit}
     if config.longest > config.context_limit:
         limits["--skill-context-limit"] = config.longest
+    rates = [learning_rate(config, iteration) / config.learning_rate for iteration in range(config.iterations)]
+    if max(rates) < 0.5:
+        lines += [
+            f"WARNING: the learning rate reaches {max(rates):.1%} of its peak: --warmup {config.warmup} is too long"
+        ]
+    elif rates[-1] < 0.001:
+        lines += [
+            f"WARNING: the learning rate ends at {rates[-1]:.0e} of its peak: raise --lr-halving {config.lr_halving}"
+        ]
     without = left_out(policy) if config.lora_rank else None
     return lines + [line for line in (without, untrained_positions(policy, limits)) if line]
 

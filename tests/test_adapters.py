@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from config import settings_to_save
-from lm.adapters import left_out
+from lm.adapters import left_out, merged_copy
 from lm.loading import about_policy, add_lora, rounded, save_policy, without_dropout
 from lm.obstacles import check_model, untrained_positions
 from lm.sampler import Sampler
@@ -280,6 +281,25 @@ def test_experts_without_adapters_are_named(kind):
     assert "experts.gate_up_proj" in warning and "experts.down_proj" in warning and "\n" not in warning
     share = int(warning.split("leaves ")[1].split("%")[0]) / 100
     assert experts / counted - 0.01 < share < experts / counted + 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "layer"), [("Jamba", "dt_proj"), ("LongcatFlash", "classifier")])
+def test_adapters_of_weights_that_are_read_and_never_called_are_named(kind, layer, caplog):
+    """They get no gradient and stay 0, so that a run merges exactly. Stirred by hand they do not: saving says so."""
+    config, name = getattr(transformers, f"{kind}Config"), getattr(transformers, f"{kind}ForCausalLM")
+    policy = add_lora(without_dropout(small_model(config, name)), 2)
+    assert re.search(rf"no adapter reaches them: .*{layer}", left_out(policy))
+    policy(input_ids=IDS, use_cache=False).logits.sum().backward()
+    adapters = {n: p for n, p in policy.named_parameters() if f"{layer}.lora_" in n}
+    assert adapters and all(p.grad is None for p in adapters.values())
+    before = logits(policy).log_softmax(-1)
+    assert (logits(merged_copy(policy)).log_softmax(-1) - before).abs().max() < 1e-5 and "merging" not in caplog.text
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.add_(torch.randn_like(parameter))
+    merged_copy(policy)
+    assert "merging the adapters changes log-probs by" in caplog.text
 
 
 def test_nothing_is_said_where_all_linear_layers_have_adapters(llama):

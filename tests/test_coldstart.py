@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from tiny.loading import load_model
 from tiny.plays import script
 from tiny.supervised import demonstration_loss, latest, shuffled_batches
 from tiny.warmstart import TinyDemonstrator, key_of, tiny_model, tiny_tokenizer, warm_start
-from tools.coldstart import main
+from tools.coldstart import main, stop
 from tools.skill_quality import agreement
 from variants.skill_grpo import UnderSkill
 
@@ -239,6 +240,29 @@ def test_loss_falls_and_a_stopped_cold_start_goes_on_exactly(start, tmp_path, mo
     assert not (tmp_path / "stopped" / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_the_step_and_names_the_command(number, start, tmp_path, monkeypatch, capsys):
+    losses = []
+
+    def signalled(*args, **options):
+        losses.append(demonstration_loss(*args, **options))
+        if len(losses) == 3:
+            signal.raise_signal(number)
+        return losses[-1]
+
+    monkeypatch.setattr(tiny.coldstart, "demonstration_loss", signalled)
+    monkeypatch.setattr("sys.argv", ["tools/coldstart.py", "--model", start, "--games", "8"])
+    before = signal.signal(number, stop)
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", start, "--games", "8", "--out", str(tmp_path / "cold")])
+    assert signal.signal(number, before) == stop
+    assert ended.value.code == 128 + number
+    kept = tmp_path / "cold/checkpoint.pt"
+    assert torch.load(kept)["losses"] == [loss.item() for loss in losses] and len(losses) == 3
+    told = f"coldstart.py: stopped by {number.name}. Last checkpoint: {kept}. Go on with: python tools/coldstart.py --m"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(told)
+
+
 def test_a_stopped_cold_start_goes_on_with_its_own_day(start, tmp_path, monkeypatch):
     """Some templates print it: another day would make other demonstrations."""
     days, original = [], tiny.coldstart.batches_of
@@ -418,6 +442,11 @@ def test_the_command_prints_losses_success_and_skills(start, tmp_path, capsys):
     assert "valid_seen" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="other settings"):
         main([*command, "--seed", "1"])
+
+
+def test_words_that_a_model_cannot_learn_are_told(start, tmp_path, capsys):
+    cold_start(ColdStart(model=start, env="search", games=1), tmp_path)
+    assert re.search(r"WARNING: \d+% of the responses' tokens are unknown to --model", capsys.readouterr().out)
 
 
 def test_the_novice_of_a_cold_start_is_seeded():

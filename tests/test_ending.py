@@ -25,8 +25,10 @@ from envs.search.questions import load_questions
 from envs.webshop import WebshopEnv
 from lm.loading import load_pretrained, save_policy, taken
 from lm.obstacles import Mendable
-from runlog.ending import command
-from runlog.start import start
+from runlog import RunLog, checkpoints
+from runlog.ending import Ending, command, one_line, without_terminal
+from runlog.start import notes, start
+from tests.settings import laptop
 from tests.test_train import SMALL, config, lines, same, train, weights
 from tiny import warmstart
 from tiny.coldstart import ColdStart, cold_start
@@ -238,8 +240,10 @@ def fails(error: Exception, at: int, monkeypatch) -> None:
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")], ids=repr)
 def test_a_bug_keeps_its_traceback(error, random_tiny, tmp_path, monkeypatch):
     fails(error, 2, monkeypatch)
-    with pytest.raises(type(error), match="a bug"):
+    with pytest.raises(type(error), match="a bug") as ended:
         main(tmp_path / "run", monkeypatch=monkeypatch)
+    (note,) = ended.value.__notes__  # under the traceback
+    assert note.startswith(f"Last checkpoint: {tmp_path}/run/checkpoints/000000.pt. Go on with: python train.py")
 
 
 def test_after_the_first_gradient_step_of_an_iteration_nothing_of_it_is_saved(random_tiny, tmp_path, monkeypatch):
@@ -262,6 +266,113 @@ def test_no_first_prompt_that_fits_is_a_line(random_tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(AlfworldEnv, "build_prompt", lambda *a: (*original(*a), " look" * 5000))
     with pytest.raises(SystemExit, match=r"^train\.py: not one first prompt fits: raise --context-limit .*--resume$"):
         main(tmp_path / "run", monkeypatch=monkeypatch)
+
+
+def test_strict_saves_the_iteration_first(random_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(start_module, "silences", lambda *args: {"steps": "no end", "actions": "none is valid"})
+    told = (
+        rf"train\.py: --strict, and nothing is learnt: actions\. Last checkpoint: {tmp_path}/run/checkpoints/000000\.pt"
+    )
+    with pytest.raises(SystemExit, match=rf"^{told}\. Go on with: .*--strict --resume$"):
+        main(tmp_path / "run", "--strict", monkeypatch=monkeypatch)
+    assert torch.load(tmp_path / "run/checkpoints/000000.pt")["variant"] == {"silent": {"steps": 0, "actions": 0}}
+
+
+def test_a_reader_that_has_gone_costs_nothing(random_tiny, tmp_path, monkeypatch):
+    """`| head`, or a terminal that was closed: the line of an iteration is an error, and the iteration is kept."""
+    monkeypatch.setattr(RunLog, "show", lambda *args: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(SystemExit, match=r"Broken pipe\. Last checkpoint: .*000000\.pt\. Go on with"):
+        main(tmp_path / "run", monkeypatch=monkeypatch)
+
+
+def test_a_signal_waits_while_a_run_that_failed_is_saved(random_tiny, tmp_path, monkeypatch, capfd):
+    fails(OSError(5, "gone"), 3, monkeypatch)
+    sends(signal.SIGTERM, 1, "save", monkeypatch, checkpoints)
+    with pytest.raises(SystemExit, match=r"gone\. Last checkpoint: .*000001\.pt"):
+        main(tmp_path / "run", monkeypatch=monkeypatch)
+    assert "the run is being saved; Ctrl-C ends at once" in capfd.readouterr().err
+
+
+def test_a_closed_terminal_ends_a_run_unless_nohup_says_otherwise():
+    with pytest.raises(SystemExit) as ended, one_line(laptop(out="nowhere")):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert ended.value.code == 129
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with one_line(laptop(out="nowhere")):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def test_words_to_a_terminal_that_has_closed_are_no_error():
+    master, terminal = os.openpty()
+    os.close(master)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(terminal, b"words")
+    without_terminal(terminal)
+    assert os.write(terminal, b"words") == 5
+    os.close(terminal)
+
+
+@pytest.mark.parametrize(("name", "text"), [("start.json", "{"), ("config.json", "[]"), ("config.json", "")])
+def test_a_damaged_file_of_a_run_is_named(name, text, random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=1))
+    Path(c.out, name).write_text(text)
+    with pytest.raises(ValueError, match=rf"run/{name} is damaged: ") as refused:
+        start(replace(c, resume=True, iterations=2))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_line_costs_only_itself(random_tiny, tmp_path):
+    train(c := config(tmp_path, "run", iterations=2))
+    file = Path(c.out, "metrics.jsonl")
+    file.write_text('{"iteration": 0, "x\n[1]\n' + file.read_text())
+    train(replace(c, resume=True, iterations=3))
+    assert [record["iteration"] for record in lines(c.out)] == [0, 1, 2]
+
+
+def test_fewer_iterations_than_were_made_are_told(random_tiny, tmp_path, capsys):
+    train(c := config(tmp_path, "run", iterations=2))
+    train(replace(c, resume=True, iterations=1))
+    assert "2 iterations are made already, and --iterations is 1: nothing more is trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"warmup": 1000, "lr_halving": 0}, "the learning rate reaches 16.0% of its peak: --warmup 1000 is too long"),
+        ({"lr_halving": 8}, "the learning rate ends at 1e-06 of its peak"),
+    ],
+)
+def test_a_learning_rate_that_teaches_nothing_is_told(changes, words, llama):
+    assert any(words in note for note in notes(laptop(iterations=160, **changes), llama))
+    assert not any("learning rate" in note for note in notes(laptop(iterations=160), llama))
+
+
+def test_only_the_first_process_says_where_settings_come_from(monkeypatch, capsys):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        Ending(laptop()).print(f"settings of {rank}")
+    assert capsys.readouterr().out == "settings of 0\n"
+
+
+IMPORTING = ["train.py", "evaluate.py", "tools/coldstart.py", "tools/skill_quality.py", "tools/walkthrough.py"]
+IMPORTING += ["lab/experiments/skill_effect.py", "lab/experiments/compare.py"]
+
+
+@pytest.mark.parametrize("command", IMPORTING)
+def test_ctrl_c_while_pytorch_loads_is_a_line(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    told = subprocess.run([sys.executable, command], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert told.stderr.decode() == f"{Path(command).name}: stopped by Ctrl-C\n"
+    assert told.returncode == -signal.SIGINT
+
+
+def test_a_pipe_without_a_reader_is_no_traceback():
+    script = "import lm\nwhile True: print('x')"
+    said = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said.stdout.readline()
+    said.stdout.close()
+    assert said.stderr.read() == b"" and said.wait()
 
 
 def test_the_command_that_goes_on_is_quoted_and_has_resume_once(monkeypatch):

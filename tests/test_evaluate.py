@@ -8,7 +8,7 @@ import torch
 
 import evaluate as evaluate_module
 from config import ACTS, EVALUATED, Config, parse_args, settings_to_save
-from data import Trajectory
+from data import Step, Trajectory
 from envs.alfworld import TASK_TYPES
 from envs.search import DATA_SOURCES, GENERATED_SOURCES
 from evaluate import environment, eval_splits, evaluate, format_table, games_of, success_by_type, wilson
@@ -37,6 +37,11 @@ def test_table():
     assert header.split()[:8] == ["split", "Pick", "Look", "Clean", "Heat", "Cool", "Pick2", "All"]
     assert line.split()[:8] == ["valid_seen", "50.0", "-", "-", "-", "-", "66.7", "60.0"]
     assert line.split()[-1] == "5"
+
+
+def test_a_tables_words_are_an_environments_and_may_be_any():
+    table = format_table({"test": played("t\x1b[2J\ud800\u202e", True)}, {})
+    assert table.replace("\n", "").isprintable() and table.encode() and "100.0" in table
 
 
 def test_table_of_questions_by_data_set():
@@ -205,6 +210,44 @@ def test_a_config_beside_a_model_need_not_be_a_runs(argv, tmp_path, monkeypatch)
     for place in (Path("config.json"), Path("x/config.json"), Path("x/checkpoint-10/config.json")):
         place.write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}))
     assert parse_args(argv, saved=("acts", "evaluated")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is damaged: Expecting value"),
+        ("[]", "is damaged: "),
+        ('{"base": 3}', "is damaged: base and date must be texts"),
+        ('{"acts": []}', "is damaged: base and date must be texts, acts and evaluated tables"),
+        ('{"acts": {"depth": 1}}', "is of another version: it has the unknown settings depth"),
+    ],
+)
+def test_what_a_policy_says_of_itself_and_cannot_be_read_is_named(text, words, tmp_path, capsys):
+    (tmp_path / SAVED).write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(["--model", str(tmp_path)])
+    assert SAVED in (told := capsys.readouterr().err) and words in told
+
+
+@pytest.mark.parametrize("inside", ["checkpoints/000001.pt", "checkpoints", "policy/model.safetensors"])
+def test_what_is_no_model_in_a_run_names_its_policy(inside, tmp_path):
+    for path in ("checkpoints/000001.pt", "policy/model.safetensors", "start.json"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    with pytest.raises(SystemExit, match=rf"^evaluate\.py: .*The policy of that run: {tmp_path}/policy$"):
+        evaluate_module.main(["--model", str(tmp_path / inside), "--recipe", "laptop"])
+
+
+def test_a_policy_that_does_not_fit_its_prompts_is_told(tmp_path, llama, tokenizer, monkeypatch, capsys):
+    """Of four context tokens three are unknown; the one response is cut off, its action no action."""
+    unknown = tokenizer.unk_token_id
+    step = Step((), "", [unknown, unknown, 20, unknown], [20, 20], "", "", False)
+    monkeypatch.setattr("tiny.loading.load_model", lambda *args, **options: (llama, tokenizer))
+    lost = Trajectory("", 0, [step], False)
+    monkeypatch.setattr(evaluate_module, "evaluate", lambda *args: {"valid_seen": [lost]})
+    evaluate_module.main(["--recipe", "laptop"])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")]
+    assert [line.split()[1] for line in warnings] == ["100%", "75%", "no"]
 
 
 def test_a_model_without_a_name_is_named(capsys):

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game
 from envs.guard import LONGEST, GameFailure, check_first_game, within
 from evaluate import evaluate
 from lm.encoder import Encoder
+from runlog.start import Run
 from tests import playing
 from tests.settings import laptop
 
@@ -243,6 +245,92 @@ def test_an_evaluation_of_games_that_all_fail_is_no_zero(llama, tokenizer, games
         evaluate(llama, Encoder(tokenizer, "chat"), config, ["valid_seen"])
 
 
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("fatal"), GeneratorExit(), RecursionError()], ids=repr)
+def test_an_environment_may_raise_anything(error, llama, tokenizer, caplog):
+    """A game engine that calls sys.exit does not end the run, let alone in silence."""
+
+    def leave(env, result):
+        raise error
+
+    played, metrics = play(llama, tokenizer, broken("step", leave), ["g0", "g1"], 1)
+    assert [t.game for t in played] == ["g0"] and metrics["rollout/failed"] == 1
+    assert f"game g1 (step 1: {type(error).__name__}" in caplog.text
+    check_first_game(broken("close", leave), ["g1"], 3, "chat", ())
+    with pytest.raises(ValueError, match="not one of the first 1 games can be played"):
+        check_first_game(broken("reset", leave), ["g1"], 3, "chat", ())
+
+
+def test_an_error_without_words_is_one_too(llama, tokenizer, caplog):
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    def leave(env, result):
+        raise Mute
+
+    assert play(llama, tokenizer, broken("step", leave), ["g0", "g1"], 1)[1]["rollout/failed"] == 1
+    assert "Mute: a Mute that cannot be printed" in caplog.text
+
+
+def test_a_constructor_that_fails_costs_its_episode(llama, tokenizer, caplog):
+    class Full(Plain):
+        made = 0
+
+        def __init__(self):
+            Full.made += 1
+            if Full.made == 2:
+                raise OSError("too many open files")
+            super().__init__()
+
+    played, metrics = play(llama, tokenizer, Full, ["g0", "g1"])
+    assert [t.group for t in played] == [0, 1, 1] and metrics["rollout/failed"] == 1
+    assert "game g0 (constructor: OSError: too many open files)" in caplog.text
+
+
+def test_a_game_that_never_ends_is_one_that_fails(llama, tokenizer, caplog):
+    endless = broken("step", lambda env, result: (*result[:2], False, False, result[4]))
+    played, metrics = play(llama, tokenizer, endless, ["g0", "g1"], 1)
+    assert [t.game for t in played] == ["g0"] and metrics["rollout/failed"] == 1
+    assert "game g1 (step 3: ProtocolError: the episode goes on after step 3" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["build_prompt", "parse_action"])
+def test_every_method_has_a_limit(method, llama, tokenizer, caplog):
+    slow = broken(method, lambda env, result: time.sleep(30))
+    slow.time_limit = 0.2
+    assert play(llama, tokenizer, slow, ["g0", "g1"], 1)[1]["rollout/failed"] == 1
+    assert f"game g1 ({method}: TimeUp" in caplog.text
+
+
+@pytest.mark.parametrize("how", [lambda: time.sleep(30), lambda: fail(None, None)], ids=["hangs", "raises"])
+def test_a_prefetch_that_fails_leaves_the_steps_to_ask(how, llama, tokenizer, caplog):
+    class Asking(Plain):
+        time_limit = 0.2
+
+        def prefetch(self, responses):
+            how()
+
+    played, metrics = play(llama, tokenizer, Asking, ["g0"], 2)
+    assert [len(t.steps) for t in played] == [3, 3] and metrics["rollout/failed"] == 0
+    assert caplog.text.count("prefetch failed, so that each step asks for itself: ") == 3  # turns
+
+
+def test_a_run_of_small_rollouts_counts_failures_together():
+    """A fifth of 16 episodes is less than one group of 4. Of 32 it is more, and 5% of those is less than a group."""
+
+    def run_of(*failed):
+        run = SimpleNamespace(tried=0, failed=0, config=SimpleNamespace(rollouts=4))
+        for each in failed:
+            Run.count_failures(run, {"rollout/failed": each, "episodes": 15 - each, "rollout/too_long": 1})
+        return run
+
+    assert run_of(4, 0, 0).tried == 48 and run_of(*[1, 0] * 50).failed == 50  # 3 in a hundred
+    with pytest.raises(GameFailure, match=r"^6 of 32 episodes failed .* no more than 4 may"):
+        run_of(3, 3)
+    with pytest.raises(GameFailure, match=r"^5 of 80 episodes failed"):
+        run_of(*[1] * 5)
+
+
 class Hanging(Plain):
     time_limit = 0.2
 
@@ -327,6 +415,7 @@ WRONG = {
     "no slot": ("build_prompt", lambda env, prompt: prompt[2:], "has no episode slot: a skill would have no place"),
     "no step slot": ("build_prompt", lambda env, prompt: prompt[:1], "has no step slot"),
     "parsed": ("parse_action", lambda env, parsed: parsed[0], "parse_action must return"),
+    "5 MB of an action": ("parse_action", lambda e, r: ("x" * 5_000_000, True), "action of parse_action has 5000000"),
     "valid": ("parse_action", lambda env, parsed: (parsed[0], None), "parse_action must return"),
 }
 
@@ -356,6 +445,21 @@ def test_other_things_that_are_wrong_with_an_environment():
     env = Plain()
     env.tasks = lambda split, count=None: []
     with pytest.raises(ProtocolError, match=r"tasks\('train'\) is empty"):
+        check_env(env)
+    for name, value, message in (
+        ("time_limit", "60", "time_limit must be a positive number of seconds or None"),
+        ("time_limit", -1, "time_limit must be a positive"),
+        ("held_out", "valid_seen", "held_out must be a tuple of splits"),
+        ("columns", None, "columns must be a dict"),
+        ("tasks", lambda split, count=None: (f"g{i}" for i in range(3)), "tasks must return a list, not generator"),
+    ):
+        env = Plain()
+        setattr(env, name, value)
+        with pytest.raises(ProtocolError, match=message):
+            check_env(env)
+    env = Plain()
+    env.analysis_prompt = lambda: fail(env, None)
+    with pytest.raises(GameFailure, match=r"Plain\.analysis_prompt failed"):
         check_env(env)
     env = Plain()
     env.analysis_prompt = lambda: 3

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from data import Guidance, Slot
 from envs import make_env
 from envs.search import RetrieverError, SearchEnv, read_action, vocabulary
-from envs.search.retrievers import Passage
+from envs.search.retrievers import CorpusError, Passage
 from envs.search.server import make_server
 from lm.encoder import Encoder
 from lm.sampler import Sampler
@@ -324,6 +324,12 @@ def test_environments_share_one_retriever():
     one, other = SearchEnv(), SearchEnv(prompt="compact")
     assert one.retriever is other.retriever
     assert one.retriever is not SearchEnv(top_k=1).retriever
+
+
+def test_a_corpus_is_opened_before_the_first_rollout(questions, tmp_path):
+    """Within a step its index would have to be there in minutes, and a missing one would fail game by game."""
+    with pytest.raises(CorpusError, match="no corpus at"):
+        SearchEnv(questions=questions, retriever=str(tmp_path / "none.jsonl")).tasks("test")
 
 
 def test_a_failed_search_is_no_wrong_answer(questions):

@@ -242,9 +242,9 @@ def test_a_slow_server_is_given_up_on():
 
 
 def test_a_server_that_recovers_is_asked_again():
-    with running(server := scripted((503, b"busy"), 1.5, (200, GOOD))) as url:
-        assert HttpRetriever(url, timeout=1.0, tries=3, pause=0.01).search(["q"], 3) == [[Passage("c", 1.5)]]
-        assert len(server.seen) == 3
+    with running(server := scripted((503, b"busy"), (429, b"busy"), 1.5, (200, GOOD))) as url:
+        assert HttpRetriever(url, timeout=1.0, tries=4, pause=0.01).search(["q"], 3) == [[Passage("c", 1.5)]]
+        assert len(server.seen) == 4
 
 
 @pytest.mark.parametrize(
@@ -254,6 +254,7 @@ def test_a_server_that_recovers_is_asked_again():
         (200, b'{"results": []}', "does not speak"),
         (200, b'{"result": [["c"]]}', "does not speak"),
         (200, b'{"result": [[{"document": {"text": "c"}, "score": 1}]]}', "does not speak"),
+        (200, b'{"result": [[{"document": {"contents": null}}]]}', "does not speak.*no text: None"),
         (200, b'{"result": []}', "answered 0 of 1 queries"),
         (200, b"\xff\xfe", "does not speak"),
         (200, b"[" * 100_000, "does not speak.*RecursionError"),

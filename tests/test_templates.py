@@ -205,3 +205,9 @@ def test_variables_of_a_template_can_be_given():
     assert tokenizer.decode(Encoder(tokenizer, "window", DATE).context(["x"], [])) == "x"
     encoder = Encoder(tokenizer, "window", DATE, {"effort": "low", "enable_thinking": "true"})
     assert tokenizer.decode(encoder.context(["x"], [])) == "xlow<think>" and encoder.began == "<think>"
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "add_generation_prompt", "tokenize"])
+def test_a_variable_that_no_template_reads_is_refused(name):
+    with pytest.raises(ValueError, match=f"the chat template of this model has no variable '{name}' to set"):
+        Encoder(byte_tokenizer(TEMPLATES["qwen3"]), "chat", options={name: "true"})

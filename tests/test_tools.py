@@ -98,8 +98,13 @@ def test_the_command_lines(main, missing, written, run, monkeypatch, capsys):
 
     call(run)
     assert capsys.readouterr().out == f"{run / written}\n"
-    (run / missing).write_text("{half a line")
-    with pytest.raises(SystemExit, match=r"\.py: .*Expecting property name"):
+    (run / missing).write_text((run / missing).read_text() + '{"iteration": 3, "tra')  # a run that is alive
+    call(run)
+    (run / missing).write_text("{half a line\n")
+    with pytest.raises(SystemExit, match=rf"\.py: .*line 1 of {run / missing} is damaged: Expecting property name"):
+        call(run)
+    (run / missing).write_text("[1]\n")
+    with pytest.raises(SystemExit, match=r"is no file of a run: it holds \[1\]"):
         call(run)
     (run / missing).unlink()
     with pytest.raises(SystemExit, match=rf"\.py: no {missing} in {run}: not the folder of a run"):

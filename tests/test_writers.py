@@ -1,6 +1,8 @@
 """lm/writers.py: local models, a function of the user's, an OpenAI-compatible endpoint."""
 
 import json
+import os
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -13,7 +15,9 @@ import torch
 
 from lm import writers
 from lm.encoder import Encoder
-from lm.writers import import_writer, model_writer, openai_writer
+from lm.obstacles import Mendable
+from lm.writers import import_writer, model_writer, openai_writer, that_may_fail
+from tests.settings import laptop
 
 # --- a local model ---
 
@@ -140,6 +144,22 @@ def key(monkeypatch):
 
 
 OPTIONS = {"max_new_tokens": 7, "temperature": 0.5, "timeout": 5.0}
+
+
+def test_ctrl_c_does_not_wait_for_requests_under_way(key):
+    held, answered = threading.Event(), []
+
+    def answer(request, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        held.wait(2)
+        answered.append(number)
+        return completion("late")
+
+    with server(answer) as url:
+        with pytest.raises(KeyboardInterrupt):
+            openai_writer("m", base_url=url, **OPTIONS)(["p"])
+        assert not answered
+        held.set()
 
 
 def test_openai_writer_answers_in_order(key):
@@ -294,6 +314,25 @@ def test_content_that_is_no_text_is_refused_clearly(content, key):
     assert str(raised.value).startswith(f"no usable answer from {url}/: ValueError: its content is no text: ")
 
 
+@pytest.mark.parametrize("reply", [(200, {"error": {"message": "overloaded"}}), (200, {"choices": []})])
+def test_an_answer_that_is_no_completion_is_shown(reply, key):
+    with server(lambda request, number: reply) as url, pytest.raises(Mendable, match="no chat completion") as raised:
+        openai_writer("m", base_url=url, retries=0, **OPTIONS)(["p"])
+    assert "\n" not in str(raised.value) and ("overloaded" in str(raised.value)) == ("overloaded" in str(reply))
+
+
+def test_a_writer_that_may_fail_costs_its_batch_the_skills(key, caplog):
+    answers = {1: completion("a"), 3: completion("b")}
+    with server(lambda request, number: answers.get(number, (401, {"error": {"message": "gone"}}))) as url:
+        write = that_may_fail(openai_writer("m", base_url=url, retries=0, concurrency=1, **OPTIONS))
+        assert [write(["p"]), write(["p", "p"]), write(["p"])] == [["a"], [None, None], ["b"]]
+    assert f"no skills for 2 episodes: no usable answer from {url}/: AuthenticationError" in caplog.text
+    with pytest.raises(ValueError, match="--skills-may-fail is for --skill-writer openai"):
+        laptop(skills_may_fail=True)
+    with pytest.raises(ZeroDivisionError):  # a bug is none of its business
+        that_may_fail(lambda prompts: 1 / 0)(["p"])
+
+
 BUSY = {"error": {"message": "Rate limit reached for m", "code": "rate_limit_exceeded"}}
 
 
@@ -344,10 +383,7 @@ class InLine:
     def __init__(self, workers):
         self.map = map
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def shutdown(self, **options):
         pass
 
 

@@ -19,7 +19,11 @@ import datetime
 import json
 import math
 import os
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -76,6 +80,35 @@ class ColdStart:
                 raise ValueError(f"{f.name} must not be negative")
 
 
+@contextmanager
+def held_back() -> Iterator[Callable[[], bool]]:
+    """SIGINT, SIGTERM and SIGHUP wait inside -> whether one came. It takes effect at the end of the block, however that
+    ends; a second Ctrl-C does at once. Only the main thread hears signals."""
+    came, before = [], {}
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+
+    def note(number: int, frame) -> None:
+        came.append(number)
+        if number == signal.SIGINT and len(came) > 1:
+            give_back()
+            signal.raise_signal(number)
+
+    if threading.current_thread() is threading.main_thread():
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+        heard = [getattr(signal, name) for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+        before |= {number: signal.signal(number, note) for number in heard}
+    try:
+        yield lambda: bool(came)
+    finally:
+        give_back()
+        if came:
+            signal.raise_signal(came[0])
+
+
 def folder_of(model: str, env: str, prompt: str = "compact") -> Path:
     """Where the cold-started weights of a model belong; those of compact prompts are what `cold:MODEL` loads."""
     return Path("runs") / f"cold-{Path(model).name}-{env}{'' if prompt == 'compact' else '-' + prompt}"
@@ -101,7 +134,7 @@ def cold_started(name: str, env: str) -> str:
 
 def read_record(folder: Path) -> dict:
     """Settings, losses and, once it is finished, seconds of the cold start in a folder; {} where there is none."""
-    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+    return lm.loading.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
 def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
@@ -130,18 +163,22 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"step {len(losses)}: the loss is {losses[-1]}. Try a lower --learning-rate")
         give_back()  # batches of other sizes go on top of what was freed: 8.4 GiB after 60 steps of SmolLM2, without
-        if len(losses) % save_every == 0:
+        if len(losses) % save_every == 0 or stopped():
             save_checkpoint(folder / CHECKPOINT, model, optimizer, losses, time.perf_counter() - started)
+        if stopped():
+            raise KeyboardInterrupt
 
-    teach(
-        model,
-        batches,
-        [optimizer],
-        lambda batch: demonstration_loss(model, batch, settings.others, autocast=settings.mixed_precision == "bf16"),
-        learning_rate=settings.learning_rate,
-        losses=losses,
-        after=after,
-    )
+    bf16 = settings.mixed_precision == "bf16"
+    with held_back() as stopped:
+        teach(
+            model,
+            batches,
+            [optimizer],
+            lambda batch: demonstration_loss(model, batch, settings.others, autocast=bf16),
+            learning_rate=settings.learning_rate,
+            losses=losses,
+            after=after,
+        )
     check_finite(model)
     save_policy(model, tokenizer, folder, about(settings, record.get("date")))
     record |= {"losses": losses, "seconds": round(time.perf_counter() - started)}
@@ -178,6 +215,10 @@ def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
         raise ValueError(f"no demonstration fits in {settings.context_limit} tokens")
     scored = sum(size for sequence in sequences for _, _, size in sequence.responses)
     print(f"{len(sequences)} sequences, {sum(len(s.ids) for s in sequences)} tokens, {scored} of them responses")
+    learnt = [token for s in sequences for _, start, size in s.responses for token in s.ids[start : start + size]]
+    if (unknown := tokenizer.unk_token_id) is not None and unknown in learnt:
+        share = learnt.count(unknown) / len(learnt)
+        print(f"WARNING: {share:.0%} of the responses' tokens are unknown to --model {settings.model}, and stay so")
     return shuffled_batches(sequences, settings.batch_tokens, 1, settings.seed)
 
 

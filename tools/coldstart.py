@@ -9,11 +9,14 @@ train.py --model runs/cold (docs/coldstart.md).
 from __future__ import annotations
 
 import argparse
+import shlex
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import lm  # isort: skip
 
 import torch
 
@@ -26,7 +29,7 @@ from lm.precision import device_of
 from lm.writers import model_writer
 from memory.machine import peak_mib
 from skills import write_skills
-from tiny.coldstart import ColdStart, cold_start, folder_of
+from tiny.coldstart import CHECKPOINT, ColdStart, cold_start, folder_of
 from tiny.plays import script
 from tiny.supervised import SHOWN, latest
 from tools.skill_quality import share_right
@@ -74,6 +77,22 @@ def skills_of(trajectories: list[Trajectory], model, encoder: Encoder, config: C
     return f"skills: {100 * metrics['skills/first_parse_rate']:.0f}% parse; of the episode skills right: {right}"
 
 
+def stop(number: int, frame) -> None:
+    """Handles SIGTERM and SIGHUP: they end a cold start as Ctrl-C does."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def number_of(error: KeyboardInterrupt) -> int:
+    return signal.Signals[str(error) or "SIGINT"]
+
+
+def left_by(error: KeyboardInterrupt, out: Path | None) -> str:
+    """What ended the command, what it leaves, and what goes on with it."""
+    kept = out and next((out / name for name in (CHECKPOINT, "model.safetensors") if (out / name).exists()), None)
+    again = shlex.join(["python", *sys.argv])
+    return f"stopped by {str(error) or 'Ctrl-C'}. Last checkpoint: {kept or 'none'}. Go on with: {again}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(ColdStart):
@@ -90,15 +109,20 @@ def main(argv: list[str] | None = None) -> None:
     args = vars(parser.parse_args(argv))
     out, save_every, games = (args.pop(name) for name in ("out", "save_every", "eval_games"))
     try:
-        settings = ColdStart(**args)
-        out = out or folder_of(settings.model, settings.env, settings.prompt)
-        record = cold_start(settings, out, save_every)
-        model, tokenizer = load_pretrained(str(out))
-    except (ValueError, OSError, FloatingPointError) as error:
+        with lm.one_line("coldstart.py"):
+            settings = ColdStart(**args)
+            out = out or folder_of(settings.model, settings.env, settings.prompt)
+            record = cold_start(settings, out, save_every)
+            model, tokenizer = load_pretrained(str(out))
+        show(record, model, tokenizer, settings, games)
+    except FloatingPointError as error:
         sys.exit(f"coldstart.py: {error}")
-    except KeyboardInterrupt:
-        print("coldstart.py: stopped by Ctrl-C: the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        print(f"coldstart.py: {left_by(error, out)}", file=sys.stderr)
+        sys.exit(128 + number_of(error))
+
+
+def show(record: dict, model, tokenizer, settings: ColdStart, games: int) -> None:
     first, last = record["losses"][:SHOWN], latest(record["losses"])
     trained_on = device_of()
     print(f"{len(record['losses'])} steps in {record['seconds']} s, peak memory {peak_mib(trained_on):.0f} MiB")
@@ -108,4 +132,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(getattr(signal, name), stop)
     main()

@@ -24,6 +24,7 @@ from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import lm  # noqa: E402, F401  # isort: skip
 
 from envs.alfworld.engine import FastEngine, TextWorldEngine, load_game  # noqa: E402
 from envs.alfworld.expert import shortest_plan  # noqa: E402

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import lm  # noqa: F401  # isort: skip
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import lm  # isort: skip
 
 import torch
 
@@ -28,6 +29,7 @@ from envs.alfworld import TASK_TYPES
 from envs.prompts import COMPACT_ANALYSIS
 from evaluate import format_table, games_of, play
 from lm.encoder import Encoder
+from lm.loading import about_policy
 from lm.writers import model_writer
 from skills import write_skills
 from tiny.alfworld import avoidance, flaw_of, order_of_work, replay
@@ -84,7 +86,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of play and of skill writing")
     args = parser.parse_args()
     config = Config.from_recipe("laptop", eval_games=args.games)
-    model, tokenizer = load_model(args.model)
+    with lm.one_line("skill_quality.py"):
+        if (env := about_policy(args.model).get("acts", {}).get("env", "alfworld")) != "alfworld":
+            raise ValueError(f"{args.model} was trained for {env}, and the scripts here know ALFWorld's skills alone")
+        model, tokenizer = load_model(args.model)
     torch.manual_seed(0)
     encoder = Encoder(tokenizer, config.context)
     games = games_of(config, "valid_seen")

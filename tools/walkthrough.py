@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import lm  # isort: skip
 
 import torch
 
@@ -235,10 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # the order of sums, and so the last digits, are the same on every machine
     with tempfile.TemporaryDirectory() as folder:
         settings = [*SETTINGS.split(), "--out", folder, *flags]
-        try:
+        with lm.one_line("walkthrough.py"):
             walk(parse_args(settings))
-        except ValueError as error:
-            sys.exit(f"walkthrough.py: {error}")
 
 
 if __name__ == "__main__":

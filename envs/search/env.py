@@ -119,11 +119,12 @@ class SearchEnv:
     """The environment of envs/__init__.py. A task is a string, "search/SPLIT/NUMBER".
 
     `questions`: see questions.load_questions. `retriever`: "generate", a JSON-lines corpus for BM25, the URL of
-    a retrieval server, or any object with Retriever's `search`. It is opened at the first search, and shared by all
-    environments of the process.
+    a retrieval server, or any object with Retriever's `search`. It is opened by `tasks` or the first search, and
+    shared by all environments of the process.
     """
 
     new_words = ("questions", "retriever")
+    time_limit = 180.0  # a server that is gone is asked four times, 30 s each: retrievers.py names it
 
     def __init__(
         self,
@@ -210,7 +211,11 @@ class SearchEnv:
         self.retriever.warm([text for kind, text in filter(None, actions) if kind == "search" and text])
 
     def tasks(self, split: str, count: int | None = None) -> list[str]:
-        """The tasks that this environment was given for `split`, or, given none, all of them."""
+        """The tasks that this environment was given for `split`, or, given none, all of them.
+
+        The retriever is opened here: a first index may take hours. Raises CorpusError for a corpus that has none.
+        """
+        _ = self.retriever
         if self.games:
             return [game for game in self.games if game.startswith(f"search/{split}/")][:count]
         return [f"search/{split}/{i}" for i in range(len(load_questions(self.questions, split)))][:count]

@@ -32,6 +32,9 @@ INDEX_VERSION = 1  # of what `_build` writes; part of the index folder's name
 SERVE_HINT = "start one with `python -m envs.search serve --corpus FILE --port 8000`, or set --env-options retriever"
 
 
+BUSY = (408, 425, 429)  # refusals that waiting mends
+
+
 class RetrieverError(OSError):
     """A search could not be carried out. Never an empty result: that would be a wrong reward."""
 
@@ -163,8 +166,9 @@ class HttpRetriever:
     """Search-R1's retrieval server: POST {"queries", "topk", "return_scores"} -> {"result": [[{"document", "score"}]]},
     `score` being optional.
 
-    `timeout` is in seconds a request. A server that does not answer, or answers 5xx, is asked `tries` times in all,
-    with a pause that doubles from `pause` seconds; then, or at once for an answer that is wrong, RetrieverError.
+    `timeout` is in seconds a request. A server that does not answer, is busy, or answers 5xx, is asked `tries` times
+    in all, with a pause that doubles from `pause` seconds; then, or at once for an answer that is wrong,
+    RetrieverError.
     """
 
     BATCH = 256  # queries a request
@@ -190,7 +194,7 @@ class HttpRetriever:
             try:
                 answer = self._post(body)
             except urllib.error.HTTPError as error:
-                if error.code < 500:
+                if error.code < 500 and error.code not in BUSY:
                     raise RetrieverError(f"the retrieval server at {self.url} refused a search: {error}") from error
                 problem = error
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off, no HTTP
@@ -221,7 +225,9 @@ class HttpRetriever:
 
     @staticmethod
     def _passage(item: dict) -> Passage:
-        contents, score = str(item["document"]["contents"]), item.get("score")
+        contents, score = item["document"]["contents"], item.get("score")
+        if not isinstance(contents, str):
+            raise TypeError(f"contents of a document that are no text: {contents!r:.50}")
         return Passage(contents, None if score is None else float(score))
 
 

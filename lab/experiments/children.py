@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class Children:
@@ -43,13 +45,17 @@ class Children:
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the children, then this process, with the exit status that a shell expects."""
+        """SIGINT, SIGTERM and SIGHUP end the children, then this process, with the exit status that a shell expects."""
 
         def stop(number, frame):
             self.stop()
+            words = f"stopped by {signal.Signals(number).name}. The same command goes on, from its runs' checkpoints"
+            print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
             raise SystemExit(128 + number)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+        before = {number: signal.signal(number, stop) for number in heard}
         try:
             yield
         finally:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+import lm  # isort: skip
 
 from filelock import FileLock
 
@@ -283,9 +284,10 @@ def main(argv: list[str] | None = None) -> str:
         return report(stored(args.results, arms), args.baseline, args.results)
     flags = [*(QUICK.split() if args.quick else []), *flags]
     runs = (args.runs or ROOT / "runs" / args.results.stem).absolute()
-    start = prepare(runs, args.quick, flags, args.model)
     seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.quick else 10)))
-    jobs = jobs_of(arms, seeds, flags, start, args.results, runs)
+    with lm.one_line("compare.py"):
+        start = prepare(runs, args.quick, flags, args.model)
+        jobs = jobs_of(arms, seeds, flags, start, args.results, runs)
     children = Children()
     try:
         with children.stopped_by_signals():

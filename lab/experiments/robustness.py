@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+import lm  # noqa: F401  # isort: skip
 
 import numpy as np
 import torch

@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+import lm  # isort: skip
 
 import numpy as np
 import torch
@@ -93,8 +94,9 @@ class Shown(UnderSkill):
 
 def measure(config: Config, temperatures: list[float]) -> tuple[list[str], Won]:
     """-> the games, and who won which of those that have a skill of a kind."""
-    games = [game for split in held_out_games(config).values() for game in split]
-    model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
+    with lm.one_line("skill_effect.py"):
+        games = [game for split in held_out_games(config).values() for game in split]
+        model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     date, ends, won = about_policy(config.model).get("date"), end_of_turn_ids(model, tokenizer), {}
     encoder = Encoder(tokenizer, config.context, date, config.template_options, ends)

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+import lm  # noqa: F401  # isort: skip
 
 import numpy as np
 import torch

@@ -294,16 +294,17 @@ def test_what_must_not_be_compared_is_not_put_into_one_table(changes, message, j
         compare.report(found, "grpo", tmp_path / "bench.jsonl")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_children_and_starts_no_more(tmp_path, number):
     started = tmp_path / "pids"
-    parent = subprocess.Popen([sys.executable, "-c", STOPPED, str(started)], cwd=ROOT)
+    parent = subprocess.Popen([sys.executable, "-c", STOPPED, str(started)], cwd=ROOT, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not started.exists() or len(started.read_text().split()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     parent.send_signal(number)
-    assert parent.wait(30) == 128 + number
+    assert f"stopped by {number.name}. The same command goes on" in parent.communicate(timeout=30)[1].decode()
+    assert parent.returncode == 128 + number
     pids = started.read_text().split()
     assert len(pids) == 2
     for pid in pids:
