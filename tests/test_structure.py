@@ -212,7 +212,7 @@ def traced(tmp_path_factory) -> tuple[dict[str, list[str]], set[str]]:
     log_softmax, route, step = torch.log_softmax, train_module.route, torch.optim.AdamW.step
 
     def own(name: str) -> bool:
-        return name.startswith(str(ROOT)) and ".venv" not in name and not name.startswith(str(ROOT / "tests"))
+        return Path(name).is_relative_to(ROOT) and ".venv" not in name and not Path(name).is_relative_to(ROOT / "tests")
 
     def watched(*args, **options):
         frame, names = sys._getframe(1), []

@@ -7,9 +7,9 @@ torch.cuda.max_memory_allocated on a GPU, else the most that the process had res
 counts, from which on the optimizer has its moments.
 
 --hours: the seconds of a phase instead, in six settings. Lengths are those of the iteration, so that what is compared
-is the cost of the work, not the guess at how much there will be. Seconds are the process's own, whatever else the
-machine does, on one thread, and its speed is measured before and after in the same process. --table: hours of every recipe on
-four cards, by plan.
+is the cost of the work, not the guess at how much there will be. Seconds are the process's own, on one thread, whatever
+else the machine does, and its speed is measured before and after in the same process. --table: hours of every recipe on
+four cards, by plan; those that share the weights on four of them.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ SMOLLM2 = f"--recipe alfworld-smollm2 {SHORT} --max-steps 3 --max-new-tokens 24 
 TIMED = {
     "tiny": f"--recipe laptop {SHORT} --tasks 8 --rollouts 4",
     "smollm2": SMOLLM2,
-    "lora": f"{SMOLLM2} --lora-rank 8",
+    "lora": f"{SMOLLM2} --tasks 1 --lora-rank 8",
     "window": f"{SMOLLM2} --context window",
-    "chat": f"{SMOLLM2} --prompt compact --max-steps 6 --mixed-precision no",
-    "webshop": f"{SMOLLM2} --env webshop",
+    "chat": f"{SMOLLM2} --tasks 1 --prompt compact --max-steps 6 --mixed-precision no",
+    "webshop": f"{SMOLLM2} --tasks 1 --env webshop",
 }
 ON = ("RTX 3090", "RTX 4090", "A100 80", "H100")
 
@@ -175,11 +175,11 @@ def measure_hours(only: list[str]) -> None:
 
 
 def table() -> None:
-    """Hours of every recipe on four cards, as --plan-for says them."""
+    """Hours of every recipe on four cards, as --plan-for says them; in brackets where memory will not do."""
     print("| recipe | " + " | ".join(ON) + " |\n|---|" + "---|" * len(ON))
     for recipe in sorted(path.stem for path in RECIPES.glob("*.toml")):
         config = Config.from_recipe(recipe, mixed_precision="bf16")
-        plan = Plan(config)
+        plan = Plan(config, processes=4 if config.shard else 1)
         cells = [f"{hours.Hours(plan, hours.by_sheet(card, config)).run / 3600:.1f}" for card in ON]
         fits = [plan.peak <= USABLE * hours.CARDS[card].memory * GIB for card in ON]
         shown = " | ".join(cell if fit else f"({cell})" for cell, fit in zip(cells, fits, strict=True))
