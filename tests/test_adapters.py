@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+import lm.adapters
 from config import settings_to_save
-from lm.adapters import left_out, merged_copy
+from lm.adapters import base_of, left_out, merged_copy
 from lm.loading import about_policy, add_lora, rounded, save_policy, without_dropout
 from lm.obstacles import check_model, untrained_positions
 from lm.sampler import Sampler
@@ -41,6 +42,13 @@ def stirred(model, scale: float = 0.1):
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter) * scale)
     return model
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_no_hub_is_asked_about_models_that_come_from_none(name, monkeypatch):
+    """Without a network the question took half a minute."""
+    monkeypatch.setattr(lm.adapters, "find_adapter_config_file", lambda name: pytest.fail(f"a hub is asked for {name}"))
+    assert base_of(name) is None
 
 
 def adapters_of(model, tokenizer, folder, config) -> torch.Tensor:
