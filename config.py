@@ -34,13 +34,14 @@ NOT_NEGATIVE = (
 
 LOCAL_WRITERS = ("policy", "reference")
 RECIPES, VARIANTS = Path(__file__).parent / "recipes", Path(__file__).parent / "variants"
+OF_ITS_CARD = ("env_options", "mixed_precision", "gradient_checkpointing", "token_budget", "rollout_budget")
 OFFICIAL_ANSWER = 24  # tokens: the tags of an official answer around a command, and hardly a thought
 
 # What may differ between a run and its resumption. Anything else would make it another run. Among these are the flags
 # that messages and docs recommend where memory, the context limit or a NaN gradient stopped a run.
 FREE = {
     *("out", "resume", "plan", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"),
-    *("strict", "device", "plan_for"),
+    *("strict", "device", "fit", "plan_for"),
     *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
     *("skill_context_limit", "learning_rate", "max_grad_norm"),
     *("skills_may_fail", "openai_base_url"),  # where an endpoint is gone
@@ -182,6 +183,11 @@ class Config:
     )
     device: str = MODEL(
         "auto", "where the models are; auto: cuda where there is one, else cpu", ("auto", "cpu", "cuda", "mps")
+    )
+    fit: bool = MODEL(
+        False,
+        "lower --rollout-budget and --token-budget, then take --gradient-checkpointing and --offload, until the plan "
+        "fits the memory there is; on for --model without --recipe",
     )
     dtype: str = MODEL("float32", "dtype of the parameters", ("float32", "bfloat16"))
     mixed_precision: str = MODEL(
@@ -494,8 +500,8 @@ class CommandLine:
             return None, recipe
         name = default_recipe(model, self.env or recipe.get("env") or saved.get("env", "alfworld"))
         settings = read_recipe(name, known)
-        if not name.startswith("laptop"):  # a paper's run: on generated data, in the precision of this machine
-            settings = {key: value for key, value in settings.items() if key not in ("env_options", "mixed_precision")}
+        if not name.startswith("laptop"):  # a paper's run: on generated data, and as this machine has it
+            settings = {key: value for key, value in settings.items() if key not in OF_ITS_CARD} | {"fit": True}
         settings = _over(settings | {"model": model}, saved)
         return name, _over(settings, recipe)
 

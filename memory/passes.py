@@ -44,11 +44,18 @@ class Shape:
 
 
 class Passes:
-    """The passes of one run; each is counted once, when it is first asked for."""
+    """The passes of one run; each is counted once, when it is first asked for.
 
-    def __init__(self, config: Config, architecture):
-        self.config, self._counted = config, {}
-        self._shells = Shells(architecture, config.dtype, config.lora_rank)
+    `before`: those of the same run with other settings. What they have counted counts on, where the weights are alike.
+    """
+
+    def __init__(self, config: Config, architecture, before: Passes | None = None):
+        weights = (config.dtype, config.lora_rank, config.mixed_precision)
+        self.config, self._weights, self._counted = config, weights, {}
+        if before and before._weights == weights:
+            self._shells, self._counted = before._shells, before._counted
+        else:
+            self._shells = Shells(architecture, config.dtype, config.lora_rank)
 
     def sampling(self, rows: int, length: int) -> Pass:
         """`rows` x `length` keys and values, with the largest piece of a context being read, or one more token."""
@@ -67,8 +74,8 @@ class Passes:
 
     def update(self, shape: Shape | None = None) -> Pass:
         """A micro-batch forwards and backwards, with gradients there to add to, which are in its peak."""
-        shape = shape or self.longest()
-        counted = self._count(f"update {shape}", lambda model, count: self._train(model, count, shape))
+        shape, again = shape or self.longest(), self.config.gradient_checkpointing
+        counted = self._count(f"update {shape} {again}", lambda model, count: self._train(model, count, shape))
         return replace(counted, copies=self.scoring(shape).copies)
 
     def longest(self) -> Shape:

@@ -10,6 +10,7 @@ taken to be as long as they may be. lab/benchmarks/plan.py compares with what ru
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -29,6 +30,7 @@ FROZEN = ("reference", "teacher")  # models that only read
 CARDS = (16, 24, 48, 80, 141)  # GiB, of one GPU
 # of a card or of this machine: the rest is for the CUDA context, libraries' workspaces, and pieces that fit nothing
 USABLE = 0.9
+DAY = 24 * 3600  # seconds
 
 
 @dataclass
@@ -47,12 +49,30 @@ class Plan:
     """The phases of a run on one of `processes`, each with its peak. `libraries`: bytes of the process before it has a
     model, which count on a CPU; None: planned for a GPU. Raises ValueError where there is no such model."""
 
-    def __init__(self, config: Config, architecture=None, *, processes: int = 1, libraries: float | None = None):
+    def __init__(
+        self,
+        config: Config,
+        architecture=None,
+        *,
+        processes: int = 1,
+        libraries: float | None = None,
+        before: Passes | None = None,  # of the same run with other settings: what they have counted counts on
+    ):
         self.config, self.processes, self.libraries, self.gpu = config, processes, libraries, libraries is None
         self.architecture = architecture or architecture_of(config.model, config.env)
         self.model = shell(self.architecture, config.dtype, config.lora_rank)
-        self.passes = Passes(config, self.architecture)
+        self.passes = Passes(config, self.architecture, before)
         self.phases = [phase for phase in self._phases() if phase]
+
+    def changed(self, changes: dict) -> Plan:
+        """That of the same run with other settings. Raises ValueError where it cannot have them."""
+        return Plan(
+            replace(self.config, **changes),
+            self.architecture,
+            processes=self.processes,
+            libraries=self.libraries,
+            before=self.passes,
+        )
 
     @property
     def largest(self) -> Phase:
@@ -163,10 +183,9 @@ def advice(plan: Plan, there: float) -> str | None:
     tried = []
     for words, changes in _changes(plan):
         try:
-            changed = replace(plan.config, **changes)
+            other = plan.changed(changes)
         except ValueError:  # this run cannot have that, such as --shard with a method that needs whole models
             continue
-        other = Plan(changed, plan.architecture, processes=plan.processes, libraries=plan.libraries)
         if other.peak <= USABLE * there:
             return f"{words} is enough ({other.peak / GIB:.1f} GiB)"
         tried.append((other.peak, words))
@@ -204,6 +223,44 @@ def _changes(plan: Plan) -> list[tuple[str, dict]]:
     return [(words, change) for words, change in changes if not config.resume or change.keys() <= FREE]
 
 
+def fit(plan: Plan, there: float) -> tuple[Plan, str]:
+    """--fit: the plan with what has to change for `there` bytes, and the flags of that. No sample changes by it, but
+    for rounding. What does not fit even so is left for `advice` to say."""
+    changed: dict = {}
+    while plan.peak > USABLE * there and (change := next(_exact(plan), None)):
+        plan, changed = plan.changed(change), changed | change
+    flags = [flag(name) if value is True else f"{flag(name)} {value}" for name, value in changed.items()]
+    return plan, f"fitted to {there / GIB:.1f} GiB: {' '.join(flags) or 'nothing has to change'}"
+
+
+def fitted(config: Config, processes: int = 1) -> tuple[Config, str]:
+    """The settings of a run as `fit` changes them for this machine, and three lines: how, in which precision, and how
+    long it will take. Raises ValueError where there is no such model."""
+    device = device_of(config.device)
+    plan = Plan(config, processes=processes, libraries=libraries_of(config))
+    plan, line = fit(plan, machine.there(device))
+    products, estimate = ("float32", "bfloat16")[hours.in_bfloat16(config)], hours.Hours(plan, hours.this_machine(plan))
+    lines = [line, f"on {device.type}: {config.dtype} weights, products in {products}"]
+    lines += [f"{estimate.run / 3600:.1f} hours by plan, with answers of {estimate.lengths.answer:.0f} tokens"]
+    if estimate.run > DAY and (found := sorted(RECIPES.glob(f"one-card-{config.env}-*.toml"))):
+        lines[-1] += f". For one day on one card: --recipe {' or '.join(path.stem for path in found)}"
+    return plan.config, "\n".join(lines)
+
+
+def _exact(plan: Plan) -> Iterator[dict]:
+    """What takes memory off the largest phase without a change of any sample, the cheapest first."""
+    config, phase = plan.config, plan.largest.name
+    length = (config.skill_context_limit or config.context_limit) if phase == "skills" else config.context_limit
+    if phase in ("rollout", "skills", "evaluation") and config.rollout_budget >= 2 * length:
+        yield {"rollout_budget": config.rollout_budget // 2}
+    if config.token_budget >= 2 * min(config.context_limit, 1024):
+        yield {"token_budget": config.token_budget // 2}
+    if phase == "update" and not config.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    if plan.gpu and not (config.offload or config.shard):
+        yield {"offload": True}
+
+
 def planned(config: Config, model, processes: int) -> str:
     """For the start of a run: one line each for memory and disk, with a warning where it would run out."""
     return f"{_memory(config, model, processes)}\n{disk.describe(config, model)}"
@@ -229,9 +286,12 @@ def describe(config: Config) -> str:
     if name is not None:
         config, card = for_card(config, name)
         there, libraries = GIB * (card.memory if card else float(name)), None
-    plan = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries)
+    plan, lines = Plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), libraries=libraries), []
+    if config.fit:
+        plan, line = fit(plan, there)
+        config, lines = plan.config, [line]
     change = advice(plan, there)
-    lines = [format_phases(plan.phases)]
+    lines += [format_phases(plan.phases)]
     lines += [f"peak, estimated: {plan.peak / MIB:.1f} MiB a process, in the {plan.largest.name}"]
     fits = "it fits" if change is None else f"does not fit: change {change}"
     whose = f"{name if card else 'such a card'} has" if name else "the GPU has" if plan.gpu else "this machine has"

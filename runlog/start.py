@@ -39,7 +39,7 @@ from lm.scoring import counted, layout_noise
 from lm.writers import Writer, import_writer, model_writer, openai_writer, that_may_fail
 from memory import hours
 from memory.machine import peak_mib
-from memory.plan import Plan, planned
+from memory.plan import Plan, fitted, planned
 from runlog import RunLog, accelerator_of, checkpoints, silence
 from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
 from runlog.silence import shares, silences
@@ -243,6 +243,9 @@ def start(config: Config) -> Run:
     config.check_trainable()
     accelerator = accelerator_of(config)
     processes, device = Processes(accelerator), accelerator.device
+    if config.fit:
+        config, chosen = fitted(config, processes.count)
+        processes.print(chosen)
     offload = Offload(device, config.offload)
     make_env, games = environment(config), games_of(config, "train")
     held_out = held_out_games(config)  # missing data are best noticed before hours of work
