@@ -153,7 +153,8 @@ def cpu_seconds() -> float:
 # ---- lengths and tokens ----------------------------------------------------------------------------------------------
 
 SHARE = 0.5  # of the limits: what turns, answers and contexts are taken to be before a run has shown it
-OBSERVATION, HINT = 64, 32  # tokens of a turn's observation in "chat" contexts, and of a skill in a context
+OBSERVATION = {"compact": 64, "official": 256}  # tokens that a turn adds to a "chat" context, by --prompt
+HINT = 32  # tokens of a skill in a context
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def expected(config: Config) -> Lengths:
     answer, turns, most = SHARE * config.max_new_tokens, SHARE * config.max_steps, float(config.max_steps)
     read = SHARE * (config.context_limit - config.max_new_tokens)
     if config.context == "chat":
-        read = min(OBSERVATION, read)
+        read = min(OBSERVATION[config.prompt], read)
         turns, most = (min(each, config.context_limit / (read + answer)) for each in (turns, most))
     transcript = SHARE * ((config.skill_context_limit or config.context_limit) - config.skill_tokens)
     skill = SHARE * config.skill_tokens

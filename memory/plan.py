@@ -9,9 +9,11 @@ taken to be as long as they may be. lab/benchmarks/plan.py compares with what ru
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 from transformers import AutoConfig
@@ -168,8 +170,10 @@ class Plan:
 
 def architecture_of(name: str, env: str = "alfworld"):
     """A model's configuration, of the recipes' models without asking the hub."""
-    published = RECIPES / "models" / f"{name.rpartition('/')[2]}.json"
-    return AutoConfig.from_pretrained(published) if published.is_file() else load_config(name, env)
+    recipes_own = json.loads((RECIPES / "models.json").read_text())
+    if published := next((about for hub, about in recipes_own.items() if Path(hub).name == Path(name).name), None):
+        return AutoConfig.for_model(**published)
+    return load_config(name, env)
 
 
 # ---- is it there, and what to change -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ class Ending:
     """What a run that ends early leaves, and says."""
 
     config: Config
-    run: Run | None = None  # once it has started
+    run: Run | None = field(default=None, repr=False)  # once it has started; signal.signal prints its handlers
     signal: int = 0  # the first that came
     over: bool = False  # whether the run has ended, and is being saved
 

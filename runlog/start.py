@@ -69,7 +69,7 @@ class Run(Generic[SettingsT]):
     make_env: Callable[[], TextEnv]
     games: list  # of the training split
     levels: tuple[Level, ...]  # of the skills that guide steps: those whose lambda is not 0. None: this is GRPO
-    writer: Writer = field(init=False)  # where the method writes skills
+    writer: Writer = field(init=False, repr=False)  # where the method writes skills
     state: dict[str, Any] = field(default_factory=dict)  # a variant's own, kept in checkpoints: plain values only
     iteration: int = -1  # the one under way
     rng: random.Random = field(default_factory=random.Random)  # of it, the same in all processes
@@ -149,7 +149,7 @@ class Run(Generic[SettingsT]):
 
     def check_scores(self, batch: Batch) -> Metrics:
         """Once a run: sampled and scored log-probs agree, and what A_skill would be without any skill."""
-        config, steps = self.config, batch.steps
+        config, steps, before = self.config, batch.steps, counted.copy()
         largest, mean = logprob_gap([step.logprobs or [] for step in steps], batch.old_logprobs)
         check_gap(largest, mean, torch.bfloat16 if config.mixed_precision == "bf16" else self.policy.dtype)
         metrics = {"rollout/logprob_gap": largest}
@@ -164,6 +164,7 @@ class Run(Generic[SettingsT]):
                     token_budget=config.token_budget,
                 )
             metrics["advantage/noise_floor"] = noise
+            counted.update(scored=before["scored"] - counted["scored"])  # no part of an iteration's work
         return metrics
 
     def evaluate(self) -> None:

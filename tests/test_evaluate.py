@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,8 +142,13 @@ def test_data_that_are_missing_are_one_line(monkeypatch, tmp_path):
 
 def test_templates_are_told_the_day_of_the_run(tmp_path, llama, tokenizer, monkeypatch, capsys):
     days = []
+
+    def told(tokenizer, style, date, *rest):
+        days.append((style, date))
+        return SimpleNamespace(ends=set())
+
     monkeypatch.setattr("tiny.loading.load_model", lambda *args, **options: (llama, tokenizer))
-    monkeypatch.setattr(evaluate_module, "Encoder", lambda tokenizer, style, date, *rest: days.append((style, date)))
+    monkeypatch.setattr(evaluate_module, "Encoder", told)
     monkeypatch.setattr(evaluate_module, "evaluate", lambda *args: {"valid_seen": played("pick", True)})
     evaluate_module.main(["--model", str(tmp_path), "--env", "alfworld"])
     (tmp_path / SAVED).write_text(json.dumps(settings_to_save(laptop(), "2026-01-02")))

@@ -13,6 +13,7 @@ import config as config_module
 import runlog.start
 from config import RECIPES, Config, every_setting, parse_args, read_recipe, variant_of
 from memory.counting import bytes_of, shell
+from memory.hours import Hours, by_sheet
 from memory.plan import GIB, USABLE, Plan, architecture_of
 from runlog.metrics import read_lines
 from train import train
@@ -21,8 +22,9 @@ from train import train
 BEFORE = json.loads((Path(__file__).parent / "recipes_before.json").read_text())
 MOST = BEFORE.pop("most")
 
+ONE_DAY = sorted(path.stem for path in RECIPES.glob("one-card-*.toml"))  # on one card
 CARDS = {
-    **dict.fromkeys(("alfworld-qwen3-1.7b-lora",), (1, 24)),
+    **dict.fromkeys(ONE_DAY, (1, 24)),
     **dict.fromkeys(("alfworld-qwen3-1.7b", "webshop-qwen3-1.7b", "search-qwen3-1.7b"), (1, 48)),
     **dict.fromkeys(("alfworld-qwen2.5-3b", "webshop-qwen2.5-3b", "search-qwen2.5-3b"), (1, 80)),
     **dict.fromkeys(("alfworld-qwen2.5-7b-lora",), (1, 80)),
@@ -32,7 +34,7 @@ WORDS = {1: "one", 4: "four"}
 
 
 def test_every_recipe_has_its_settings_of_before():
-    assert {path.stem for path in RECIPES.glob("*.toml")} == BEFORE.keys()
+    assert {path.stem for path in RECIPES.glob("*.toml")} == BEFORE.keys() | set(ONE_DAY)
 
 
 @pytest.mark.parametrize("name", BEFORE)
@@ -48,23 +50,37 @@ def test_every_recipe_for_a_gpu_has_its_card():
     assert {path.stem for path in RECIPES.glob("*qwen*.toml")} == CARDS.keys()
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", [name for name in CARDS if name not in ONE_DAY or "alfworld" in name])
 def test_a_recipe_fits_the_card_that_its_first_line_names(name):
+    """Of those for one day ALFWorld's, which need the most: the others have their budgets, and shorter contexts."""
     cards, size = CARDS[name]
     first = (RECIPES / f"{name}.toml").read_text().splitlines()[0]
     assert re.match(f"# For {WORDS[cards]} {size} GB cards?[.:,]", first)
-    plan = Plan(Config.from_recipe(name), processes=cards)
+    plan = Plan(config := Config.from_recipe(name), processes=cards)
     assert 0.4 * size * GIB < plan.peak < USABLE * size * GIB
+    if name in ONE_DAY:  # of 24 hours, by plan
+        assert "and one day on an RTX 4090 by plan." in first
+        assert config.max_new_tokens <= 96 and config.context == "chat"
+        assert 12 < Hours(plan, by_sheet("RTX 4090", config)).run / 3600 < 24
 
 
 def test_the_configurations_have_the_published_sizes():
-    billions = {"Qwen/Qwen3-1.7B": 1.72, "Qwen/Qwen2.5-3B-Instruct": 3.09, "Qwen/Qwen2.5-7B-Instruct": 7.62}
+    billions = {"Qwen/Qwen3-0.6B": 0.596, "Qwen/Qwen2.5-1.5B-Instruct": 1.544, "Qwen/Qwen3-1.7B": 1.72}
+    billions |= {"Qwen/Qwen2.5-3B-Instruct": 3.09, "Qwen/Qwen2.5-7B-Instruct": 7.62}
     for name, size in billions.items():
         assert bytes_of(shell(architecture_of(name), "bfloat16", 0)) / 2e9 == pytest.approx(size, abs=0.005)
 
 
 SMALL = {"model": "small", "tasks": 2, "rollouts": 2, "max_steps": 2, "max_new_tokens": 24, "skill_tokens": 8}
-SMALL |= {"iterations": 1, "eval_every": 0, "eval_games": 2, "save_every": 1, "shard": False, "env_options": {}}
+SMALL |= {
+    "iterations": 1,
+    "eval_every": 0,
+    "eval_games": 2,
+    "save_every": 1,
+    "shard": False,
+    "env_options": {},
+    "template_options": {},
+}
 SIZES = {"rollout_budget", "token_budget", "learning_rate", "kl", "mini_batch", "history", "invalid_penalty", "warmup"}
 SIZES |= {"context_limit", "skill_context_limit", "max_step_skills", "normalize"}
 
@@ -73,6 +89,8 @@ def unlike_recipes() -> list[str]:
     """One of those that differ in the sizes and weights of things alone."""
     names: dict[str, str] = {}
     for path in sorted(RECIPES.glob("*.toml")):
+        if path.stem in ONE_DAY:  # each of them below
+            continue
         settings = read_recipe(path.stem, every_setting())
         names.setdefault(
             repr([(k, v) for k, v in sorted(settings.items()) if k not in SMALL.keys() | SIZES]), path.stem
@@ -80,11 +98,29 @@ def unlike_recipes() -> list[str]:
     return sorted(names.values())
 
 
+@pytest.mark.parametrize("name", ONE_DAY)
+def test_a_recipe_for_one_day_trains_an_iteration(name, qwen, qwen3, tokenizer, tmp_path, monkeypatch, own_precision):
+    """On a small model of its architecture, in its environment."""
+    model = qwen3 if "qwen3" in name else qwen
+    assert architecture_of(read_recipe(name, every_setting())["model"]).model_type == model.config.model_type
+    config = replace(Config.from_recipe(name), **SMALL, out=str(tmp_path))
+    record = an_iteration(config, model, tokenizer, monkeypatch)
+    assert record["rollout/steps"] > 1 and record["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("name", unlike_recipes())
 def test_a_recipe_trains_an_iteration(name, llama, tokenizer, tmp_path, monkeypatch, own_precision):
     """With a small model and generated games in place of what a hub and a card have."""
     config = replace(Config.from_recipe(name), **SMALL, out=str(tmp_path))
-    model = llama.to(getattr(torch, config.dtype))
+    record = an_iteration(config, llama, tokenizer, monkeypatch)
+    assert record["advantage/skill_abs"] > 0
+    assert record["grad_norm"] > 0
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
+
+
+def an_iteration(config: Config, model, tokenizer, monkeypatch) -> dict:
+    """The metrics of a run of one, with this model."""
+    model = model.to(getattr(torch, config.dtype))
     monkeypatch.setattr(runlog.start, "load_model", lambda *a, **k: (copy.deepcopy(model), tokenizer))
     real, answer = runlog.start.model_writer, '{"episode_summary": "s", "episode_skill": "open every closed place"}'
 
@@ -94,7 +130,5 @@ def test_a_recipe_trains_an_iteration(name, llama, tokenizer, tmp_path, monkeypa
 
     monkeypatch.setattr(runlog.start, "model_writer", writer)
     train(runlog.start.start(config), variant_of(config.algo))
-    (record,) = read_lines(tmp_path / "metrics.jsonl")
-    assert record["advantage/skill_abs"] > 0
-    assert record["grad_norm"] > 0
-    assert (tmp_path / "policy" / "model.safetensors").is_file()
+    (record,) = read_lines(Path(config.out) / "metrics.jsonl")
+    return record

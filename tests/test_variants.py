@@ -22,7 +22,7 @@ from lm.encoder import Encoder
 from lm.scoring import pack
 from rescore import rescore
 from runlog.metrics import advantage_metrics, over_processes, sizes_of
-from runlog.start import Run, start
+from runlog.start import TOKENS, Run, start
 from tests.conftest import SMALL
 from tests.playing import play
 from tests.settings import laptop
@@ -257,7 +257,7 @@ def test_a_process_without_an_episode_goes_on(algo, how, run, monkeypatch):
         with pytest.raises(FloatingPointError):  # alone it has nothing to learn from
             update(self, empty, variant.loss)
         assert all(torch.equal(a, b) for a, b in zip(weights, self.trained, strict=True))
-        theirs, other = metrics | none | {"episodes": 0}, Process()
+        theirs, other = metrics | none | dict.fromkeys(("episodes", *TOKENS), 0), Process()
         over_processes(theirs, sizes_of(empty, theirs), other)
         told.append((over_processes(metrics, mine, Process()), over_processes(metrics, mine, Process(other))))
         self.metrics = metrics
