@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 import train
-from config import every_setting, flag, variant_of
+from config import every_setting, flag, parse_args, variant_of
 from lm.cache import CachedConversations
 from lm.sampler import Sampler
 from lm.scoring import Sequence, counted, sequence_logprobs
@@ -20,7 +20,7 @@ from memory import hours, machine
 from memory.counting import Count, Shells, Work
 from memory.hours import Hours, Machine
 from memory.passes import Passes, Shape
-from memory.plan import GIB, Plan, _changes, advice, describe, for_card, planned
+from memory.plan import GIB, Plan, _changes, advice, describe, fit, fitted, for_card, planned
 from runlog.start import TOKENS, Run, start
 from tests.settings import laptop
 from tiny.loading import load_config
@@ -183,6 +183,51 @@ def test_advice_is_enough_or_the_best_there_is():
     assert "smaller model" in advice(sparse, 1)
 
 
+def test_fit_lowers_budgets_before_anything_slower_and_no_more_than_it_must():
+    plan = Plan(laptop(rollout_budget=131072))
+    assert fit(plan, 2 * plan.peak) == (plan, f"fitted to {2 * plan.peak / GIB:.1f} GiB: nothing has to change")
+    half = Plan(replace(plan.config, rollout_budget=65536)).peak
+    fitting, words = fit(plan, half / 0.89)
+    assert words.endswith(": --rollout-budget 65536") and fitting.peak == half
+    least, words = fit(plan, 1)  # one byte: all that it can do, and no endless loop
+    assert "--token-budget 1024" in words and words.endswith("--gradient-checkpointing --offload")
+    assert (least.config.learning_rate, least.config.lora_rank) == (plan.config.learning_rate, 0)
+    assert "--offload" not in fit(Plan(plan.config, libraries=0.0), 1)[1]  # there is no other memory than a CPU's
+
+
+def test_a_plan_that_counts_on_is_the_plan_made_anew():
+    plan = Plan(laptop(rollout_budget=131072))
+    for changes in ({"token_budget": 1024}, {"gradient_checkpointing": True}, {"lora_rank": 2}):
+        assert plan.changed(changes).phases == Plan(replace(plan.config, **changes)).phases
+
+
+@pytest.mark.parametrize(
+    ("argv", "fits"),
+    [
+        ([], False),
+        (["--model", "Qwen/Qwen3-0.6B"], True),
+        (["--model", "Qwen/Qwen3-0.6B", "--no-fit"], False),
+        (["--recipe", "alfworld-qwen3-1.7b"], False),
+        (["--model", "smollm2", "--recipe", "laptop"], False),
+    ],
+)
+def test_any_model_without_a_recipe_is_fitted(argv, fits):
+    config = parse_args(argv)
+    assert config.fit == fits
+    assert not fits or not config.gradient_checkpointing  # where there is room it is not needed
+
+
+def test_a_run_that_is_fitted_says_so_in_three_lines(monkeypatch):
+    monkeypatch.setattr(machine, "there", lambda device: 1)  # byte
+    monkeypatch.setattr(hours, "this_machine", lambda plan: Machine("slow", 1e9, 1e9, 1e9, 1e-3))
+    config, said = fitted(laptop(env="search", iterations=10**6))
+    first, second, third = said.splitlines()
+    assert first.startswith("fitted to 0.0 GiB: --") and first.endswith(" --gradient-checkpointing")
+    assert config.gradient_checkpointing and config.token_budget < laptop().token_budget
+    assert second == "on cpu: float32 weights, products in float32"
+    assert "hours by plan, with answers of 6 tokens. For one day on one card: --recipe one-card-search-" in third
+
+
 def test_offload_is_no_advice_on_a_cpu():
     settings = {"context_limit": 64, "skill_context_limit": 64, "rollout_budget": 64, "token_budget": 64}
     settings["skill_tokens"] = 32
@@ -246,6 +291,7 @@ def test_plan_prints_and_starts_nothing(tmp_path):
 
 def test_sharded_is_planned_for_several_numbers_of_processes(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(hours, "this_machine", lambda plan: Machine("slow", 1e9, 1e9, 1e9, 1e-3))
     cards = lambda: [line.split(":")[0] for line in describe(laptop(shard=True)).splitlines() if line.startswith("on ")]
     assert cards() == ["on 1 GPU", "on 2 GPUs", "on 4 GPUs", "on 8 GPUs"]
     monkeypatch.setenv("WORLD_SIZE", "2")
