@@ -323,9 +323,7 @@ class Hours:
 
 def evaluations(config: Config) -> int:
     """Of a whole run: before the first iteration, every so many, and after the last."""
-    if not config.eval_every:
-        return 1
-    return 1 + -(-config.iterations // config.eval_every)
+    return (1 if config.eval_every else 0) + evaluations_left(config, -1)
 
 
 def evaluations_left(config: Config, iteration: int) -> int:

@@ -243,7 +243,8 @@ def fitted(config: Config, processes: int = 1) -> tuple[Config, str]:
     device = device_of(config.device)
     plan = Plan(config, processes=processes, libraries=libraries_of(config))
     plan, line = fit(plan, machine.there(device))
-    products, estimate = ("float32", "bfloat16")[hours.in_bfloat16(config)], hours.Hours(plan, hours.this_machine(plan))
+    products = "bfloat16" if hours.in_bfloat16(config) else "float32"
+    estimate = hours.Hours(plan, hours.this_machine(plan))
     lines = [line, f"on {device.type}: {config.dtype} weights, products in {products}"]
     lines += [f"{estimate.run / 3600:.1f} hours by plan, with answers of {estimate.lengths.answer:.0f} tokens"]
     if estimate.run > DAY and (found := sorted(RECIPES.glob(f"one-card-{config.env}-*.toml"))):

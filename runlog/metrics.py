@@ -12,12 +12,13 @@ from data import Batch
 
 Metrics = dict[str, float]
 
+TOKENS = ("tokens/sampled", "tokens/skills", "tokens/scored", "tokens/trained")  # docs/metrics.md says what counts
 # Over many processes counts are added up, and means are weighted by how many of these a process has.
 COUNTS = {
     *("episodes", "rollout/context_full", "rollout/failed", "rollout/skilled", "rollout/too_long"),
     *("skills/failed", "skills/retried", "skills/too_long", "skills/step_keys_dropped"),
     *("guided/episode_too_long", "guided/step_too_long"),
-    *("tokens/sampled", "tokens/skills", "tokens/scored", "tokens/trained"),
+    *TOKENS,
 }
 MEANS_OVER = {
     "episodes": ("train/success", "rollout/steps", "skills/parse_rate", "skills/first_parse_rate"),

@@ -41,12 +41,11 @@ from memory import hours
 from memory.machine import peak_mib
 from memory.plan import Plan, fitted, planned
 from runlog import RunLog, accelerator_of, checkpoints, silence
-from runlog.metrics import Metrics, advantage_metrics, silent_groups, sizes_of
+from runlog.metrics import TOKENS, Metrics, advantage_metrics, silent_groups, sizes_of
 from runlog.silence import shares, silences
 from skills import analysis_prompt
 from tiny.loading import load_model
 
-TOKENS = ("tokens/sampled", "tokens/skills", "tokens/scored", "tokens/trained")  # docs/metrics.md says what counts
 NOISE_TRAJECTORIES = 2  # that the noise floor is measured on: every step of them is scored alone, once a run
 
 

@@ -28,6 +28,7 @@ from config import parse_args
 from evaluate import environment, games_of
 from lab.experiments.runs import on_the_laptop
 from lm.encoder import Encoder
+from lm.precision import device_of
 from lm.processes import give_back
 from lm.sampler import Sampler
 from memory.machine import peak_mib, reset_peak
@@ -38,7 +39,7 @@ from tiny.loading import load_model
 def case(budget: int, repeats: int, argv: list[str]) -> dict:
     """Run in a fresh process -> seconds of each repeat, peak MiB above the model's, the responses by episode."""
     config = parse_args(on_the_laptop(argv))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     torch.set_num_threads(1)
     model, tokenizer = load_model(config.model, env=config.env, dtype=config.dtype)

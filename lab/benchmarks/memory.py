@@ -21,6 +21,7 @@ import matplotlib
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lm.precision import device_of
 from lm.scoring import token_logprobs
 from memory.machine import peak_mib
 
@@ -32,7 +33,7 @@ WAYS = ("at once", "chunked")
 
 def case(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
     """Run in a fresh process: (MiB above the baseline, seconds)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     shape = LlamaConfig(
         vocab_size=vocabulary,
         max_position_embeddings=tokens,

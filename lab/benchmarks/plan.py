@@ -25,6 +25,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean
 
+from lm.precision import device_of
+
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
@@ -91,7 +93,7 @@ def random_model(folder: Path) -> None:
 def case(flags: list[str]) -> dict[str, list[float]]:
     """Run in a fresh process: phase -> (MiB by plan, MiB taken in the last iteration)."""
     config, taken = parse_args(on_the_laptop(flags)), {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     run = start(config)
     note = run.note
 

@@ -26,6 +26,7 @@ import torch
 from data import Skills, Trajectory
 from envs.alfworld import AlfworldEnv, cached_games
 from lm.encoder import Encoder
+from lm.precision import device_of
 from lm.sampler import Sampler
 from lm.scoring import graft, pack, response_logprobs, tree_logprobs
 from rescore import skill_contexts
@@ -46,7 +47,7 @@ def load(name: str):
         model = tiny_model(len(tokenizer), seed=0)
     else:
         model, tokenizer = load_model(name)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to(device_of()).eval()
     return model, tokenizer, "compact" if name in ("random", "tiny") else "official"
 
 
