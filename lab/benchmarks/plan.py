@@ -25,8 +25,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean
 
-from lm.precision import device_of
-
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
@@ -34,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from config import RECIPES, Config, parse_args, variant_of
 from lab.experiments.runs import on_the_laptop
+from lm.precision import device_of
 from lm.sampler import Sampler
 from memory import hours
 from memory.machine import peak_mib, reset_peak
