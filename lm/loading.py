@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lm.adapters import NO_PEFT, base_of, first_line, merged_copy, with_adapters
+from lm.norms import fuse_norms
 from lm.sampler import own_generation_config
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -42,7 +43,7 @@ def load_pretrained(name: str, *, dtype: str = "float32"):
         raise ValueError(f"{name}: the tokenizer needs a chat template and an end-of-turn token (an instruct model)")
     # by which adapters of it find it again, from any folder
     model.name_or_path = str(Path(name).absolute()) if Path(name).is_dir() else name
-    return without_dropout(_drop_quantization(rounded(model, getattr(torch, dtype)))), tokenizer
+    return without_dropout(fuse_norms(_drop_quantization(rounded(model, getattr(torch, dtype))))), tokenizer
 
 
 def _read(name: str, dtype: str):

@@ -23,18 +23,20 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
 from lm.loading import add_lora
+from lm.norms import fuse_norms
 
 
 @dataclass(frozen=True)
 class Work:
     """`launches`: operations that PyTorch dispatches, each a kernel or a view. `weights`: bytes of the matrices that
     rows are multiplied with, keys and values among them. `moved`: all other bytes that are read and written.
-    `products`: multiplications and additions, of matrix products and attention alone."""
+    `products`, `attention`: multiplications and additions of matrix products, and of attention."""
 
     launches: float = 0.0
     weights: float = 0.0
     moved: float = 0.0
     products: float = 0.0
+    attention: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -98,16 +100,16 @@ def work_of(function, args, kwargs, out) -> Work:
         return Work()
     if function.is_view or name in NO_NUMBERS:
         return Work(1)
-    products = 0.0
+    products = attention = 0.0
     if name in ATTENTION:
         at, count = ATTENTION[name]
         query, key = args[at], args[at + 1]  # (B, heads, L, size) each
-        products = 2 * count * query.numel() * key.shape[2]
+        attention = 2 * count * query.numel() * key.shape[2]
     elif kernel in flop_registry:
         products = flop_registry[kernel](*args, **kwargs, out_val=out)
     given = [*args[1:], out] if name in LOOKED_UP else list(args)
     weights = sum(map(bytes_in, args[MATRICES[name]])) if name in MATRICES else 0
-    return Work(1, weights, sum(map(bytes_in, tree_leaves([given, kwargs, out]))) - weights, products)
+    return Work(1, weights, sum(map(bytes_in, tree_leaves([given, kwargs, out]))) - weights, products, attention)
 
 
 def bytes_in(value) -> int:
@@ -120,7 +122,7 @@ def bytes_in(value) -> int:
 def shell(architecture, dtype: str, lora_rank: int) -> nn.Module:
     """The model with all its sizes and none of its data."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype))
+        model = fuse_norms(AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype)))
         return add_lora(model, lora_rank) if lora_rank else model
 
 
@@ -144,8 +146,9 @@ class Shells:
         stages = [self._stages(work, architecture) for architecture in self.counted]
         if len(stages) == 2:
             stages = [[two + self.more * (three - two) for two, three in zip(*stages, strict=True)]]
-        *peaks, kept, cache = stages[0][:-4]
-        return max(peaks), kept, cache, Work(*stages[0][-4:])
+        size = len(astuple(Work()))
+        *peaks, kept, cache = stages[0][:-size]
+        return max(peaks), kept, cache, Work(*stages[0][-size:])
 
     def _stages(self, work, architecture) -> list[float]:
         model = shell(architecture, *self.options)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from config import LOCAL_WRITERS, Config
@@ -36,17 +37,20 @@ LAUNCH = 9e-6
 @dataclass(frozen=True)
 class Machine:
     """`weights`, `bandwidth`: bytes a second, of matrices that few rows are multiplied with and of anything else.
-    `products`: additions and multiplications a second in the run's precision. `launch`: seconds of an operation."""
+    `products`, `attention`: additions and multiplications a second in the run's precision. `launch`: seconds of an
+    operation."""
 
     name: str
     weights: float
     bandwidth: float
     products: float
+    attention: float
     launch: float
 
     def seconds(self, work: Work) -> float:
         reading = work.weights / self.weights + work.moved / self.bandwidth
-        return work.launches * self.launch + reading + work.products / self.products
+        computing = work.products / self.products + work.attention / self.attention
+        return work.launches * self.launch + reading + computing
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ def by_sheet(name: str, config: Config) -> Machine:
     """A known card, in the run's precision."""
     card = CARDS[name]
     products = card.bfloat16 if in_bfloat16(config) else 0
-    bandwidth = SHEET_BANDWIDTH * card.bandwidth * 1e9
-    return Machine(name, bandwidth, bandwidth, SHEET_PRODUCTS * (products or card.float32) * 1e12, LAUNCH)
+    bandwidth, products = SHEET_BANDWIDTH * card.bandwidth * 1e9, SHEET_PRODUCTS * (products or card.float32) * 1e12
+    return Machine(name, bandwidth, bandwidth, products, products, LAUNCH)
 
 
 def this_machine(plan: Plan) -> Machine:
@@ -107,15 +111,16 @@ def this_machine(plan: Plan) -> Machine:
 
 
 def measured_machine(config: Config, width: int) -> Machine:
-    """This machine, in some five seconds: products of `width` x 3 `width` matrices, with 1024 rows and with 16; a large
-    copy; operations of a model so small that they do next to nothing. A CPU's seconds are those of its threads, so
-    that what other programs take of it does not count."""
+    """This machine, in some five seconds: products of `width` x 3 `width` matrices, with 1024 rows and with 16;
+    attention of 1024 tokens, there and back; numbers multiplied in pairs, whose results are all kept for a while, as a
+    backward pass keeps them; operations of a model so small that they do next to nothing. A CPU's seconds are those of
+    its threads, so that what other programs take of it does not count."""
     device, dtype = device_of(config.device), torch.bfloat16 if in_bfloat16(config) else torch.float32
     one = torch.randn(3 * width, width, device=device, dtype=dtype)
     matrices = [one.clone() for _ in range(max(1, 2**27 // one.nbytes))]  # more than a cache holds
     few, many = (torch.randn(rows, width, device=device, dtype=dtype) for rows in (16, 1024))
-    large = torch.randn(2**24, device=device)
-    other = torch.empty_like(large)
+    numbers = torch.randn(2**21, device=device)  # 8 MiB
+    heads = torch.randn(1, max(1, width // 64), 1024, 64, device=device, dtype=dtype, requires_grad=True)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=1)
     ).to(device)
@@ -124,11 +129,17 @@ def measured_machine(config: Config, width: int) -> Machine:
         with Count([]) as count:
             model(ids, use_cache=False)
         launch = _seconds(lambda: model(ids, use_cache=False)) / count.work.launches
-        products = 2 * many.numel() * 3 * width / _seconds(lambda: many @ one.T)
+        out = many @ one.T
+        passes = _seconds(lambda: (many @ one.T, out @ one, out.T @ many))  # forwards, and both of a backward pass
+        products = 3 * 2 * many.numel() * 3 * width / passes
         each = _seconds(lambda: [few @ matrix.T for matrix in matrices]) / len(matrices)
         reading = max(each / 10, each - 2 * few.numel() * 3 * width / products - 2 * launch)
-        bandwidth = 2 * large.nbytes / _seconds(lambda: other.copy_(large))
-    return Machine("this machine, measured", one.nbytes / reading, bandwidth, products, launch)
+        bandwidth = 32 * 3 * numbers.nbytes / _seconds(lambda: [numbers * numbers for _ in range(32)])
+    there_and_back = _seconds(
+        lambda: scaled_dot_product_attention(heads, heads, heads, is_causal=True).sum().backward()
+    )
+    attention = (2 + 5) * 2 * heads.numel() * heads.shape[2] / there_and_back  # as counting.py counts them
+    return Machine("this machine, measured", one.nbytes / reading, bandwidth, products, attention, launch)
 
 
 def _seconds(work: Callable[[], object], least: float = 0.8) -> float:

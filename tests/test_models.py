@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchgen
+import transformers
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import lm.precision
 from config import Config, parse_args
 from lm.loading import add_lora, frozen, frozen_copy, save_policy
+from lm.norms import fuse_norms, fused
+from lm.norms import plain as fused_norms
 from lm.precision import device_of, mixed_precision, multiplies_bfloat16
 from lm.processes import clip_gradients
 from lm.sampler import Sampler
 from lm.scoring import pack, sequence_logprobs, tree_logprobs
+from tests.architectures import small_model
 from tiny.coldstart import ColdStart
 from tiny.loading import load_model
 from train import k3, policy_loss
@@ -189,3 +193,57 @@ def test_a_folder_that_is_no_model_is_one_line(name, words, tmp_path):
     with pytest.raises(ValueError, match=words) as raised:
         load_model(str(tmp_path / name))
     assert "\n" not in str(raised.value)
+
+
+def gained(x, weight):
+    """Llama's norm, with a weight of another meaning."""
+    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)) * (1 + weight)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Olmo2", "Gemma2", "DeepseekV3", "GPT2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_change_no_bit_of_logits_and_gradients(kind, dtype, monkeypatch):
+    """Nor under autocast. Gemma's and Olmo2's norms compute something else, and stay as they are."""
+    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+    made = small_model(*[getattr(transformers, f"{kind}{part}") for part in ("Config", head)]).to(dtype)
+    norms = {type(module) for module in made.modules() if type(module).__name__.endswith("RMSNorm")}
+    for norm in norms:  # as transformers has them
+        if own := fused_norms.pop(norm, None):
+            monkeypatch.setattr(norm, "forward", own)
+    ids = torch.randint(3, 90, (2, 9))
+
+    def answers():
+        found = []
+        for enabled in (False, True):
+            made.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                logits = made(input_ids=ids, use_cache=False).logits
+            logits.float().square().sum().backward()
+            found += [logits.detach(), *(p.grad.clone() for p in made.parameters() if p.grad is not None)]
+        return found
+
+    before = answers()
+    fuse_norms(made)
+    assert all(map(torch.equal, before, answers()))
+    assert [norm.forward is fused for norm in norms] == [kind in ("Llama", "Qwen3", "DeepseekV3")] * len(norms)
+
+
+def test_a_norm_of_its_own_kind_stays_as_it_is():
+    class OwnRMSNorm(torch.nn.Module):
+        variance_epsilon = 1e-6
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            return gained(x, self.weight)
+
+    class GatedRMSNorm(OwnRMSNorm):
+        def forward(self, x, gate):
+            return gained(x, self.weight) * gate
+
+    for norm in (OwnRMSNorm, GatedRMSNorm):
+        own = norm.forward
+        fuse_norms(torch.nn.Sequential(norm()))
+        assert norm.forward is own

@@ -219,7 +219,7 @@ def test_any_model_without_a_recipe_is_fitted(argv, fits):
 
 def test_a_run_that_is_fitted_says_so_in_three_lines(monkeypatch):
     monkeypatch.setattr(machine, "there", lambda device: 1)  # byte
-    monkeypatch.setattr(hours, "this_machine", lambda plan: Machine("slow", 1e9, 1e9, 1e9, 1e-3))
+    monkeypatch.setattr(hours, "this_machine", lambda plan: Machine("slow", 1e9, 1e9, 1e9, 1e9, 1e-3))
     config, said = fitted(laptop(env="search", iterations=10**6))
     first, second, third = said.splitlines()
     assert first.startswith("fitted to 0.0 GiB: --") and first.endswith(" --gradient-checkpointing")
@@ -291,7 +291,7 @@ def test_plan_prints_and_starts_nothing(tmp_path):
 
 def test_sharded_is_planned_for_several_numbers_of_processes(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(hours, "this_machine", lambda plan: Machine("slow", 1e9, 1e9, 1e9, 1e-3))
+    monkeypatch.setattr(hours, "this_machine", lambda plan: Machine("slow", 1e9, 1e9, 1e9, 1e9, 1e-3))
     cards = lambda: [line.split(":")[0] for line in describe(laptop(shard=True)).splitlines() if line.startswith("on ")]
     assert cards() == ["on 1 GPU", "on 2 GPUs", "on 4 GPUs", "on 8 GPUs"]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -339,7 +339,7 @@ def test_a_teacher_is_planned_for_the_environment_of_the_run(monkeypatch):
 
 # ---- hours ----
 
-STEPS = Machine("a launch is a second", float("inf"), float("inf"), float("inf"), 1.0)
+STEPS = Machine("a launch is a second", *[float("inf")] * 4, 1.0)
 
 
 def test_operations_by_hand():
@@ -360,15 +360,18 @@ def test_a_step_and_an_update_of_two_layers_by_hand():
     passes = Passes(laptop(), load_config("tiny"))
     step = passes.reading(rows, length, 1, room=1).work
     weights, attention = LINEAR + WORDS * 192, 2 * 2 * 192 * length  # of a row: q k and p v, both layers
-    assert step.products == pytest.approx(rows * 2 * (weights + attention), rel=1e-3)  # and rotary embeddings
+    assert step.products == pytest.approx(rows * 2 * weights, rel=1e-3)  # and rotary embeddings
+    assert step.attention == rows * 2 * attention
     assert step.weights == pytest.approx(4 * weights + rows * 4 * attention, rel=1e-3)  # keys and values are read
     shape = Shape(2, length, 10)
     update, scoring = passes.update(shape).work, passes.scoring(shape).work
     layers, head, last = 2 * 2 * length * LINEAR, 2 * 2 * 10 * WORDS * 192, 2 * 2 * WORDS * 192  # one logit a row
     seen = 2 * length * 2 * attention
-    assert scoring.products == pytest.approx(layers + head + last + seen, rel=1e-3)
+    assert scoring.products == pytest.approx(layers + head + last, rel=1e-3)
+    assert scoring.attention == seen
     # twice as much backwards, attention 5 products for 2; logits are all in one chunk, which is made again
-    assert update.products == pytest.approx(3 * layers + 4 * head + last + 3.5 * seen, rel=1e-3)
+    assert update.products == pytest.approx(3 * layers + 4 * head + last, rel=1e-3)
+    assert update.attention == 3.5 * seen
 
 
 def test_work_grows_with_the_layers():
@@ -382,8 +385,9 @@ def test_work_grows_with_the_layers():
 
 
 def test_seconds_of_work_by_hand():
-    machine = Machine("slow", weights=2e9, bandwidth=1e9, products=1e12, launch=1e-3)
-    assert machine.seconds(Work(100, weights=8e9, moved=4e9, products=2e12)) == pytest.approx(0.1 + 4 + 4 + 2)
+    machine = Machine("slow", weights=2e9, bandwidth=1e9, products=1e12, attention=5e11, launch=1e-3)
+    work = Work(100, weights=8e9, moved=4e9, products=2e12, attention=3e12)
+    assert machine.seconds(work) == pytest.approx(0.1 + 4 + 4 + 2 + 6)
 
 
 def test_half_of_the_limits_by_hand():
@@ -500,7 +504,8 @@ def test_after_the_first_iteration_a_run_says_what_is_left(monkeypatch):
 
 
 def test_this_machine_is_measured(monkeypatch):
-    monkeypatch.setattr(hours, "_seconds", lambda work, least=0.8: work() is None or 1e-3)
+    monkeypatch.setattr(hours, "_seconds", lambda work, least=0.8: (work(), 1e-3)[1])
     found = hours.measured_machine(laptop(), 48)
-    assert found.products == 2 * 1024 * 48 * 144 / 1e-3
-    assert 0 < found.launch < 1e-3 / 100 and found.bandwidth == 2 * 4 * 2**24 / 1e-3
+    assert found.products == 3 * 2 * 1024 * 48 * 144 / 1e-3
+    assert 0 < found.launch < 1e-3 / 100 and found.bandwidth == 32 * 3 * 4 * 2**21 / 1e-3
+    assert found.attention == (2 + 5) * 2 * 64 * 1024 * 1024 / 1e-3  # one head of 64 numbers, 1024 tokens

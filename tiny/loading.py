@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import lm.loading
+from lm.norms import fuse_norms
 from tiny.coldstart import PREFIX, cold_started
 from tiny.warmstart import tiny_model, tiny_tokenizer, warm_started
 
@@ -15,7 +16,7 @@ def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32"):
     if name == "tiny":
         model, tokenizer = warm_started(env)
         model.name_or_path = name
-        return lm.loading.rounded(model, getattr(torch, dtype)), tokenizer
+        return lm.loading.rounded(fuse_norms(model), getattr(torch, dtype)), tokenizer
     return lm.loading.load_pretrained(cold_started(name, env) if name.startswith(PREFIX) else name, dtype=dtype)
 
 
