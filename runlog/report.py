@@ -4,6 +4,7 @@ skill did to each token. Here are its data; report.html beside this file is its 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from lm.loading import read_json, write_whole
@@ -11,7 +12,7 @@ from runlog import finite
 from runlog.metrics import each_line, read_lines
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-MOST = 48 * 2**20  # characters of samples.jsonl that a page holds, all runs together: a browser reads them in a second
+MOST = 80 * 2**20  # characters of samples.jsonl that a page holds, all runs together: a browser reads them in a second
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
 
 
@@ -20,9 +21,10 @@ def write_report(folder: str | Path, *more: str | Path, reload: int = 0) -> Path
 
     Raises FileNotFoundError for a folder that holds no run, ValueError for a damaged file."""
     folders = [Path(each) for each in (folder, *more)]
-    data = {"runs": [run_of(each) for each in folders], "reload": reload, **episodes_of(folders)}
-    before, _, after = TEMPLATE.read_text(encoding="utf-8").partition("@data")
-    page = before + as_script(data) + after
+    lines, about = episodes_of(folders)
+    data = {"runs": [run_of(each) for each in folders], "reload": reload, **about}
+    before, between, after = re.split("@data|@episodes", TEMPLATE.read_text(encoding="utf-8"))
+    page = "".join([before, as_script(data), between, "\n".join(lines), after])
     path = folders[0] / "report.html"
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
@@ -41,14 +43,29 @@ def run_of(folder: Path) -> dict:
     }
 
 
-def episodes_of(folders: list[Path]) -> dict:
-    """The episodes of each run, oldest first. Of more than fit every second, third, ... is left out, and `every` says
-    so."""
+def episodes_of(folders: list[Path]) -> tuple[list[str], dict]:
+    """The episodes of all runs, oldest first, a line each, and what the list of them is filtered and sorted by. Of more
+    than fit every second, third, ... is left out, and `every` says so."""
     paths = [folder / "samples.jsonl" for folder in folders]
     size = sum(path.stat().st_size for path in paths if path.exists())
-    every = 1 + size // MOST
-    episodes = [list(each_line(path, every)) if path.exists() else [] for path in paths]
-    return {"episodes": episodes, "every": every, "mebibytes": round(size / 2**20, 1)}
+    every, lines, index = 1 + size // MOST, [], []
+    for run, path in enumerate(paths):
+        for episode in each_line(path, every) if path.exists() else ():
+            index.append(entry(episode) | {"run": run, "line": len(lines)})
+            lines.append(as_script(episode))
+    return lines, {"index": index, "every": every, "mebibytes": round(size / 2**20, 1), "most": MOST // 2**20}
+
+
+def entry(episode: dict) -> dict:
+    rows = [step.get("skill_advantages", []) for step in episode.get("steps", [])]
+    sizes = [abs(shift) for row in rows for shift in row if shift is not None]  # |A_skill| of each scored token
+    return {
+        "iteration": episode.get("iteration"),
+        "type": episode.get("task_type", ""),
+        "outcome": "won" if episode.get("success") else "lost",
+        "peak": max(sizes, default=0),
+        "sum": sum(sizes),
+    }
 
 
 def as_script(data: dict) -> str:
