@@ -74,5 +74,6 @@ def as_script(data: dict) -> str:
 
 
 def ended(folder: Path) -> bool:
-    """Whether the run has written its policy, which is the last that it does."""
-    return (folder / "policy").exists()
+    """Whether the run has come to its last iteration. Raises what `run_of` raises."""
+    run = run_of(folder)
+    return bool(run["metrics"]) and run["metrics"][-1]["iteration"] + 1 >= run["config"].get("iterations", 0)

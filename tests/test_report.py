@@ -239,12 +239,12 @@ def test_the_command_line(run, call, capsys, tmp_path):
 
 
 def test_a_watched_page_is_written_until_the_run_has_ended(run, call, monkeypatch):
-    folder, pages = run(), []
+    folder, pages = run(iterations=2), []
 
     def sleep(seconds):
         pages.append(data_of(folder / "report.html")[0]["reload"])
         if len(pages) == 2:
-            (folder / "policy").mkdir()
+            (folder / "metrics.jsonl").write_text(lines(METRICS, METRICS | {"iteration": 1}))
 
     monkeypatch.setattr(time, "sleep", sleep)
     call(folder, "--watch")
@@ -256,7 +256,7 @@ def test_a_page_whose_watch_is_stopped_does_not_load_itself_any_more(run, call, 
     def sleep(seconds):
         raise KeyboardInterrupt
 
-    folder = run()
+    folder = run(iterations=2)
     monkeypatch.setattr(time, "sleep", sleep)
     call(folder, "--watch")
     assert data_of(folder / "report.html")[0]["reload"] == 0
@@ -428,7 +428,7 @@ def test_five_thousand_episodes_are_drawn_as_they_are_scrolled_to(run, show):
     first = rows.count()
     assert 10 < first < 100
     assert page.evaluate("document.querySelectorAll('*').length") < 3000
-    page.locator("#end").scroll_into_view_if_needed()
+    page.locator(".end").scroll_into_view_if_needed()
     page.wait_for_function(f"document.querySelectorAll('.episode').length > {first}")
     page.fill("[name=text]", "pen")  # what the filter drops leaves the page
     assert rows.count() <= first + 30

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,12 +25,11 @@ def main() -> None:
     from runlog.report import ended, write_report  # here: PyTorch comes with it, and --help need not wait
 
     try:
-        while args.watch and not all(map(ended, args.runs)):
-            print(write_report(*args.runs, reload=EVERY), flush=True)
-            time.sleep(EVERY)
+        with suppress(KeyboardInterrupt):  # the last page stays as it is
+            while args.watch and not all(map(ended, args.runs)):
+                print(write_report(*args.runs, reload=EVERY), flush=True)
+                time.sleep(EVERY)
         print(write_report(*args.runs))
-    except KeyboardInterrupt:
-        print(write_report(*args.runs))  # a page that no longer loads itself
     except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
 
