@@ -209,7 +209,7 @@ class Config:
     eval_temperature: float = RUN(0.4, "sampling temperature of evaluation")
     save_every: int = RUN(10, "iterations between checkpoints")
     keep_checkpoints: int = RUN(2, "newest checkpoints to keep")
-    sample_every: int = RUN(5, "iterations between samples.jsonl records")
+    sample_every: int = RUN(1, "iterations between samples.jsonl records")
     tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
     strict: bool = RUN(False, "a warning that nothing is learnt ends the run")
 

@@ -98,6 +98,7 @@ class Batch:
     reference_logprobs: Tensor | None  # (B, R) log pi_ref(y | h); None where the KL term is off
     skill_logprobs: dict[str, Tensor]  # by level, (B, R) log pi(y | h^)
     advantages: Advantages = field(init=False, repr=False)  # from step 5 on
+    updated: list[tuple] = field(default_factory=list, repr=False)  # of each micro-batch: where, log pi_theta, clipped
 
     @property
     def steps(self) -> list[Step]:

@@ -26,6 +26,8 @@ from lm.precision import device_of
 from lm.sampler import Sampler, end_of_turn_ids
 from rollout import rollout
 
+Counts = dict[str, tuple[int, int]]  # column of the table -> (solved, played)
+
 log = logging.getLogger(__name__)
 
 HELD_OUT = ("valid_seen", "valid_unseen")
@@ -104,7 +106,7 @@ def named(trajectories: list[Trajectory], columns: dict[str, str]) -> dict[str, 
     return columns if types <= columns.keys() else {name: name for name in sorted(types)}
 
 
-def success_by_type(trajectories: list[Trajectory], columns: dict[str, str]) -> dict[str, tuple[int, int]]:
+def success_by_type(trajectories: list[Trajectory], columns: dict[str, str]) -> Counts:
     """Column -> (solved, played), for the columns that occur and All."""
     table = {}
     for task_type, column in named(trajectories, columns).items():
@@ -163,16 +165,21 @@ def evaluate(
     return results
 
 
-def evaluate_everywhere(model, encoder: Encoder, config: Config, processes) -> tuple[dict[str, float], str]:
-    """-> (held-out success by split, the table), each process playing its share, without skills."""
+def evaluate_everywhere(
+    model, encoder: Encoder, config: Config, processes
+) -> tuple[dict[str, float], dict[str, Counts], str]:
+    """-> (held-out success by split, the counts that it is made of, the table), each process playing its share, without
+    skills."""
     mine = evaluate(model, encoder, config, share=(processes.rank, processes.count))
     # only outcomes travel: a table needs no steps
     played = [(split, replace(t, steps=[])) for split, trajectories in mine.items() for t in trajectories]
     results = {split: [] for split in mine}
     for split, trajectory in gather_object(played):
         results[split].append(trajectory)
-    success = {split: sum(t.success for t in played) / max(1, len(played)) for split, played in results.items()}
-    return success, format_table(results, columns_of(config))
+    columns = columns_of(config)
+    counts = {split: success_by_type(played, columns) for split, played in results.items()}
+    success = {split: solved / max(1, total) for split, table in counts.items() for solved, total in [table["All"]]}
+    return success, counts, format_table(results, columns)
 
 
 def acted(steps: Sequence[Step], ends: set[int], unknown: int | None) -> dict[str, float]:

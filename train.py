@@ -117,6 +117,7 @@ def grpo_loss(new: Tensor, at: At, batch: Batch, config: Config) -> tuple[Tensor
 
     # L = PPO-clip(r, A) + beta KL(pi_theta || pi_ref)
     policy, clipped = policy_loss(new, old, advantages, config.clip, config.dual_clip)  # (n,) each
+    batch.updated.append((at, new.detach(), clipped))  # for samples.jsonl
     kl = torch.zeros_like(policy)  # (n,)
     if batch.reference_logprobs is not None:
         kl = k3(new, batch.reference_logprobs[at].to(new.device), config.kl_clip)

@@ -8,13 +8,17 @@ import json
 import math
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
 from config import FREE, Config, changed, flag, settings_to_save
 from data import Batch
+from evaluate import Counts
 from lm.loading import read_json, remove, save_policy, taken, write_whole
 from lm.precision import device_of
 from lm.processes import whole
@@ -128,7 +132,7 @@ class RunLog:
     def _append(self, name: str, record: dict) -> None:
         if self.accelerator.is_main_process:
             with open(self.folder / name, "a") as file:
-                file.write(json.dumps(_numbers(record), allow_nan=False) + "\n")
+                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def metrics(self, iteration: int, metrics: dict[str, float], sizes: dict[str, float]) -> dict[str, float]:
         """One line per iteration -> its metrics over all processes.
@@ -157,57 +161,33 @@ class RunLog:
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
-    def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
-        """The held-out table, printed and kept with the success of each split."""
+    def evaluation(self, iteration: int, success: dict[str, float], counts: dict[str, Counts], table: str) -> None:
+        """The held-out table, printed and kept with the success of each split, and how many games of each type were
+        solved and played."""
         self.accelerator.print(f"\nheld-out success (%), no skills, after iteration {iteration}\n{table}\n")
-        self._append("evaluations.jsonl", {"iteration": iteration, "success": success, "table": table})
+        record = {"iteration": iteration, "success": success, "counts": counts, "table": table}
+        self._append("evaluations.jsonl", record)
         if iteration < 0:  # later ones are among the metrics of their iteration
             self.accelerator.log({f"eval/{split}/success": share for split, share in success.items()}, step=0)
 
-    def samples(
-        self,
-        iteration: int,
-        tokenizer,
-        batch: Batch,
-        count: int = 4,
-    ) -> None:
-        """A few whole trajectories: prompt, skills, route, response and the advantage of each of its tokens."""
-        row, trajectories, skills, routes = 0, batch.trajectories, batch.skills, batch.routes
-        for i, trajectory in enumerate(trajectories):
-            steps = []
-            for t, step in enumerate(trajectory.steps):
-                size = len(step.response)
-                steps.append(
-                    {
-                        "observation": step.observation,
-                        "prompt": tokenizer.decode(step.context),
-                        "response": step.text,
-                        "action": step.action,
-                        "valid": step.valid,
-                        "route": [{"level": g.level, "text": g.text} for g in routes[i][t]],
-                        "tokens": [tokenizer.decode([token]) for token in step.response],
-                        "old_logprobs": batch.old_logprobs[row, :size].tolist(),
-                        "skill_advantages": batch.advantages.skill[row, :size].tolist(),
-                        "advantages": batch.advantages.total[row, :size].tolist(),
-                    }
-                )
-                row += 1
-            if i % max(1, len(trajectories) // count) == 0:
-                own = skills[i]
-                known = own and {"summary": own.summary, "episode": own.episode, "steps": own.steps}
-                self._append(
-                    "samples.jsonl",
-                    {
-                        "iteration": iteration,
-                        "task": trajectory.task,
-                        "task_type": trajectory.task_type,
-                        "game": trajectory.game,
-                        "group": trajectory.group,
-                        "success": trajectory.success,
-                        "skills": known,
-                        "steps": steps,
-                    },
-                )
+    def samples(self, iteration: int, tokenizer, batch: Batch, count: int = 4) -> None:
+        """A few whole trajectories of an iteration, a line each (docs/metrics.md)."""
+        every, row, update = max(1, len(batch.trajectories) // count), 0, last_update(batch)
+        for i, trajectory in enumerate(batch.trajectories):
+            if i % every == 0:
+                own = batch.skills[i]
+                record = {
+                    "iteration": iteration,
+                    "task": trajectory.task,
+                    "task_type": trajectory.task_type,
+                    "game": trajectory.game,
+                    "group": trajectory.group,
+                    "success": trajectory.success,
+                    "skills": own and {"summary": own.summary, "episode": own.episode, "steps": own.steps},
+                    "steps": steps_of(batch, i, row, tokenizer, update),
+                }
+                self._append("samples.jsonl", record)
+            row += len(trajectory.steps)
 
     def save(self, iteration: int, model, optimizer, state: dict) -> None:
         """A checkpoint, and only the newest `--keep-checkpoints` of them. See checkpoints.save."""
@@ -236,10 +216,71 @@ class RunLog:
             self.lock.release(force=True)
 
 
-def _numbers(value):
+def last_update(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each token at its last gradient step: the ratio r, and 1 where clipping removed the gradient. (B, R) each, NaN
+    where a token was in none."""
+    ratios, clipped = torch.full_like(batch.old_logprobs, math.nan), torch.full_like(batch.old_logprobs, math.nan)
+    for at, new, was_clipped in batch.updated:  # a later step overwrites an earlier one
+        ratios[at] = (new.cpu() - batch.old_logprobs[at]).exp()
+        clipped[at] = was_clipped.cpu()
+    return ratios, clipped
+
+
+def steps_of(batch: Batch, i: int, row: int, tokenizer, update: tuple[Tensor, Tensor]) -> list[dict]:
+    """The steps of trajectory `i`, whose first row in the batch is `row`. `update`: see `last_update`."""
+    steps, before = [], ""
+    for step, route in zip(batch.trajectories[i].steps, batch.routes[i], strict=True):
+        prompt, size = tokenizer.decode(step.context), len(step.response)
+        kept = shared(before, prompt)
+        guided = {level: contexts[row] for level, contexts in batch.skill_contexts.items()}
+        row_of = partial(rounded, row=row, size=size)
+        ratios, clipped = update
+        steps.append(
+            {
+                "observation": step.observation,
+                "kept": kept,
+                "prompt": prompt[kept:],
+                "skill_prompts": {k: edit(prompt, tokenizer.decode(h_hat)) for k, h_hat in guided.items() if h_hat},
+                "response": step.text,
+                "action": step.action,
+                "valid": step.valid,
+                "route": [{"level": guidance.level, "text": guidance.text} for guidance in route],
+                "tokens": [tokenizer.decode([token]) for token in step.response],
+                "old_logprobs": row_of(batch.old_logprobs),
+                "skill_logprobs": {k: row_of(scores) for k, scores in batch.skill_logprobs.items() if guided.get(k)},
+                "skill_advantages": row_of(batch.advantages.skill),
+                "outcome_advantage": round(batch.advantages.outcome[row].item(), 5),
+                "advantages": row_of(batch.advantages.total),
+                "ratios": row_of(ratios),
+                "clipped": row_of(clipped),
+            }
+        )
+        before, row = prompt, row + 1
+    return steps
+
+
+def rounded(values: Tensor, row: int, size: int) -> list[float]:
+    """The first `size` of a row (B, R), to five decimals, so that many episodes fit in a file."""
+    return [round(value, 5) for value in values[row, :size].tolist()]
+
+
+def shared(one: str, other: str) -> int:
+    """How many characters two texts have in common from their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def edit(before: str, after: str) -> tuple[int, int, str]:
+    """What makes `after` of `before`: (where, how many characters leave there, what comes in their place)."""
+    start = shared(before, after)
+    end = shared(before[start:][::-1], after[start:][::-1])
+    return start, len(before) - start - end, after[start : len(after) - end]
+
+
+def finite(value):
     """What is infinite or no number becomes null: JSON has neither."""
     if isinstance(value, dict):
-        return {name: _numbers(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,17 +39,24 @@ WEIGHED_BY = {name: over for over, names in MEANS_OVER.items() for name in names
 
 
 def read_lines(path: Path) -> list[dict]:
-    """metrics.jsonl, evaluations.jsonl or samples.jsonl, but for a last line that is being written, or was when its run
-    was killed. Raises FileNotFoundError where it is not there, and ValueError for a line that is no record."""
-    lines, records = path.read_text().split("\n"), []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path} is damaged: {error}") from None
-    if wrong := [record for record in records if not isinstance(record, dict)]:
-        raise ValueError(f"{path} is no file of a run: it holds {wrong[0]!r}")
-    return records
+    """metrics.jsonl, evaluations.jsonl or samples.jsonl: see `each_line`."""
+    return list(each_line(path))
+
+
+def each_line(path: Path, every: int = 1) -> Iterator[dict]:
+    """One record in `every`, but for a last line that is being written, or was when its run was killed. Raises
+    FileNotFoundError where the file is not there, and ValueError for a line that is no record."""
+    with open(path) as file:  # line by line: samples may be larger than memory
+        for number, line in enumerate(file):
+            if number % every or not line.endswith("\n"):
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number + 1} of {path} is damaged: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path} is no file of a run: it holds {record!r}")
+            yield record
 
 
 def sizes_of(batch: Batch, metrics: Metrics) -> dict[str, float]:

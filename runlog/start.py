@@ -169,8 +169,8 @@ class Run(Generic[SettingsT]):
     def evaluate(self) -> None:
         """Held-out success, and its table printed. Before the first iteration: the policy before training."""
         with gathered(self.policy):
-            success, table = evaluate_everywhere(self.policy, self.encoder, self.config, self.processes)
-        self.log.evaluation(self.iteration, success, table)
+            success, counts, table = evaluate_everywhere(self.policy, self.encoder, self.config, self.processes)
+        self.log.evaluation(self.iteration, success, counts, table)
         self.note("evaluate", {f"eval/{split}/success": share for split, share in success.items()})
         self.evaluation = self.metrics["seconds/evaluate"]
 

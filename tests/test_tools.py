@@ -1,4 +1,4 @@
-"""The report and the curve, from a run folder made by hand; every script's --help."""
+"""The curve, from a run folder made by hand; every script's --help."""
 
 import json
 import os
@@ -15,9 +15,8 @@ import transformers
 import tiny.loading
 from data import Advantages, Batch, Guidance, Step, Trajectory
 from runlog.curve import plot_curve
-from runlog.report import colour, write_report
 from skills import write_skills
-from tools import plot_run, report, skill_quality, walkthrough
+from tools import plot_run, skill_quality, walkthrough
 from variants.opid_oracle import scripted_skills
 
 ROOT = Path(__file__).parent.parent
@@ -31,53 +30,14 @@ SCRIPTS = sorted(
 
 @pytest.fixture
 def run(tmp_path):
-    step = {
-        "observation": "on <desk 1> see pen 1",
-        "route": [{"level": "step", "text": "take pen & go"}],
-        "tokens": ["take", "pen", "1"],
-        "old_logprobs": [-0.5, -1.0, -0.1],
-        "skill_advantages": [0.4, -0.2, None],
-        "advantages": [1.04, 0.98, 1.0],
-    }
-    skills = {"summary": "", "episode": "in order", "steps": {}}
-    sample = {"iteration": 3, "task": "put pen", "success": True, "skills": skills, "steps": [step]}
-    lost = sample | {"success": False, "skills": None}
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in (sample, lost)))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "train/success": 0.5}) + "\n")
     held_out = {"iteration": 0, "success": {"valid_seen": 0.25}}
     (tmp_path / "evaluations.jsonl").write_text(json.dumps(held_out) + "\n")
     return tmp_path
 
 
-def test_praise_is_green_blame_is_red_and_the_stronger_the_deeper():
-    assert colour(0.5, 1.0) == "rgba(46, 160, 67, 0.44)"  # 0.08 + 0.72 / 2
-    assert colour(-2.0, 1.0) == "rgba(218, 54, 51, 0.80)"
-    assert colour(None, 1.0) == "#eee"
-
-
-def test_report_shows_praise_blame_and_what_was_not_scored(run):
-    page = write_report(run).read_text()
-    assert "A_skill +0.400" in page
-    assert "A_skill -0.200" in page
-    assert "A_skill not scored" in page
-    assert "&lt;desk 1&gt;" in page  # text is text, never markup
-    assert "take pen &amp; go" in page
-    assert "no skills (none used, or none could be parsed)" in page
-    green, red = "rgba(46, 160, 67", "rgba(218, 54, 51"
-    assert page.count(green) == page.count(red) == 2
-
-
 def test_curve(run):
     assert plot_curve(run).stat().st_size > 1000
-
-
-def test_what_is_no_number_or_no_text_is_shown_all_the_same(run):
-    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
-    sample["steps"][0] |= {"old_logprobs": [None, -1.0, -0.1], "tokens": ["a \ud83d", "pen", "1"]}
-    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    page = write_report(run).read_text(encoding="utf-8")
-    assert "log pi_old not a number | A_skill +0.400" in page
-    assert "a ?" in page
 
 
 def test_a_curve_of_several_runs_and_of_one_without_evaluations(run, tmp_path):
@@ -87,30 +47,26 @@ def test_a_curve_of_several_runs_and_of_one_without_evaluations(run, tmp_path):
     assert plot_curve(run, other) == run / "curve.png"
 
 
-@pytest.mark.parametrize(
-    ("main", "missing", "written"),
-    [(report.main, "samples.jsonl", "report.html"), (plot_run.main, "metrics.jsonl", "curve.png")],
-)
-def test_the_command_lines(main, missing, written, run, monkeypatch, capsys):
+def test_the_command_line_of_the_curve(run, monkeypatch, capsys):
     def call(folder):
-        monkeypatch.setattr(sys, "argv", ["script.py", str(folder)])
-        main()
+        monkeypatch.setattr(sys, "argv", ["plot_run.py", str(folder)])
+        plot_run.main()
 
     call(run)
-    assert capsys.readouterr().out == f"{run / written}\n"
-    (run / missing).write_text((run / missing).read_text() + '{"iteration": 3, "tra')  # a run that is alive
+    assert capsys.readouterr().out == f"{run / 'curve.png'}\n"
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"iteration": 3, "tra')  # a run that is alive
     call(run)
-    (run / missing).write_text("{half a line\n")
-    with pytest.raises(SystemExit, match=rf"\.py: .*line 1 of {run / missing} is damaged: Expecting property name"):
+    metrics.write_text("{half a line\n")
+    with pytest.raises(SystemExit, match=rf"plot_run\.py: line 1 of {metrics} is damaged: Expecting property name"):
         call(run)
-    (run / missing).write_text("[1]\n")
+    metrics.write_text("[1]\n")
     with pytest.raises(SystemExit, match=r"is no file of a run: it holds \[1\]"):
         call(run)
-    (run / missing).unlink()
-    with pytest.raises(SystemExit, match=rf"\.py: no {missing} in {run}: not the folder of a run"):
-        call(run)
-    with pytest.raises(SystemExit, match=rf"\.py: no {missing} in nowhere"):
-        call("nowhere")
+    metrics.unlink()
+    for folder in (run, "nowhere"):
+        with pytest.raises(SystemExit, match=rf"plot_run\.py: no metrics.jsonl in {folder}: not the folder of a run"):
+            call(folder)
 
 
 def test_skill_quality_plays_writes_and_checks(llama, tokenizer, monkeypatch, capsys):

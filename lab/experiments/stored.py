@@ -78,7 +78,7 @@ def differing(one: dict, other: dict) -> list[str]:
     """The settings in which two runs differ. One that a run does not hold had the default: that of e24ebb7, or of a
     flag that came later its own."""
     one, other = as_now(one), as_now(other)
-    names = sorted(one.keys() | other.keys())
+    names = sorted((one.keys() | other.keys()) - {"sample_every"})  # that changes nothing but a run's samples
     return [name for name in names if value_of(name, one, other) != value_of(name, other, one)]
 
 

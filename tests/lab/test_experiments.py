@@ -377,6 +377,7 @@ def test_old_flags_are_the_variants_of_today():
     assert differing({"algo": "opid", "divergence": "forward"}, full) == ["divergence"]
     assert differing({"algo": "opid", "centred": True}, {"algo": "opid"}) == ["centred"]  # nothing is that now
     assert differing({"algo": "grpo"}, {"algo": "grpo", "episode_weight": 0.0, "step_weight": 0.0}) == []
+    assert differing({"algo": "opid"}, {"algo": "opid", "sample_every": 1}) == []
 
 
 def test_a_file_keeps_the_order_of_its_lines_and_what_differs_from_the_old_defaults(tmp_path):
