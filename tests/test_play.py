@@ -146,6 +146,7 @@ def test_numbers_commands_and_what_a_word_would_hide_are_played(typed):
         ("", "Type a command or its number."),
         ("   ", "Type a command or its number."),
         ("lok", "lok is no command here. Did you mean look?"),
+        ("go to narnia", "go to narnia is no command here."),
         ("expret", "Did you mean expert?"),
         ("sample 3", "sample 3 is no command here."),
         ("99", "99 is no command here."),
@@ -194,7 +195,8 @@ def test_who_does_what_the_expert_says_wins(typed, env, game):
         said = re.findall(r"^the expert: (.*)$", capsys.readouterr().out, re.MULTILINE)
         return said[-1] if said else "quit"
 
-    detour = {"alfworld": ["1"], "search": ["search capital of france"]}.get(env, [])
+    wrong_product = ["search waterproof stretchy leather belt blue medium", "open 3"]
+    detour = {"alfworld": ["1"], "search": ["search capital of france"], "webshop": wrong_product}[env]
     _, table = typed([*detour, *["expert", obey] * 15], "--env", env, "--game", game)
     assert table.episode.trajectory.success and table.over.startswith("won after ")
 
@@ -235,7 +237,7 @@ def test_official_answers_are_spelled_as_the_environment_reads_them():
             table.episode = type("Now", (), {"admissible": []})
             text = table.spelled("search pens")
             read[env, began] = made.parse_action(began + text, [])
-            assert text.count("</think>") == 1
+            assert ((began + text).count("<think>"), text.count("</think>")) == (1, 1)
     assert {read[env, began] for env in ("alfworld", "webshop") for began in ("", "<think>\n")} == {
         ("search pens", True)
     }
@@ -305,7 +307,7 @@ def test_skills_that_cannot_be_had_get_a_line(typed, monkeypatch, answer, told):
     assert f"The model wrote no skills: {told}." in typed([*LOST, "write"], *SHORT)[0]
 
 
-@pytest.mark.parametrize("line", ["1", "look", "sample", "expert", "hint look", "prompt", "try look", "do look"])
+@pytest.mark.parametrize("line", ["1", "look", "list", "sample", "expert", "hint look", "prompt", "try look"])
 def test_after_the_end_nothing_is_played(typed, line):
     printed, table = typed([*LOST, line], *SHORT)
     assert printed.count("The episode is over: `write`, `skill TEXT`, `new` or `quit`.") == 1 and table.t == 4

@@ -249,7 +249,7 @@ class Table:
         """What can be typed. Those that take a text are methods of one parameter."""
         return {
             "help": self.help,
-            "list": self.list,
+            "list": self.show,
             "sample": self.sample,
             "expert": self.expert,
             "try": self.attempt,
@@ -266,7 +266,7 @@ class Table:
 
     # ---- a turn ----
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """The coming turn: what there is to see, and what the model makes of it."""
         limit = self.model.config.context_limit
         self.context = self.episode.context(self.model.encoder)
@@ -298,10 +298,12 @@ class Table:
             scores = self.sums(self.answers)
             order = scores[0].argsort(descending=True, stable=True)
             self.answers, self.scores = [self.answers[i] for i in order], scores[:, order]
-        self.list(SHOWN)
+        self.show(SHOWN)
 
-    def list(self, most: int | None = None) -> None:
+    def show(self, most: int | None = None) -> None:
         """The commands in a table."""
+        if not self.live():
+            return
         for guidance in self.guidances():
             say(f"With your {'hint' if guidance.level == 'step' else 'skill'}: {guidance.text}")
         if not self.episode.admissible:
@@ -464,7 +466,7 @@ class Table:
         if not self.episode.trajectory.steps[-1].valid:
             say("That was no command here, and a step is gone.")
         if not self.episode.done:
-            return self.open()
+            return self.begin()
         if self.episode.observation:
             say(self.episode.observation, "  ")
         won = self.episode.trajectory.success
@@ -536,7 +538,7 @@ def visit(config: Config, number: int) -> None:
             table = Table(model, env, Episode.start(env, games[number], 0))
             say(f"game {number}. Your task: {table.episode.trajectory.task}")
             say("`help` lists what you can type.")
-            table.open()
+            table.begin()
             while (line := input("> ").strip()) not in ("new", "quit"):
                 table.hear(line)
         if line == "quit":
