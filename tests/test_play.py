@@ -148,6 +148,7 @@ def test_numbers_commands_and_what_a_word_would_hide_are_played(typed):
         ("lok", "lok is no command here. Did you mean look?"),
         ("go to narnia", "go to narnia is no command here."),
         ("expret", "Did you mean expert?"),
+        ("quitt", "Did you mean quit?"),
         ("sample 3", "sample 3 is no command here."),
         ("99", "99 is no command here."),
         ("0", "0 is no command here."),
@@ -358,6 +359,13 @@ def test_what_cannot_be_played_is_one_line(typed, monkeypatch, flags, told):
     with pytest.raises(SystemExit) as ended:
         typed([], *flags)
     assert str(ended.value).startswith(told) and "\n" not in str(ended.value)
+
+
+def test_a_model_that_was_made_for_another_environment_gets_a_warning(typed, monkeypatch):
+    assert "WARNING" not in typed([], "--env", "webshop")[0]
+    monkeypatch.setitem(WORDS_OF, "webshop", "alfworld")
+    printed = " ".join(typed(["search a", "1"], "--env", "webshop")[0].split())
+    assert printed.count("of the prompts' tokens are unknown to --model tiny") == 1
 
 
 def test_new_starts_the_next_game(typed):

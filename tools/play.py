@@ -36,7 +36,7 @@ from envs import Guard, Guarded
 from envs.alfworld.engine import FastEngine
 from envs.alfworld.expert import shortest_plan
 from envs.guard import one_line
-from evaluate import environment, eval_splits, games_of
+from evaluate import environment, eval_splits, games_of, misfits
 from lm.encoder import Encoder, closing_token
 from lm.loading import about_policy
 from lm.precision import device_of
@@ -168,7 +168,9 @@ def width() -> int:
 
 def say(text: str = "", indent: str = "") -> None:
     """One paragraph. Texts from outside lose what would move the cursor."""
-    print(textwrap.fill(one_line(text, len(text)), width() - 1, initial_indent=indent, subsequent_indent=indent))
+    text = one_line(text, len(text))
+    wrapped = textwrap.wrap(text, width() - len(indent) - 1, break_on_hyphens=False)  # a flag stays whole
+    print("\n".join(indent + line for line in wrapped))
 
 
 def chance(logprob: float) -> str:
@@ -195,14 +197,13 @@ def painted(text: str, shift: float) -> str:
 
 def show_tokens(tokens: list[str], shifts: list[float]) -> None:
     """Each token above its A_skill, in as many lines as the window needs."""
-    cells = [(token, signed(shift), shift) for token, shift in zip(tokens, shifts, strict=True)]
     lines, used = [[]], 0
-    for token, number, shift in cells:
-        size = max(len(token), len(number))
+    for token, shift in zip(tokens, shifts, strict=True):
+        size = max(len(token), len(signed(shift)))
         if lines[-1] and used + size + 1 > width() - 5:
             lines.append([])
             used = 0
-        lines[-1].append((token.rjust(size), number.rjust(size), shift))
+        lines[-1].append((token.rjust(size), signed(shift).rjust(size), shift))
         used += size + 1
     for line in lines:
         print("    " + " ".join(painted(token, shift) for token, _, shift in line))
@@ -233,12 +234,12 @@ class Answer(NamedTuple):
 
 @dataclass
 class Table:
-    """One episode, and the person who plays it. `own`: the skills that were typed."""
+    """One episode, and the person who plays it."""
 
     model: Model
     env: Guarded
     episode: Episode
-    own: Skills = field(default_factory=lambda: Skills("", "", {}))
+    own: Skills = field(default_factory=lambda: Skills("", "", {}))  # the skills that were typed
     over: str = ""  # how the episode ended
     context: list[int] = field(default_factory=list)  # h of the coming turn
     answers: list[Answer] = field(default_factory=list)  # those that have a number
@@ -274,6 +275,8 @@ class Table:
             return self.end("the game itself failed")
         if len(self.context) + self.model.config.max_new_tokens > limit:
             return self.end(f"the next prompt has {len(self.context)} tokens, too many for --context-limit {limit}")
+        if self.t == 0:
+            self.warn()
         print()
         say(f"step {self.t + 1} of {self.env.env.max_steps}. You see:")
         say(self.episode.observation or "(nothing)", "  ")
@@ -285,6 +288,13 @@ class Table:
         if not self.episode.admissible:
             self.answers = [self.drawn()]
         self.score()
+
+    def warn(self) -> None:
+        """Of a model that was made for other words."""
+        blanks = self.context.count(self.model.encoder.tokenizer.unk_token_id) / len(self.context)
+        acted = {"rollout/cut_off": 0.0, "rollout/unknown_tokens": blanks, "rollout/valid_actions": 1.0}
+        for words in misfits(self.model.config, acted).values():
+            say(f"WARNING: {words}")
 
     def drawn(self) -> Answer:
         """What the model would answer, sampled without a skill."""
@@ -438,7 +448,8 @@ class Table:
         verbs = {re.split(r"[\s\[]", known)[0] for known in self.episode.admissible}
         text = self.spelled(command)
         if text is None or (verbs and re.split(r"[\s\[]", command)[0] not in verbs):
-            near = get_close_matches(command, [*(answer.command for answer in self.answers), *self.words], 1)
+            words = [word.split()[0] for word in WORDS]
+            near = get_close_matches(command, [*(answer.command for answer in self.answers), *words], 1)
             meant = f" Did you mean {near[0]}?" if near else ""
             say(f"{command} is no command here.{meant} `list` has all commands, `help` the other words.")
             return None
