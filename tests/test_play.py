@@ -245,6 +245,24 @@ def test_official_answers_are_spelled_as_the_environment_reads_them():
     assert read["search", ""] == read["search", "<think>\n"] == ("<search>pens</search>", True)
 
 
+@pytest.mark.parametrize(
+    ("env", "command", "told", "action"),
+    [
+        (
+            "search",
+            "search pens",
+            "search pens is scored as the answer <think></think><search>pens",
+            "<search>pens</search>",
+        ),
+        ("alfworld", "look", " is scored as the answer <think></think><action>", "look"),
+    ],
+)
+def test_an_answer_in_tags_is_told(typed, env, command, told, action):
+    printed, table = typed([command], "--env", env, "--model", "toy", "--context-limit", "4096")
+    assert told in " ".join(printed.split()) and table.episode.trajectory.steps[0].action == action
+    assert table.episode.trajectory.steps[0].valid
+
+
 # ---- praise and blame ------------------------------------------------------------------------------------------------
 
 
