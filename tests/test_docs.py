@@ -1,22 +1,19 @@
-"""README.md and docs/ name only what there is: links, files, functions, flags, commands; and the walkthrough's numbers
-are those that tools/walkthrough.py prints."""
+"""README.md and docs/ name only what there is: links, files, functions, flags, commands; and the walkthrough runs, with
+the numbers that its text quotes."""
 
-import copy
 import importlib
 import importlib.util
 import json
 import re
 import shlex
+import tempfile
 from pathlib import Path
 
 import pytest
 
 import data
-import runlog.start
 from config import every_setting, flag, parse_args
-from runlog.checkpoints import fingerprint
 from tiny.coldstart import ColdStart
-from tiny.warmstart import warm_started
 from tools import walkthrough
 
 ROOT = Path(__file__).parent.parent
@@ -213,7 +210,8 @@ def test_readme_counts_lines_right():
 
 def test_docs_holds_the_pages_of_those_who_use_it():
     pages = {"coldstart", "differences", "environments", "flags", "forking", "gpu", "methods", "metrics", "results"}
-    assert {path.name for path in (ROOT / "docs").iterdir()} == {f"{page}.md" for page in pages | {"walkthrough"}}
+    names = {f"{page}.md" for page in pages | {"walkthrough"}} | {"walkthrough.ipynb"}
+    assert {path.name for path in (ROOT / "docs").iterdir()} == names
 
 
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
@@ -233,58 +231,56 @@ def test_lines_are_short(name):
 # ---- the walkthrough -------------------------------------------------------------------------------------------------
 
 PAGE = TEXTS["docs/walkthrough.md"]
-BOXES = [body for language, body in FENCE.findall(PAGE) if language == "text"]
+NOTEBOOK = walkthrough.NOTEBOOK.read_text()
+VERSION = re.compile(r" +jupytext_version: .*\n")
 
 
-def test_the_walkthrough_prints_what_its_page_shows(capsys, monkeypatch):
-    assert fingerprint(warm_started()[0])[:12] in BOXES[0]
-    monkeypatch.chdir(ROOT)
-    walkthrough.main([])
-    printed = capsys.readouterr().out
-    at = 0
-    for box in BOXES:
-        assert box.strip("\n") in printed[at:], box
-        at = printed.index(box.strip("\n"), at)
-    numbers = [float(number) for number in re.findall(r"\d+\.\d+", printed)]
-    said = prose(PAGE) + TEXTS["README.md"].partition("## One step, in numbers")[2].partition("\n## ")[0]
-    for number in set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", said)) - {"0.9", "0.2"}:  # million weights, clip range
+def cells(notebook: dict) -> list[tuple[str, str]]:
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+
+
+def outputs(notebook: dict) -> list[dict]:
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+
+
+def printed(notebook: dict) -> str:
+    return "".join("".join(output["text"]) for output in outputs(notebook) if output["output_type"] == "stream")
+
+
+def test_the_notebook_has_the_text_of_its_page_and_nothing_of_the_machine_that_ran_it():
+    """Where this fails: python tools/walkthrough.py."""
+    jupytext = pytest.importorskip("jupytext", reason="the notebook is made by jupytext")
+    assert cells(json.loads(NOTEBOOK)) == cells(jupytext.reads(PAGE, fmt="md"))
+    back = jupytext.writes(jupytext.reads(NOTEBOOK, fmt="ipynb"), fmt="md")
+    assert VERSION.sub("", back) == VERSION.sub("", PAGE)
+    for word in (str(ROOT), str(Path.home()), tempfile.gettempdir(), "stderr", "iopub", "Traceback"):
+        assert word not in NOTEBOOK
+
+
+def test_the_notebook_runs_and_prints_what_it_shows():
+    """Where this fails: python tools/walkthrough.py."""
+    for package in ("jupytext", "nbclient", "ipykernel"):
+        pytest.importorskip(package, reason=f"a notebook is run by {package}")
+    fresh, kept = walkthrough.executed(PAGE), json.loads(NOTEBOOK)
+    assert printed(fresh) == printed(kept)
+    assert [sorted(output) for output in outputs(fresh)] == [sorted(output) for output in outputs(kept)]
+    assert sum("image/png" in output.get("data", {}) for output in outputs(fresh)) == 2
+
+
+def test_the_numbers_of_the_text_are_those_of_the_notebook():
+    shown = printed(json.loads(NOTEBOOK))
+    numbers = [abs(float(number)) for number in re.findall(r"\d+\.\d+", shown)]
+    by_hand = "".join(body for language, body in FENCE.findall(PAGE) if language == "text")
+    said = prose(re.sub(r"<!--.*?-->", "", PAGE, flags=re.DOTALL)) + by_hand
+    said += TEXTS["README.md"].partition("## One step, in numbers")[2].partition("\n## ")[0]
+    quoted = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", said)) - {"0.9"}  # million weights
+    assert len(quoted) > 8
+    for number in quoted:
         rounding = 0.501 * 10 ** -len(number.partition(".")[2])
         assert any(abs(float(number) - other) <= rounding for other in numbers), number
 
 
-def answered(prompts):
-    return ['{"episode_skill": "look everywhere", "step_skills": {"1": "open it"}}'] * len(prompts)
-
-
-def test_the_walkthrough_has_its_sections_with_any_model(capsys, monkeypatch, llama, tokenizer):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(runlog.start, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
-    walkthrough.main(["--skill-writer", f"{__name__}:answered", "--max-steps", "3", "--seed", "1"])
-    printed = capsys.readouterr().out
-    assert re.findall(r"^## \d\. (\w[\w-]*)", printed, re.MULTILINE) == re.findall(
-        r"^## \d\. (\w[\w-]*)", PAGE, re.MULTILINE
-    )
-    assert "episode skill: look everywhere" in printed and "step skill 1: open it" in printed
-    assert "0 episode  1 step  2 episode" in printed
-    assert re.search(r"^(<user> .*|) +> .*hint open it$", printed, re.MULTILINE)
-    rows = [
-        line.split() for line in printed.partition("0.1 A_skill =")[2].partition("## 6")[0].splitlines()[1:] if line
-    ]
-    assert rows and all(abs(float(a) + float(b) - float(c)) < 2e-3 for *_, a, b, c in rows)
-
-
-def silent(prompts):
-    return [None] * len(prompts)
-
-
-def test_the_walkthrough_says_so_where_nothing_is_guided(monkeypatch, llama, tokenizer):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(runlog.start, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
-    with pytest.raises(SystemExit, match="no step is guided"):
-        walkthrough.main(["--skill-writer", f"{__name__}:silent", "--max-steps", "2"])
-
-
-@pytest.mark.parametrize("algo", ["opid-contrast", "opid-shift", "opid-full"])
-def test_the_walkthrough_shows_the_papers_shift_alone(algo):
-    with pytest.raises(SystemExit, match="it shows the shift of the paper"):
-        walkthrough.main(["--algo", algo])
+def test_the_notebook_adds_both_advantages_up():
+    table = printed(json.loads(NOTEBOOK)).partition("λ A_skill")[2].partition("steps,")[0]
+    rows = [line.split() for line in table.splitlines() if len(line.split()) == 4]
+    assert len(rows) == 5 and all(abs(float(a) + float(b) - float(c)) < 2e-3 for _, a, b, c in rows)

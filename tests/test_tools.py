@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,20 +118,19 @@ def test_small_tools_answer_without_waiting_for_pytorch(script):
     assert done.stdout.startswith("usage: ") and done.stdout.endswith("\nFalse\n")
 
 
-def test_the_walkthrough_shows_the_answer_that_was_read(capsys):
-    """Of two rollouts that read alike one was asked again, and the other was not."""
+def test_the_walkthrough_records_what_a_writer_is_asked_and_answers():
+    """First of each rollout, then of those that are asked again."""
     exchanges, batches = [], [['{"episode_skill": "look first"}', "no idea"], ['{"episode_skill": "open it"}']]
-
     write = walkthrough.recorded(lambda prompts: batches.pop(0), exchanges)
     played = [Trajectory("put a pen on the desk", 0, [], False) for _ in range(2)]
     skills, _ = write_skills(played, write, max_step_skills=0, template=None)
-    run = SimpleNamespace(config=SimpleNamespace(skill_writer="policy"))
-    shown = []
-    for i in range(2):
-        walkthrough.show_skills(run, i, skills[i], exchanges)
-        shown.append(capsys.readouterr().out)
-    assert "look first" in shown[0] and "asked again" not in shown[0] and "open it" not in shown[0]
-    assert shown[1].index("no idea") < shown[1].index('asked again, it answered:\n\n{"episode_skill": "open it"}')
+    assert [own.episode for own in skills] == ["look first", "open it"]
+    assert [answer for _, answer in exchanges] == [
+        '{"episode_skill": "look first"}',
+        "no idea",
+        '{"episode_skill": "open it"}',
+    ]
+    assert exchanges[2][0].startswith(exchanges[1][0]) and "no idea" in exchanges[2][0]
 
 
 def test_the_walkthrough_shows_a_step_of_a_task_that_was_won_and_lost():
