@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 import runlog.card
 import tiny.demonstrations
@@ -325,6 +325,7 @@ def test_a_dry_run_asks_nobody(run, fake, monkeypatch, capsys):
         ("me/o pid", {}, "me/o pid"),
         ("me/opid", {"fails": httpx2.ConnectError("no route\nto host")}, "no route to host"),
         ("me/opid", {"fails": RuntimeError("xet failed")}, "xet failed"),
+        ("me/opid", {"fails": OfflineModeIsEnabled("HF_HUB_OFFLINE is set")}, "HF_HUB_OFFLINE is set"),
     ],
 )
 def test_what_the_hub_refuses_is_a_line(repo, options, words, run, fake, capsys):
@@ -406,10 +407,9 @@ def test_the_hubs_own_client_uploads_it(run):
     plain = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     plain |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
 
-    def pushed(token: str, **changes: str) -> subprocess.CompletedProcess:
+    def pushed(token: str) -> subprocess.CompletedProcess:
         words = [sys.executable, str(ROOT / "tools" / "push.py"), str(run), "--repo", "me/opid"]
-        environment = plain | {"HF_TOKEN": token} | changes
-        return subprocess.run(words, env=environment, capture_output=True, text=True)
+        return subprocess.run(words, env=plain | {"HF_TOKEN": token}, capture_output=True, text=True)
 
     done = pushed("good")
     assert (done.returncode, done.stdout) == (0, f"{plain['HF_ENDPOINT']}/me/opid/commit/1\n"), done.stderr
@@ -420,7 +420,7 @@ def test_the_hubs_own_client_uploads_it(run):
     wrong = pushed("bad")
     server.shutdown()
     server.server_close()
-    for failed in (wrong, pushed("good"), pushed("good", HF_HUB_OFFLINE="1")):  # no such token, nobody there, offline
+    for failed in (wrong, pushed("good")):  # no such token, nobody there
         assert failed.returncode == 1 and failed.stdout == ""
         assert failed.stderr.startswith("push.py: the Hub and me/opid: ") and failed.stderr.count("\n") == 1
 
