@@ -489,7 +489,13 @@ def written(folder: Path, *samples: dict, end: str = "") -> Path:
 
 
 def sampled(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    """The records, with each prompt whole."""
+    records = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for record in records:
+        seen = ""
+        for turn in record["steps"]:
+            turn["prompt"] = seen = seen[: turn.get("kept", 0)] + turn["prompt"]
+    return records
 
 
 def loaded(folder: Path, tmp_path: Path) -> datasets.Dataset:
