@@ -29,7 +29,7 @@ import train as train_module
 from config import RECIPES, Config, parse_args, variant_of
 from lm.encoder import Encoder
 from lm.loading import load_pretrained, save_policy
-from runlog.card import OF_MACHINE, card, command_of, named, origin_of, write_card
+from runlog.card import OF_MACHINE, card, command_of, flags_over, named, origin_of, write_card
 from runlog.start import start
 from tests.settings import laptop
 from tiny.coldstart import ColdStart
@@ -88,7 +88,9 @@ def same_settings(config: Config, before: dict) -> bool:
 @pytest.mark.parametrize("algo", ["opid", "grpo", "sdar", "gigpo", "opid-contrast"])
 @pytest.mark.parametrize("recipe", ["laptop", "laptop-search", "webshop-qwen3-1.7b", "one-card-alfworld-qwen3-0.6b"])
 def test_the_cards_command_makes_the_same_settings(recipe, algo):
-    made = parse_args(["--recipe", recipe, "--algo", algo, "--seed", "3", "--skill-prefill", '{"a b": \''])
+    made = parse_args(
+        ["--recipe", recipe, "--algo", algo, "--seed", "3", "--no-reuse-cache", "--skill-prefill", '{"a b": \'']
+    )
     words = command_of(made)
     assert words[:2] == ["python", "train.py"] and len(words) < 40
     assert same_settings(parse_args(words[2:]), made.to_dict())
@@ -102,7 +104,18 @@ def test_the_cards_command_of_a_saved_policy_and_of_a_fitted_run(tmp_path, llama
         words = command_of(made)
         assert words[words.index("--model") + 1] == "policy"
         words[words.index("--model") + 1] = str(tmp_path / "policy")
-        assert same_settings(parse_args(words[2:]), made.to_dict())
+        again = parse_args(words[2:])
+        assert same_settings(again, made.to_dict()) and not again.fit  # the budgets are those that were chosen
+
+
+@pytest.mark.parametrize(
+    "text", ['algo = "gigpo"\nstate_weight = 0.5', 'env = "search"', '[env_options]\nengine = "fast"']
+)
+def test_a_recipe_whose_settings_no_flag_takes_back_is_not_named(text, tmp_path):
+    (tmp_path / "r.toml").write_text(text)
+    assert flags_over(laptop(), str(tmp_path / "r.toml")) is None
+    (tmp_path / "r.toml").write_text("tasks = 3")
+    assert flags_over(laptop(), str(tmp_path / "r.toml"))[:2] == ["--recipe", str(tmp_path / "r.toml")]
 
 
 @pytest.fixture
@@ -125,6 +138,11 @@ def test_the_base_is_named_where_the_hub_has_it(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("org/model").mkdir(parents=True)  # a folder of this name is what was loaded
     assert origin_of("org/model") == {}
+
+
+def test_the_licence_of_every_recipes_model_is_known(hub):
+    models = {tomllib.loads(path.read_text()).get("model", "tiny") for path in RECIPES.glob("*.toml")}
+    assert len(models) > 6 and all(origin_of(model)["license"] for model in models)
 
 
 def test_a_folder_says_what_it_is_by_its_own_card(hub, tmp_path):
