@@ -57,8 +57,8 @@ def write_card(policy: Path, config: Config, folder: Path) -> None:
     """README.md beside the weights in `policy`, of the run in `folder`."""
     try:
         text = card(config, folder)
-    except (OSError, ValueError) as error:  # of the model that it started from: no reason to lose the policy
-        print(f"WARNING: no model card is written: {error}")
+    except Exception as error:  # whatever it is, it is no reason to lose the policy of hours of work
+        print(f"WARNING: no model card is written: {type(error).__name__} {one_line(error)}")
         return
     (policy / CARD).write_text(text, encoding="utf-8", errors="replace")
 
@@ -249,10 +249,13 @@ def in_cache(name: str, file: str) -> str | None:
 
 
 def command_of(config: Config) -> list[str]:
-    """The command that trains with these settings again: the recipe that leaves the fewest flags to give, and these."""
+    """The command that trains with these settings again: the recipe that leaves the fewest flags to give, and these.
+    Raises ValueError where no flags make them."""
     starts = [flags_over(config, recipe) for recipe in (None, *sorted(path.stem for path in RECIPES.glob("*.toml")))]
     found = [words for words in starts if words is not None]
-    return ["python", "train.py", *min(found, key=len, default=[])]
+    if not found:
+        raise ValueError("no flags of train.py make these settings")
+    return ["python", "train.py", *min(found, key=len)]
 
 
 def flags_over(config: Config, recipe: str | None) -> list[str] | None:
@@ -273,8 +276,11 @@ def flags_over(config: Config, recipe: str | None) -> list[str] | None:
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else "--no-" + flag(name)[2:])
+        elif name in options:
+            words += [flag(name), *spelled_pairs(name, value)]
         else:
-            words += [flag(name), *(spelled_pairs(name, value) if name in options else [spelled(name, value)])]
+            text = spelled(name, value)  # one that begins as a flag does would be taken for one
+            words += [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]
     return words
 
 
