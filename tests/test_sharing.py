@@ -88,7 +88,7 @@ def same_settings(config: Config, before: dict) -> bool:
 @pytest.mark.parametrize("algo", ["opid", "grpo", "sdar", "gigpo", "opid-contrast"])
 @pytest.mark.parametrize("recipe", ["laptop", "laptop-search", "webshop-qwen3-1.7b", "one-card-alfworld-qwen3-0.6b"])
 def test_the_cards_command_makes_the_same_settings(recipe, algo):
-    flags = ["--seed", "3", "--no-reuse-cache", "--skill-prefill=--a 'b"]
+    flags = ["--seed", "3", "--no-reuse-cache", "--skill-prefill=--a'b"]
     made = parse_args(["--recipe", recipe, "--algo", algo, *flags])
     words = command_of(made)
     assert words[:2] == ["python", "train.py"] and len(words) < 40
