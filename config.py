@@ -41,7 +41,7 @@ OFFICIAL_ANSWER = 24  # tokens: the tags of an official answer around a command,
 # that messages and docs recommend where memory, the context limit or a NaN gradient stopped a run.
 FREE = {
     *("out", "resume", "plan", "iterations", "eval_every", "save_every", "keep_checkpoints", "sample_every", "tracker"),
-    *("strict", "device", "fit", "plan_for"),
+    *("push", "strict", "device", "fit", "plan_for"),
     *("token_budget", "rollout_budget", "gradient_checkpointing", "offload", "shard", "context_limit"),
     *("skill_context_limit", "learning_rate", "max_grad_norm"),
     *("skills_may_fail", "openai_base_url"),  # where an endpoint is gone
@@ -211,6 +211,7 @@ class Config:
     keep_checkpoints: int = RUN(2, "newest checkpoints to keep")
     sample_every: int = RUN(1, "iterations between samples.jsonl records")
     tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
+    push: str | None = RUN(None, "upload the policy at the end to USER/NAME on the Hub, a private repository")
     strict: bool = RUN(False, "a warning that nothing is learnt ends the run")
 
     # The frozen models that a variant's loss reads: with --offload they stay on the device for all of the update, since

@@ -23,7 +23,7 @@ from lm.loading import read_json, remove, save_policy, taken, write_whole
 from lm.precision import device_of
 from lm.processes import whole
 from lm.watch import watch
-from runlog import checkpoints
+from runlog import card, checkpoints
 from runlog.metrics import over_processes
 
 
@@ -45,6 +45,8 @@ class RunLog:
 
     def __init__(self, config: Config, accelerator):
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.out)
+        if config.push and accelerator.is_main_process:
+            card.check_writable(config.push, private=True)  # best noticed before hours of work
         self.lock = taken(self.folder, "run") if accelerator.is_main_process else None
         written, saved = self.folder / "config.json", checkpoints.saved(self.folder)
         if saved or (self.folder / "metrics.jsonl").exists():
@@ -202,18 +204,25 @@ class RunLog:
         return None if self.checkpoint is None else checkpoints.load(self.checkpoint, model, optimizer)
 
     def finish(self, model, tokenizer) -> None:
-        """The final policy in Hugging Face format, and the curve."""
+        """The final policy in Hugging Face format with its card, the curve, and the upload where it was asked for."""
         model = whole(model)
         if self.accelerator.is_main_process:
             from runlog.curve import plot_curve  # matplotlib is not needed for anything else
 
             about = settings_to_save(self.config, read_json(self.folder / "start.json")["date"])
-            write_whole(self.folder / "policy", lambda temporary: save_policy(model, tokenizer, temporary, about))
+
+            def write(temporary: Path) -> None:
+                save_policy(model, tokenizer, temporary, about)
+                card.write_card(temporary, self.config, self.folder)
+
+            write_whole(self.folder / "policy", write)
             print(f"policy: {self.folder / 'policy'}\ncurve:  {plot_curve(self.folder)}")
         self.farewell()
         self.accelerator.end_training()
         if self.lock:
             self.lock.release(force=True)
+        if self.config.push and self.accelerator.is_main_process:
+            print(card.pushed(self.folder, self.config.push))
 
 
 def last_update(batch: Batch) -> tuple[Tensor, Tensor]:

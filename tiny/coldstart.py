@@ -30,12 +30,12 @@ from pathlib import Path
 import torch
 
 import lm.loading
-from envs import ENVIRONMENTS
+from envs import ENVIRONMENTS, digest
 from lm.adapters import left_out
 from lm.loading import add_lora, save_policy, taken, write_whole
 from lm.precision import device_of, mixed_precision
 from lm.processes import give_back, not_finite
-from tiny.demonstrations import Demonstrator, demonstrations
+from tiny.demonstrations import Demonstrator, Recorded, demonstrations, recorded
 from tiny.supervised import demonstration_loss, shuffled_batches, teach
 
 PREFIX = "cold:"  # in front of a model's name: that model after the cold start of the defaults below
@@ -65,6 +65,8 @@ class ColdStart:
     mixed_precision: str = setting(
         "auto", "autocast; auto: bf16 where the device multiplies in it", ("auto", "no", "bf16")
     )
+    demonstrations: str = setting("", "a run's episodes (tools/export.py) in place of scripted ones: a parquet file")
+    only: str = setting("successes", "which episodes of --demonstrations are learnt", ("successes", "all"))
 
     def __post_init__(self):
         self.context_limit = self.context_limit or (2048 if self.prompt == "compact" else 8192)
@@ -78,6 +80,9 @@ class ColdStart:
                 raise ValueError(f"{f.name} must be positive, not {value}")
             if f.name in ("others", "lora_rank") and value < 0:
                 raise ValueError(f"{f.name} must not be negative")
+        idle = "games" if self.demonstrations else "only"
+        if getattr(self, idle) != getattr(ColdStart, idle):
+            raise ValueError(f"--{idle} does nothing {'with' if self.demonstrations else 'without'} --demonstrations")
 
 
 @contextmanager
@@ -144,9 +149,13 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
     if save_every < 1:
         raise ValueError(f"save_every must be positive, not {save_every}")
     today = datetime.date.today().isoformat()
-    record = read_record(folder) or {"settings": asdict(settings), "losses": [], "date": today}
-    if record["settings"] != asdict(settings):
+    learnt = digest(settings.demonstrations) if settings.demonstrations else None
+    record = read_record(folder) or {"settings": asdict(settings), "losses": [], "date": today, "learnt": learnt}
+    newer = {name: getattr(ColdStart, name) for name in ("demonstrations", "only")}  # than some records
+    if newer | record["settings"] != asdict(settings):
         raise ValueError(f"{folder} holds a cold start with other settings (see its {RECORD}): take another folder")
+    if record.get("learnt") != learnt:
+        raise ValueError(f"{folder} holds a cold start on another {settings.demonstrations}: take another folder")
     if "seconds" in record:
         return record
     model, tokenizer = lm.loading.load_pretrained(settings.model)
@@ -201,7 +210,8 @@ def prepared(model, settings: ColdStart) -> tuple:
 
 def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
     """The demonstrations in batches, in the order in which they are learnt. `date`: see Encoder."""
-    demonstrator = Demonstrator(
+    kind = Recorded if settings.demonstrations else Demonstrator
+    demonstrator = kind(
         tokenizer,
         settings.seed,
         settings.env,
@@ -210,7 +220,10 @@ def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
         context_limit=settings.context_limit,
         date=date,
     )
-    sequences = demonstrations(demonstrator, games=settings.games, plays=1)
+    if isinstance(demonstrator, Recorded):
+        sequences = recorded(demonstrator, settings.demonstrations, settings.only)
+    else:
+        sequences = demonstrations(demonstrator, games=settings.games, plays=1)
     if not sequences:
         raise ValueError(f"no demonstration fits in {settings.context_limit} tokens")
     scored = sum(size for sequence in sequences for _, _, size in sequence.responses)

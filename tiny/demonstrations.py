@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -223,3 +224,74 @@ def judgements(demonstrator: Demonstrator) -> list[Sequence]:
     for game in tqdm(games * source.JUDGED, desc="judgements", disable=None):
         sequences += demonstrator.judging(demonstrator.play(game, set()))
     return sequences
+
+
+# ---- episodes of a run -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecordedPlay(Play):
+    """An episode that a policy sampled, as tools/export.py writes it."""
+
+    responses: list[str] = field(default_factory=list)  # as sampled, by turn
+    skills: Skills | None = None  # that were written of it
+
+
+class Recorded(Demonstrator):
+    """Recorded episodes in place of scripted ones, played again, so that any model can learn them by its template."""
+
+    def turns(self, play: RecordedPlay) -> tuple[str, list[Turn]]:
+        """Raises ValueError where an episode does not go as it was recorded."""
+        observation, info = self.env.reset(options={"game": play.game})
+        task, turns = info["task"], []
+        for t, (seen, did, _) in enumerate(play.turns):
+            admissible = info.get("admissible_actions", [])
+            action, valid = self.env.parse_action(play.responses[t], admissible)
+            if (whole(observation), whole(action)) != (seen, did):
+                raise ValueError(
+                    f"step {t} of {play.game} goes otherwise than recorded: --env and --prompt must be those of the "
+                    f"run, whose --env-options must be the defaults ({observation[:60]!r}, not {seen[:60]!r})"
+                )
+            turns.append(Turn(observation, admissible, action, play.responses[t], valid))
+            observation, _, _, _, info = self.env.step(action)
+        return task, turns
+
+    def learnt(self, play: RecordedPlay) -> list[Sequence]:
+        """The episode as it was played, without a skill, and the writing of its skills, where it has any."""
+        written = self.writing(play, play.skills) if play.skills else []
+        return [*self.acting(play), *written]
+
+
+def whole(text: str) -> str:
+    """Text as a file of UTF-8 has it: half a surrogate pair became a question mark."""
+    return text.encode(errors="replace").decode()
+
+
+def recorded(demonstrator: Recorded, file: str | Path, only: str) -> list[Sequence]:
+    """The sequences of `only` "successes", or of "all" episodes of an export. Raises OSError or ValueError where it is
+    no export, or none of its episodes is to be learnt."""
+    from pyarrow import parquet
+
+    plays = [play_of(row, str(file)) for row in parquet.read_table(file).to_pylist()]
+    plays = [play for play in plays if play.turns and (play.success or only == "all")]
+    if not plays:
+        raise ValueError(f"{file} has no episode{' that succeeded' if only == 'successes' else ''}")
+    demonstrator.env.max_steps = max(len(play.turns) for play in plays)
+    bar = tqdm(plays, desc="demonstrations", disable=None)
+    return [sequence for play in bar for sequence in demonstrator.learnt(play)]
+
+
+def play_of(row: dict, file: str) -> RecordedPlay:
+    try:
+        steps, own = row["steps"], row["skills"]
+        kept = own and sorted((skill["step"], skill["text"]) for skill in own["steps"])[:STEP_SKILLS]
+        return RecordedPlay(
+            row["task"],
+            [(step["observation"], step["action"], "") for step in steps],
+            success=row["success"],
+            game=row["game"],
+            responses=[step["response"] for step in steps],
+            skills=own and Skills(own["summary"], own["episode"], dict(kept)),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no export of tools/export.py ({type(error).__name__} {error})") from None

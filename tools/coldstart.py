@@ -2,6 +2,8 @@
 
 python tools/coldstart.py --model smollm2 --env alfworld --games 150 --out runs/cold
 
+--demonstrations takes a run's own episodes (tools/export.py) in place of scripted ones.
+
 The same command goes on where a stopped one was; of a finished one it only measures again. --out is then a model:
 train.py --model runs/cold (docs/coldstart.md).
 """
@@ -111,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with lm.one_line("coldstart.py"):
             settings = ColdStart(**args)
+            if settings.demonstrations and out is None:  # or cold:MODEL would load it
+                raise ValueError("--demonstrations needs --out: the default folder is for scripted episodes")
             out = out or folder_of(settings.model, settings.env, settings.prompt)
             record = cold_start(settings, out, save_every)
             model, tokenizer = load_pretrained(str(out))
