@@ -210,7 +210,7 @@ class Config:
     save_every: int = RUN(10, "iterations between checkpoints")
     keep_checkpoints: int = RUN(2, "newest checkpoints to keep")
     sample_every: int = RUN(5, "iterations between samples.jsonl records")
-    tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
+    tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "trackio", "wandb"))
     strict: bool = RUN(False, "a warning that nothing is learnt ends the run")
 
     # The frozen models that a variant's loss reads: with --offload they stay on the device for all of the update, since
@@ -311,7 +311,7 @@ class Config:
                 "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
                 "float32 (with --mixed-precision bf16 the products are in bfloat16 all the same), or --lora-rank"
             )
-        needed = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(self.tracker, ())
+        needed = {"none": (), "tensorboard": ("tensorboard", "tensorboardX")}.get(self.tracker, (self.tracker,))
         if needed and not any(find_spec(name) for name in needed):
             raise ValueError(f"--tracker {self.tracker} needs its package: pip install {needed[0]}")
 

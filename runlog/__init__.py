@@ -9,6 +9,7 @@ import math
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -20,7 +21,10 @@ from lm.precision import device_of
 from lm.processes import whole
 from lm.watch import watch
 from runlog import checkpoints
-from runlog.metrics import over_processes
+from runlog.metrics import over_processes, read_lines
+
+if TYPE_CHECKING:
+    from runlog.live import Live
 
 
 def accelerator_of(config: Config) -> Accelerator:
@@ -64,6 +68,8 @@ class RunLog:
                 self._drop_from(self.folder / name, self.first_iteration or -1)
         accelerator.wait_for_everyone()
         self.farewell = watch()
+        self.tracked = 0  # the first step that the tracker does not know
+        self.table: Live | None = None  # in a terminal, from the first iteration on
 
     def start(self, model, data: dict[str, str]) -> dict:
         """What the run started from, kept in `start.json`: the fingerprints of its weights and `data`, its name for
@@ -72,6 +78,7 @@ class RunLog:
         path, own = self.folder / "start.json", checkpoints.fingerprint(model)
         if not (self.checkpoint and path.exists()) and self.accelerator.is_main_process:
             start = {"weights": own, "date": datetime.date.today().isoformat(), "tracked": uuid.uuid4().hex[:8]}
+            start["folder"] = self.folder.resolve().name
             text = json.dumps(start | {"data": data}, indent=2) + "\n"
             write_whole(path, lambda temporary: temporary.write_text(text))
         self.accelerator.wait_for_everyone()
@@ -81,18 +88,35 @@ class RunLog:
         before = start.get("data", data)  # a run from before fingerprints
         if others := [name for name in before | data if before.get(name) != data.get(name)]:
             raise ValueError(f"{self.folder} started with other data ({', '.join(others)}): cannot resume it")
-        self._track(start.get("tracked"))
+        self._track(start.get("tracked"), start.get("folder", self.folder.resolve().name))
         return start
 
-    def _track(self, name: str | None) -> None:
-        """Goes on in the tracked run of that name. There step 0 is the policy before training. A step that is made
-        again after a resumption counts once: tensorboard forgets the old one, wandb drops the new one."""
+    def _track(self, number: str | None, folder: str) -> None:
+        """Goes on in the tracked run of that number, named after the folder that it started in. There step 0 is the
+        policy before training. A step that is made again after a resumption counts once: tensorboard forgets the old
+        one, trackio and wandb drop the new one."""
         plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in self.config.to_dict().items()}
+        name = f"{folder}-{number}"
         again = {
-            "wandb": {"id": name, "resume": "allow"},
+            "trackio": {"name": name, "resume": "allow"},
+            "wandb": {"id": number, "name": name, "resume": "allow"},
             "tensorboard": {"purge_step": self.first_iteration + 1 if self.checkpoint else 0},
         }
         self.accelerator.init_trackers("opid", config=plain, init_kwargs=again)  # tensorboard takes nothing else
+        if self.config.tracker == "trackio" and self.accelerator.is_main_process:
+            self._catch_up(self.accelerator.get_tracker("trackio", unwrap=True))
+
+    def _catch_up(self, tracked) -> None:
+        """trackio takes a step twice, and a kill costs it the last ones, since it writes in a thread of its own."""
+        self.tracked = tracked._next_step
+        for name, of in (("evaluations.jsonl", tracked_evaluation), ("metrics.jsonl", tracked_metrics)):
+            for record in read_lines(self.folder / name) if (self.folder / name).exists() else []:
+                self._tell(*of(record))
+
+    def _tell(self, values: dict[str, float], step: int) -> None:
+        """Tells the tracker, but for what it knows."""
+        if values and step >= self.tracked:
+            self.accelerator.log(values, step=step)
 
     def _check(self, before: dict | None, free: set[str]) -> None:
         """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume.
@@ -139,11 +163,11 @@ class RunLog:
         if self.accelerator.num_processes > 1:
             metrics = metrics | over_processes(metrics, sizes, self.accelerator)
         self._append("metrics.jsonl", {"iteration": iteration, **metrics})
-        self.accelerator.log(metrics, step=iteration + 1)
+        self._tell(metrics, iteration + 1)
         return metrics
 
-    def show(self, iteration: int, metrics: dict[str, float]) -> None:
-        """The line of an iteration."""
+    def show(self, iteration: int, metrics: dict[str, float], left: float) -> None:
+        """The line of an iteration. `left`: seconds of the run after it."""
         shown = {
             "success": f"{100 * metrics['train/success']:.0f}%",
             "steps": f"{metrics['rollout/steps']:.1f}",
@@ -154,15 +178,21 @@ class RunLog:
             **({"noise": f"{metrics['advantage/noise_floor']:.0e}"} if "advantage/noise_floor" in metrics else {}),
             "kl": f"{metrics['loss/kl']:.4f}",
             "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
+            "left": str(datetime.timedelta(seconds=round(left))),
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def end_table(self) -> None:
+        """From here on lines are printed as they are. May be called twice."""
+        if self.table:
+            self.table.close()
 
     def evaluation(self, iteration: int, success: dict[str, float], table: str) -> None:
         """The held-out table, printed and kept with the success of each split."""
         self.accelerator.print(f"\nheld-out success (%), no skills, after iteration {iteration}\n{table}\n")
-        self._append("evaluations.jsonl", {"iteration": iteration, "success": success, "table": table})
-        if iteration < 0:  # later ones are among the metrics of their iteration
-            self.accelerator.log({f"eval/{split}/success": share for split, share in success.items()}, step=0)
+        record = {"iteration": iteration, "success": success, "table": table}
+        self._append("evaluations.jsonl", record)
+        self._tell(*tracked_evaluation(record))
 
     def samples(
         self,
@@ -171,43 +201,9 @@ class RunLog:
         batch: Batch,
         count: int = 4,
     ) -> None:
-        """A few whole trajectories: prompt, skills, route, response and the advantage of each of its tokens."""
-        row, trajectories, skills, routes = 0, batch.trajectories, batch.skills, batch.routes
-        for i, trajectory in enumerate(trajectories):
-            steps = []
-            for t, step in enumerate(trajectory.steps):
-                size = len(step.response)
-                steps.append(
-                    {
-                        "observation": step.observation,
-                        "prompt": tokenizer.decode(step.context),
-                        "response": step.text,
-                        "action": step.action,
-                        "valid": step.valid,
-                        "route": [{"level": g.level, "text": g.text} for g in routes[i][t]],
-                        "tokens": [tokenizer.decode([token]) for token in step.response],
-                        "old_logprobs": batch.old_logprobs[row, :size].tolist(),
-                        "skill_advantages": batch.advantages.skill[row, :size].tolist(),
-                        "advantages": batch.advantages.total[row, :size].tolist(),
-                    }
-                )
-                row += 1
-            if i % max(1, len(trajectories) // count) == 0:
-                own = skills[i]
-                known = own and {"summary": own.summary, "episode": own.episode, "steps": own.steps}
-                self._append(
-                    "samples.jsonl",
-                    {
-                        "iteration": iteration,
-                        "task": trajectory.task,
-                        "task_type": trajectory.task_type,
-                        "game": trajectory.game,
-                        "group": trajectory.group,
-                        "success": trajectory.success,
-                        "skills": known,
-                        "steps": steps,
-                    },
-                )
+        """A few whole trajectories."""
+        for i in range(0, len(batch.trajectories), max(1, len(batch.trajectories) // count)):
+            self._append("samples.jsonl", sample(iteration, tokenizer, batch, i))
 
     def save(self, iteration: int, model, optimizer, state: dict) -> None:
         """A checkpoint, and only the newest `--keep-checkpoints` of them. See checkpoints.save."""
@@ -223,6 +219,7 @@ class RunLog:
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format, and the curve."""
+        self.end_table()
         model = whole(model)
         if self.accelerator.is_main_process:
             from runlog.curve import plot_curve  # matplotlib is not needed for anything else
@@ -234,6 +231,51 @@ class RunLog:
         self.accelerator.end_training()
         if self.lock:
             self.lock.release(force=True)
+
+
+def sample(iteration: int, tokenizer, batch: Batch, i: int) -> dict:
+    """Trajectory i: prompt, skills, route, response and the advantage of each of its tokens."""
+    trajectory, own = batch.trajectories[i], batch.skills[i]
+    row, steps = sum(len(earlier.steps) for earlier in batch.trajectories[:i]), []
+    for step, guides in zip(trajectory.steps, batch.routes[i], strict=True):
+        size = len(step.response)
+        steps.append(
+            {
+                "observation": step.observation,
+                "prompt": tokenizer.decode(step.context),
+                "response": step.text,
+                "action": step.action,
+                "valid": step.valid,
+                "route": [{"level": g.level, "text": g.text} for g in guides],
+                "tokens": [tokenizer.decode([token]) for token in step.response],
+                "old_logprobs": batch.old_logprobs[row, :size].tolist(),
+                "skill_advantages": batch.advantages.skill[row, :size].tolist(),
+                "advantages": batch.advantages.total[row, :size].tolist(),
+            }
+        )
+        row += 1
+    return {
+        "iteration": iteration,
+        "task": trajectory.task,
+        "task_type": trajectory.task_type,
+        "game": trajectory.game,
+        "group": trajectory.group,
+        "success": trajectory.success,
+        "skills": own and {"summary": own.summary, "episode": own.episode, "steps": own.steps},
+        "steps": steps,
+    }
+
+
+def tracked_metrics(record: dict) -> tuple[dict[str, float], int]:
+    """-> what a tracker is told of a line of metrics.jsonl, and its step."""
+    return {k: math.nan if v is None else v for k, v in record.items() if k != "iteration"}, record["iteration"] + 1
+
+
+def tracked_evaluation(record: dict) -> tuple[dict[str, float], int]:
+    """The same of a line of evaluations.jsonl. Nothing but for the one before training: later ones are among the
+    metrics of their iteration."""
+    success = record["success"] if record["iteration"] < 0 else {}
+    return {f"eval/{split}/success": share for split, share in success.items()}, 0
 
 
 def _numbers(value):
