@@ -172,7 +172,7 @@ class Config:
         "the environment's own options. alfworld: engine=fast|textworld, data=generate or the official games' folder, "
         "size=small|full of generated rooms. webshop: data=generate or the official files' folder, "
         "goals=human|synthetic. search: questions=generate, a file, folder or hub id, retriever=generate, a corpus "
-        "file or http:// of a server",
+        "file or http:// of a server. textarena: game=GuessTheNumber-v0 or another of its games",
     )
     train_games: int = ENV(1000, "generated training games")
     prompt: str = ENV("official", "prompt style: the authors', or short ones for small models", ("official", "compact"))

@@ -189,7 +189,7 @@ def table_of(run: Run) -> Live | None:
         return None
     from rich.console import Console
 
-    console = Console()
+    console = Console(file=sys.stdout)  # which games exchange while they play
     obeys = console.is_interactive and not console.is_dumb_terminal and not console.legacy_windows
     return Live(run, console) if obeys and console.encoding.startswith("utf") else None
 
