@@ -14,12 +14,12 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from config import Config, variant_of
 from lm.loading import read_json
@@ -189,8 +189,8 @@ def table_of(run: Run) -> Live | None:
         return None
     from rich.console import Console
 
-    console = Console(file=sys.stdout)  # which games exchange while they play
-    obeys = console.is_interactive and not console.is_dumb_terminal and not console.legacy_windows
+    console = Console(file=sys.stdout)  # the terminal's own, whatever takes its place later
+    obeys = console.is_interactive and not console.legacy_windows  # not so with TERM=dumb
     return Live(run, console) if obeys and console.encoding.startswith("utf") else None
 
 
@@ -215,7 +215,7 @@ class Live:
             redirect_stderr=False,
         )
         self.above = [Above(self, stream) for stream in self.streams]
-        sys.stdout, sys.stderr = self.above
+        sys.stdout, sys.stderr = (cast("TextIO", stream) for stream in self.above)
         for handler in self.handlers:
             handler.setStream(sys.stderr)
         self.display.start()
@@ -251,17 +251,18 @@ class Live:
         """Leaves the last frame where it is, and the terminal as it was. May be called twice, and by a signal."""
         if self.display is None:
             return
-        for stream in self.above:
-            stream.end()
+        with suppress(OSError, RuntimeError):  # nobody reads any more; or the signal came in the middle of a write
+            for stream in self.above:
+                stream.end()
         display, self.display, self.bar = self.display, None, ""
         sys.stdout, sys.stderr = self.streams
         for handler in self.handlers:
             handler.setStream(sys.stderr)
-        with suppress(OSError, RuntimeError):  # nobody reads any more; or the signal came in the middle of a write
+        with suppress(OSError, RuntimeError):
             display.stop()
 
 
-class Above(io.TextIOBase):
+class Above:
     """A stream whose lines stand above the table. What begins with a carriage return is a progress bar."""
 
     def __init__(self, live: Live, stream):
@@ -273,7 +274,7 @@ class Above(io.TextIOBase):
     def write(self, text: str) -> int:
         if self.live.display is None:  # somebody kept this stream
             return self.rich_proxied_file.write(text)
-        if text.startswith("\r"):
+        if text.startswith("\r") and "\n" not in text:
             self.live.bar = text.strip()
             return len(text)
         from rich.text import Text
@@ -283,18 +284,15 @@ class Above(io.TextIOBase):
             self.live.console.print(Text.from_ansi(lines), soft_wrap=True)
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
     def flush(self) -> None:
         """A line that has begun waits for its end."""
 
     def end(self) -> None:
         if self.begun:
             self.write("\n")
-
-    def fileno(self) -> int:
-        return self.rich_proxied_file.fileno()
-
-    def isatty(self) -> bool:
-        return self.rich_proxied_file.isatty()
 
 
 def handlers() -> list[logging.StreamHandler]:

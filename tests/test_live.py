@@ -10,6 +10,7 @@ import signal
 import struct
 import sys
 import termios
+import time
 from dataclasses import replace
 from threading import Thread
 
@@ -182,9 +183,12 @@ def test_the_table_stays_below_what_is_printed(random_tiny, tmp_path, monkeypatc
         print("an episode is left out: [bold]", file=sys.stderr)
         print("begun", end="", flush=True)
         print(" and ended")
+        sys.stderr.write("\rhalf of a download")
+        sys.stderr.write("\ra download is done\n")
         for _ in progress([1, 2, 3], "bar of the update"):
             bars.append(run.log.table.bar)
-        print("a" * 250)
+        assert sys.stdout.encoding == "utf-8" and sys.stderr.isatty()
+        sys.stdout.writelines(["a" * 250, "\n"])
 
     at_iteration(monkeypatch, 1, chatter)
     run = train(config(tmp_path / "run"))
@@ -193,7 +197,8 @@ def test_the_table_stays_below_what_is_printed(random_tiny, tmp_path, monkeypatc
     table = screen.index(next(line for line in screen if line.startswith(" iteration")))
     assert screen[table].startswith(" iteration   3 of 3")
     assert sum(line.startswith(" iteration") for line in screen) == 1  # no old frame is left
-    for words in ("a library's warning", "an episode is left out: [bold]", "begun and ended", "a" * 250):
+    printed = ("a library's warning", "a download is done", "an episode is left out: [bold]", "begun and ended")
+    for words in (*printed, "a" * 250):
         assert any(line == words for line in screen[:table]), words
     assert "bar of the update:   0%" in bars[0] and not any("bar of the update" in line for line in screen)
     assert screen[-3].startswith("policy:") and screen[-2].startswith("curve:")  # below the table
@@ -259,6 +264,12 @@ def test_elsewhere_each_iteration_is_a_line_with_the_time_left(why, random_tiny,
     assert run.log.table is None
     lines = terminal.screen() if terminal else capsys.readouterr().out.splitlines()
     assert any(re.match(r"iteration    0  success .* left \d:\d\d:\d\d$", line) for line in lines)
+
+
+def test_the_evaluation_before_training_is_timed_from_its_own_start(random_tiny, tmp_path):
+    began = time.perf_counter()
+    run = start(config(tmp_path / "run", eval_every=1))
+    assert 0 < run.evaluation <= time.perf_counter() - began
 
 
 # ---- trackio ---------------------------------------------------------------------------------------------------------
