@@ -116,7 +116,7 @@ def clock(config: Config, records: Records, evaluation: float | None) -> str:
     predicted = sum(seconds_of(records[0]).values()) + left(config, records[0], 0, first)
     spent = sum(sum(v for name, v in r.items() if name.startswith("seconds/")) for r in records)
     times = [str(timedelta(seconds=round(seconds))) for seconds in (more, spent + more, predicted)]
-    return "{}   of {} in all; predicted after the first iteration: {}".format(*times)
+    return "{}   of {} in all; predicted at first: {}".format(*times)
 
 
 # ---- an episode ------------------------------------------------------------------------------------------------------

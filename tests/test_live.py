@@ -64,7 +64,7 @@ def test_a_frame_says_what_the_records_say(tmp_path):
     assert said["|A_ep|"] == "0.500   λ |A_skill| 0.055   KL 0.001"  # 0.4 (0.5 x 0.1 + 0.3 x 0.2) / 0.8
     # an evaluation as long as a mean rollout times 2 x max(1, 1 game of 4): left 2 x 150 s and one of 180 s; the first
     # iteration said 4 x 120 s and two of 120 s
-    assert said["left"] == "0:08:00   of 0:13:00 in all; predicted after the first iteration: 0:12:00"
+    assert said["left"] == "0:08:00   of 0:13:00 in all; predicted at first: 0:12:00"
 
 
 def test_a_step_that_both_levels_guide_counts_for_both():
