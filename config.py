@@ -172,7 +172,7 @@ class Config:
         "the environment's own options. alfworld: engine=fast|textworld, data=generate or the official games' folder, "
         "size=small|full of generated rooms. webshop: data=generate or the official files' folder, "
         "goals=human|synthetic. search: questions=generate, a file, folder or hub id, retriever=generate, a corpus "
-        "file or http:// of a server",
+        "file or http:// of a server. textarena: game=GuessTheNumber-v0 or another of its games",
     )
     train_games: int = ENV(1000, "generated training games")
     prompt: str = ENV("official", "prompt style: the authors', or short ones for small models", ("official", "compact"))
@@ -210,7 +210,7 @@ class Config:
     save_every: int = RUN(10, "iterations between checkpoints")
     keep_checkpoints: int = RUN(2, "newest checkpoints to keep")
     sample_every: int = RUN(1, "iterations between samples.jsonl records")
-    tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "wandb"))
+    tracker: str = RUN("none", "accelerate tracker beside metrics.jsonl", ("none", "tensorboard", "trackio", "wandb"))
     push: str | None = RUN(None, "upload the policy at the end to USER/NAME on the Hub, a private repository")
     strict: bool = RUN(False, "a warning that nothing is learnt ends the run")
 
@@ -312,7 +312,7 @@ class Config:
                 "--dtype bfloat16 rounds most updates of a small learning rate away: full fine-tuning needs --dtype "
                 "float32 (with --mixed-precision bf16 the products are in bfloat16 all the same), or --lora-rank"
             )
-        needed = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(self.tracker, ())
+        needed = {"none": (), "tensorboard": ("tensorboard", "tensorboardX")}.get(self.tracker, (self.tracker,))
         if needed and not any(find_spec(name) for name in needed):
             raise ValueError(f"--tracker {self.tracker} needs its package: pip install {needed[0]}")
 

@@ -86,6 +86,7 @@ def on_this_machine(url: str) -> bool:
 _REGISTRY = {
     "alfworld": ("envs.alfworld", "AlfworldEnv"),
     "search": ("envs.search", "SearchEnv"),
+    "textarena": ("envs.textarena", "TextArenaEnv"),
     "webshop": ("envs.webshop", "WebshopEnv"),
 }
 

@@ -378,18 +378,32 @@ CHANGE = {
 }
 
 
+def seconds_of(metrics: dict[str, float]) -> dict[str, float]:
+    """Of an iteration by phase, without its evaluation."""
+    return {name: metrics[f"seconds/{name}"] for name in CHANGE if f"seconds/{name}" in metrics}
+
+
+def evaluation_like(config: Config, metrics: dict[str, float], evaluation: float | None) -> float:
+    """Seconds of an evaluation. None, since there was none yet: a guess from the rollout of an iteration."""
+    games = SPLITS * max(1.0, config.eval_games / config.tasks / config.rollouts)
+    return games * metrics["seconds/rollout"] if evaluation is None else evaluation
+
+
+def left(config: Config, metrics: dict[str, float], iteration: int, evaluation: float | None) -> float:
+    """Seconds of the run after this iteration, should the others be like it."""
+    more, evaluations_more = config.iterations - iteration - 1, evaluations_left(config, iteration)
+    return more * sum(seconds_of(metrics).values()) + evaluations_more * evaluation_like(config, metrics, evaluation)
+
+
 def after_an_iteration(
     config: Config, metrics: dict[str, float], iteration: int, evaluation: float | None, plan: Callable[[], Plan]
 ) -> str:
     """The seconds of the run's first iteration by phase, and what is left of the run. A second line where a long
     iteration took more than twice what --plan says of this machine. `evaluation`: its seconds; None: a guess."""
-    taken = {name: metrics[f"seconds/{name}"] for name in CHANGE if f"seconds/{name}" in metrics}
-    games = SPLITS * max(1.0, config.eval_games / config.tasks / config.rollouts)
-    evaluation = games * taken["rollout"] if evaluation is None else evaluation
-    more = config.iterations - iteration - 1
-    left = more * sum(taken.values()) + evaluations_left(config, iteration) * evaluation
+    taken, evaluation = seconds_of(metrics), evaluation_like(config, metrics, evaluation)
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in taken.items())
-    line = f"seconds: {phases}, an evaluation {evaluation:.1f}; hours left: {left / 3600:.1f}, evaluations included"
+    hours_left = left(config, metrics, iteration, evaluation) / 3600
+    line = f"seconds: {phases}, an evaluation {evaluation:.1f}; hours left: {hours_left:.1f}, evaluations included"
     if sum(taken.values()) < LONG:
         return line
     try:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,10 @@ from lm.precision import device_of
 from lm.processes import whole
 from lm.watch import watch
 from runlog import card, checkpoints
-from runlog.metrics import over_processes
+from runlog.metrics import over_processes, read_lines
+
+if TYPE_CHECKING:
+    from runlog.live import Live
 
 
 def accelerator_of(config: Config) -> Accelerator:
@@ -70,6 +74,8 @@ class RunLog:
                 self._drop_from(self.folder / name, self.first_iteration or -1)
         accelerator.wait_for_everyone()
         self.farewell = watch()
+        self.tracked = 0  # the first step that the tracker does not know
+        self.table: Live | None = None  # in a terminal, from the first iteration on
 
     def start(self, model, data: dict[str, str]) -> dict:
         """What the run started from, kept in `start.json`: the fingerprints of its weights and `data`, its name for
@@ -78,6 +84,7 @@ class RunLog:
         path, own = self.folder / "start.json", checkpoints.fingerprint(model)
         if not (self.checkpoint and path.exists()) and self.accelerator.is_main_process:
             start = {"weights": own, "date": datetime.date.today().isoformat(), "tracked": uuid.uuid4().hex[:8]}
+            start["folder"] = self.folder.resolve().name
             text = json.dumps(start | {"data": data}, indent=2) + "\n"
             write_whole(path, lambda temporary: temporary.write_text(text))
         self.accelerator.wait_for_everyone()
@@ -87,18 +94,35 @@ class RunLog:
         before = start.get("data", data)  # a run from before fingerprints
         if others := [name for name in before | data if before.get(name) != data.get(name)]:
             raise ValueError(f"{self.folder} started with other data ({', '.join(others)}): cannot resume it")
-        self._track(start.get("tracked"))
+        self._track(start.get("tracked"), start.get("folder", self.folder.resolve().name))
         return start
 
-    def _track(self, name: str | None) -> None:
-        """Goes on in the tracked run of that name. There step 0 is the policy before training. A step that is made
-        again after a resumption counts once: tensorboard forgets the old one, wandb drops the new one."""
+    def _track(self, number: str | None, folder: str) -> None:
+        """Goes on in the tracked run of that number, named after the folder that it started in. There step 0 is the
+        policy before training. A step that is made again after a resumption counts once: tensorboard forgets the old
+        one, trackio and wandb drop the new one."""
         plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in self.config.to_dict().items()}
+        name = f"{folder}-{number}"
         again = {
-            "wandb": {"id": name, "resume": "allow"},
+            "trackio": {"name": name, "resume": "allow"},
+            "wandb": {"id": number, "name": name, "resume": "allow"},
             "tensorboard": {"purge_step": self.first_iteration + 1 if self.checkpoint else 0},
         }
         self.accelerator.init_trackers("opid", config=plain, init_kwargs=again)  # tensorboard takes nothing else
+        if self.config.tracker == "trackio" and self.accelerator.is_main_process:
+            self._catch_up(self.accelerator.get_tracker("trackio", unwrap=True))
+
+    def _catch_up(self, tracked) -> None:
+        """trackio takes a step twice, and a kill costs it the last ones, since it writes in a thread of its own."""
+        self.tracked = tracked._next_step
+        for name, of in (("evaluations.jsonl", tracked_evaluation), ("metrics.jsonl", tracked_metrics)):
+            for record in read_lines(self.folder / name) if (self.folder / name).exists() else []:
+                self._tell(*of(record))
+
+    def _tell(self, values: dict[str, float], step: int) -> None:
+        """Tells the tracker, but for what it knows."""
+        if values and step >= self.tracked:
+            self.accelerator.log(values, step=step)
 
     def _check(self, before: dict | None, free: set[str]) -> None:
         """Raises ValueError where the folder holds a run that this one would overwrite, or is not the one to resume.
@@ -145,11 +169,11 @@ class RunLog:
         if self.accelerator.num_processes > 1:
             metrics = metrics | over_processes(metrics, sizes, self.accelerator)
         self._append("metrics.jsonl", {"iteration": iteration, **metrics})
-        self.accelerator.log(metrics, step=iteration + 1)
+        self._tell(metrics, iteration + 1)
         return metrics
 
-    def show(self, iteration: int, metrics: dict[str, float]) -> None:
-        """The line of an iteration."""
+    def show(self, iteration: int, metrics: dict[str, float], left: float) -> None:
+        """The line of an iteration. `left`: seconds of the run after it."""
         shown = {
             "success": f"{100 * metrics['train/success']:.0f}%",
             "steps": f"{metrics['rollout/steps']:.1f}",
@@ -160,8 +184,14 @@ class RunLog:
             **({"noise": f"{metrics['advantage/noise_floor']:.0e}"} if "advantage/noise_floor" in metrics else {}),
             "kl": f"{metrics['loss/kl']:.4f}",
             "s": f"{sum(v for k, v in metrics.items() if k.startswith('seconds/')):.1f}",
+            "left": str(datetime.timedelta(seconds=round(left))),
         }
         self.accelerator.print(f"iteration {iteration:>4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def end_table(self) -> None:
+        """From here on lines are printed as they are. May be called twice."""
+        if self.table:
+            self.table.close()
 
     def evaluation(self, iteration: int, success: dict[str, float], counts: dict[str, Counts], table: str) -> None:
         """The held-out table, printed and kept with the success of each split, and how many games of each type were
@@ -169,27 +199,12 @@ class RunLog:
         self.accelerator.print(f"\nheld-out success (%), no skills, after iteration {iteration}\n{table}\n")
         record = {"iteration": iteration, "success": success, "counts": counts, "table": table}
         self._append("evaluations.jsonl", record)
-        if iteration < 0:  # later ones are among the metrics of their iteration
-            self.accelerator.log({f"eval/{split}/success": share for split, share in success.items()}, step=0)
+        self._tell(*tracked_evaluation(record))
 
     def samples(self, iteration: int, tokenizer, batch: Batch, count: int = 4) -> None:
         """A few whole trajectories of an iteration, a line each (docs/metrics.md)."""
-        every, row, update = max(1, len(batch.trajectories) // count), 0, last_update(batch)
-        for i, trajectory in enumerate(batch.trajectories):
-            if i % every == 0:
-                own = batch.skills[i]
-                record = {
-                    "iteration": iteration,
-                    "task": trajectory.task,
-                    "task_type": trajectory.task_type,
-                    "game": trajectory.game,
-                    "group": trajectory.group,
-                    "success": trajectory.success,
-                    "skills": own and {"summary": own.summary, "episode": own.episode, "steps": own.steps},
-                    "steps": steps_of(batch, i, row, tokenizer, update),
-                }
-                self._append("samples.jsonl", record)
-            row += len(trajectory.steps)
+        for i in range(0, len(batch.trajectories), max(1, len(batch.trajectories) // count)):
+            self._append("samples.jsonl", sample(iteration, tokenizer, batch, i))
 
     def save(self, iteration: int, model, optimizer, state: dict) -> None:
         """A checkpoint, and only the newest `--keep-checkpoints` of them. See checkpoints.save."""
@@ -205,6 +220,7 @@ class RunLog:
 
     def finish(self, model, tokenizer) -> None:
         """The final policy in Hugging Face format with its card, the curve, and the upload where it was asked for."""
+        self.end_table()
         model = whole(model)
         if self.accelerator.is_main_process:
             from runlog.curve import plot_curve  # matplotlib is not needed for anything else
@@ -223,6 +239,22 @@ class RunLog:
             self.lock.release(force=True)
         if self.config.push and self.accelerator.is_main_process:
             print(card.pushed(self.folder, self.config.push))
+
+
+def sample(iteration: int, tokenizer, batch: Batch, i: int) -> dict:
+    """Trajectory i as a line of samples.jsonl (docs/metrics.md)."""
+    trajectory, own = batch.trajectories[i], batch.skills[i]
+    row = sum(len(earlier.steps) for earlier in batch.trajectories[:i])
+    return {
+        "iteration": iteration,
+        "task": trajectory.task,
+        "task_type": trajectory.task_type,
+        "game": trajectory.game,
+        "group": trajectory.group,
+        "success": trajectory.success,
+        "skills": own and {"summary": own.summary, "episode": own.episode, "steps": own.steps},
+        "steps": steps_of(batch, i, row, tokenizer, last_update(batch)),
+    }
 
 
 def last_update(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -284,6 +316,18 @@ def edit(before: str, after: str) -> tuple[int, int, str]:
     start = shared(before, after)
     end = shared(before[start:][::-1], after[start:][::-1])
     return start, len(before) - start - end, after[start : len(after) - end]
+
+
+def tracked_metrics(record: dict) -> tuple[dict[str, float], int]:
+    """-> what a tracker is told of a line of metrics.jsonl, and its step."""
+    return {k: math.nan if v is None else v for k, v in record.items() if k != "iteration"}, record["iteration"] + 1
+
+
+def tracked_evaluation(record: dict) -> tuple[dict[str, float], int]:
+    """The same of a line of evaluations.jsonl. Nothing but for the one before training: later ones are among the
+    metrics of their iteration."""
+    success = record["success"] if record["iteration"] < 0 else {}
+    return {f"eval/{split}/success": share for split, share in success.items()}, 0
 
 
 def finite(value):

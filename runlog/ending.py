@@ -58,6 +58,7 @@ class Ending:
         self.signal = number
         for stream in (1, 2):
             without_terminal(stream)
+        self.end_table()
         if self.over:
             told(b"train.py: the run is being saved; Ctrl-C ends at once\n")
             return
@@ -66,6 +67,11 @@ class Ending:
             told(b"train.py: this iteration comes to its end first; Ctrl-C ends at once\n")
             return
         raise KeyboardInterrupt
+
+    def end_table(self) -> None:
+        """Before what is printed by other means than sys.stdout and sys.stderr."""
+        if self.run:
+            self.run.log.end_table()
 
     def words(self, error: BaseException) -> str | None:
         """What ended the run, where the user can mend it. None: a bug."""
@@ -100,7 +106,10 @@ def one_line(config: Config) -> Generator[Ending]:
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
     handlers = {number: signal.signal(number, ending.stop if first() else signal.SIG_DFL) for number in heard}
     try:
-        yield ending
+        try:
+            yield ending
+        finally:
+            ending.end_table()
     except (Exception, KeyboardInterrupt) as error:
         words, ending.over = ending.words(error), True
         if words is None:

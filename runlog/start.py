@@ -40,7 +40,8 @@ from lm.writers import Writer, import_writer, model_writer, openai_writer, that_
 from memory import hours
 from memory.machine import peak_mib
 from memory.plan import Plan, fitted, planned
-from runlog import RunLog, accelerator_of, checkpoints, silence
+from runlog import RunLog, accelerator_of, checkpoints, sample, silence
+from runlog.live import table_of
 from runlog.metrics import TOKENS, Metrics, advantage_metrics, silent_groups, sizes_of
 from runlog.silence import shares, silences
 from skills import analysis_prompt
@@ -73,7 +74,7 @@ class Run(Generic[SettingsT]):
     iteration: int = -1  # the one under way
     rng: random.Random = field(default_factory=random.Random)  # of it, the same in all processes
     metrics: Metrics = field(default_factory=dict)  # of it
-    lap: float = 0.0  # when its last step ended
+    lap: float = field(default_factory=time.perf_counter)  # when its last step ended
     evaluation: float | None = None  # seconds of the last one; None: there was none yet
     finished: int = -1  # the last iteration that came to its end
     kept: dict[str, Any] = field(default_factory=dict)  # `state` at its end
@@ -95,6 +96,8 @@ class Run(Generic[SettingsT]):
     def begin(self, iteration: int) -> None:
         """Seeds everything random for this iteration, PyTorch by process, `rng` alike in all; and its learning rate."""
         self.iteration, self.metrics, self.lap = iteration, dict.fromkeys(TOKENS, 0.0), time.perf_counter()
+        if iteration == self.log.first_iteration:
+            self.log.table = table_of(self)
         counted.clear()
         torch.manual_seed(self.config.seed * 1_000_003 + iteration * 1009 + self.processes.rank)
         self.rng = random.Random(f"{self.config.seed} {iteration}")
@@ -194,7 +197,12 @@ class Run(Generic[SettingsT]):
         self.finished, self.kept, self.ahead = iteration, copy.deepcopy(self.state), False  # in this order
         if last or (iteration + 1) % config.save_every == 0 or self.hopeless(found):
             self.log.save(iteration, self.policy, self.optimizer, self.state)
-        self.log.show(iteration, metrics)  # where nobody reads any more this is an error, and nothing is lost
+        if self.log.table:  # where nobody reads any more showing is an error, and nothing is lost
+            chosen = self.log.table.choose(len(batch.trajectories))
+            shown = {"iteration": iteration, **metrics}
+            self.log.table.show(shown, sample(iteration, self.tokenizer, batch, chosen))
+        else:
+            self.log.show(iteration, metrics, hours.left(config, metrics, iteration, self.evaluation))
         if iteration == self.log.first_iteration and not last and self.processes.rank == 0:
             plan = partial(Plan, config, self.policy.config, processes=self.processes.count)
             print(hours.after_an_iteration(config, metrics, iteration, self.evaluation, plan))
