@@ -356,7 +356,7 @@ def test_only_the_first_process_says_where_settings_come_from(monkeypatch, capsy
 
 
 IMPORTING = ["train.py", "evaluate.py", "tools/coldstart.py", "tools/skill_quality.py", "tools/walkthrough.py"]
-IMPORTING += ["lab/experiments/skill_effect.py", "lab/experiments/compare.py"]
+IMPORTING += ["tools/play.py", "lab/experiments/skill_effect.py", "lab/experiments/compare.py"]
 
 
 @pytest.mark.parametrize("command", IMPORTING)
