@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lm.adapters import NO_PEFT, base_of, first_line, merged_copy, with_adapters
-from lm.norms import fuse_norms
+from lm.obstacles import fuse_norms
 from lm.sampler import own_generation_config
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

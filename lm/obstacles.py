@@ -1,4 +1,5 @@
-"""What a model's architecture allows without changing its numbers: a cache kept over turns, padding, packed rows.
+"""What a model's architecture allows without changing its numbers: a cache kept over turns, padding, packed rows,
+norms in one kernel.
 
 Log-probs when sampled must equal log-probs when scored, so each shortcut is taken only where it is exact. What the
 configuration says is read from it (a window of 4096 tokens cannot be tried out at the start of a run); what shows on a
@@ -9,12 +10,14 @@ Shapes: S sequences of length L, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -34,6 +37,7 @@ WINDOWS = (
 LENGTHS = ("max_position_embeddings", "max_seq_len")  # how many positions a model has, where it has a table of them
 PROBE = 6  # tokens of a tried sequence
 
+plain_norms: dict = {}  # class of RMSNorms -> its own `forward`; None where ours would give other numbers
 _tried: WeakKeyDictionary = WeakKeyDictionary()  # model -> (left, inside), see padding_changes
 
 
@@ -295,3 +299,47 @@ def check_gap(largest: float, mean: float, dtype: torch.dtype) -> None:
             f"more than rounding in {dtype} explains: training would be wrong. Try --no-reuse-cache; if that does not "
             "help, this model cannot be trained here"
         )
+
+
+def fuse_norms(model):
+    """Every RMSNorm of `model` in one kernel of PyTorch's, not six: -> the model. Decoding is mostly small kernels.
+
+    Classes are changed, not modules, so that copies and what is loaded later are, too. Each class is tried once, on
+    random numbers on the CPU, and stays as it is unless all of them are the same: Gemma's multiplies by 1 + weight.
+    """
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__.endswith("RMSNorm") and kind not in plain_norms:
+            plain_norms[kind] = kind.forward if same_bits(module) else None
+            if plain_norms[kind]:
+                kind.forward = fused_norm
+    return model
+
+
+def fused_norm(self, hidden_states: Tensor) -> Tensor:
+    """(..., H) -> (..., H)"""
+    size, weight = hidden_states.shape[-1:], self.weight
+    if hidden_states.dtype == weight.dtype == torch.float32:
+        return rms_norm(hidden_states, size, weight, self.variance_epsilon)
+    # transformers rounds before it multiplies by the weight
+    return weight * rms_norm(hidden_states, size, None, self.variance_epsilon)
+
+
+@torch.no_grad()
+def same_bits(module) -> bool:
+    """Whether `fused_norm` and the module's own `forward` agree on random numbers, in float32 and bfloat16."""
+    if not hasattr(module, "variance_epsilon") or getattr(module, "weight", None) is None:
+        return False
+    twin, draws = copy.deepcopy(module).to_empty(device="cpu").float(), torch.Generator("cpu").manual_seed(0)
+    pairs = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+    for kept, read in pairs:  # of weights and states
+        twin.weight.copy_(torch.randn(twin.weight.shape, generator=draws, device="cpu"))
+        twin.to(kept)
+        states = torch.randn(3, 5, *twin.weight.shape, generator=draws, device="cpu").to(read)
+        try:
+            own, ours = twin(states), fused_norm(twin, states)
+        except (TypeError, RuntimeError):  # it reads more than states
+            return False
+        if own.dtype != ours.dtype or not torch.equal(own, ours):
+            return False
+    return True

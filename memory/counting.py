@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
 from lm.loading import add_lora
-from lm.norms import fuse_norms
+from lm.obstacles import fuse_norms
 
 
 @dataclass(frozen=True)

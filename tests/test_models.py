@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import lm.precision
 from config import Config, parse_args
 from lm.loading import add_lora, frozen, frozen_copy, save_policy
-from lm.norms import fuse_norms, fused
-from lm.norms import plain as fused_norms
+from lm.obstacles import fuse_norms, fused_norm, plain_norms
 from lm.precision import device_of, mixed_precision, multiplies_bfloat16
 from lm.processes import clip_gradients
 from lm.sampler import Sampler
@@ -208,7 +207,7 @@ def test_fused_norms_change_no_bit_of_logits_and_gradients(kind, dtype, monkeypa
     made = small_model(*[getattr(transformers, f"{kind}{part}") for part in ("Config", head)]).to(dtype)
     norms = {type(module) for module in made.modules() if type(module).__name__.endswith("RMSNorm")}
     for norm in norms:  # as transformers has them
-        if own := fused_norms.pop(norm, None):
+        if own := plain_norms.pop(norm, None):
             monkeypatch.setattr(norm, "forward", own)
     ids = torch.randint(3, 90, (2, 9))
 
@@ -225,7 +224,7 @@ def test_fused_norms_change_no_bit_of_logits_and_gradients(kind, dtype, monkeypa
     before = answers()
     fuse_norms(made)
     assert all(map(torch.equal, before, answers()))
-    assert [norm.forward is fused for norm in norms] == [kind in ("Llama", "Qwen3", "DeepseekV3")] * len(norms)
+    assert [norm.forward is fused_norm for norm in norms] == [kind in ("Llama", "Qwen3", "DeepseekV3")] * len(norms)
 
 
 def test_a_norm_of_its_own_kind_stays_as_it_is():

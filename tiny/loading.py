@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import lm.loading
-from lm.norms import fuse_norms
+from lm.obstacles import fuse_norms
 from tiny.coldstart import PREFIX, cold_started
 from tiny.warmstart import tiny_model, tiny_tokenizer, warm_started
 

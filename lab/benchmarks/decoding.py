@@ -1,7 +1,7 @@
 """A step of decoding, plain `generate` and ours turn about: python lab/benchmarks/decoding.py [--model smollm2]
 
 plain   transformers as it comes: norms in six kernels, a cache that is copied for every token
-ours    lm/sampler.py as a run uses it: norms in one kernel (lm/norms.py), a cache that grows in place (lm/cache.py)
+ours    lm/sampler.py as a run uses it: norms in one kernel (lm/obstacles.py), a cache that grows in place (lm/cache.py)
 
 Both sample greedily from the same contexts, of random tokens. Prints the milliseconds of a step, median of the rounds,
 and whether both chose the same tokens; on a GPU also the limit, bytes of weights, keys and values over --bandwidth.
@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lab.benchmarks.score import load
-from lm import norms
+from lm import obstacles
 from lm.precision import device_of
 from lm.sampler import Sampler
 from memory.plan import architecture_of
@@ -37,11 +37,11 @@ END = 0  # a token that no context needs: made impossible, so that every row goe
 @contextlib.contextmanager
 def as_transformers_has_them():
     """Norms unfused inside."""
-    for kind, forward in norms.plain.items():
+    for kind, forward in obstacles.plain_norms.items():
         kind.forward = forward or kind.forward
     yield
-    for kind, forward in norms.plain.items():
-        kind.forward = norms.fused if forward else kind.forward
+    for kind, forward in obstacles.plain_norms.items():
+        kind.forward = obstacles.fused_norm if forward else kind.forward
 
 
 def plain(model, tokenizer, contexts: list[list[int]], steps: int) -> list[list[int]]:
@@ -75,7 +75,7 @@ def model_of(name: str):
     torch.manual_seed(0)
     with torch.device(device_of()):
         model = AutoModelForCausalLM.from_config(architecture_of(name), dtype=torch.float32).eval()
-    return norms.fuse_norms(model), tiny_tokenizer()
+    return obstacles.fuse_norms(model), tiny_tokenizer()
 
 
 def limit(model, rows: int, length: int, size: int, bandwidth: float) -> float:
