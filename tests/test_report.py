@@ -363,6 +363,7 @@ def test_one_scale_colours_the_whole_page(run, show):
     """A shift of a few hundredths of a nat has no colour, whatever else its episode holds."""
     page = show(run(an_episode(a_step(0.05, 0.1, 0.4, 1.0, 9.0)), an_episode(a_step(-0.05, -0.2, -0.5, -5.0, None))))
     page.locator(".episode:not([open]) summary").click()
+    page.locator(".token").nth(9).wait_for()  # what opens is drawn after the click
     found = [token.get_attribute("class").split()[1:] for token in page.locator(".token").all()]
     levels = [[name for name in names if name != "spaced"] for names in found]
     assert levels[:5] == [[], ["praise-1"], ["praise-2"], ["praise-3"], ["praise-4"]]
