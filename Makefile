@@ -21,7 +21,7 @@ train: $(VENV)/.core
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# Everything that a GPU may change, in ten minutes; without one the same at tiny sizes.
+# Everything that a GPU may change, in eight minutes; without one the same at tiny sizes.
 gpu-check: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python lab/benchmarks/gpu_check.py $(ARGS)
 

@@ -1,9 +1,9 @@
-"""Everything that a GPU may change, in ten minutes and one log: make gpu-check
+"""Everything that a GPU may change, in eight minutes and one log: make gpu-check
 
 Needs no network: models are random. In this order: the tests that run on the device; three iterations of a Qwen3-1.7B
 that knows nothing, through its recipe in bfloat16, with the measured peak beside the plan; cached beside fresh
-sampling; packed beside per-step scoring; other benchmarks at a small size. Without a GPU all of it runs on the CPU at
-tiny sizes, so that nothing but the device is new there.
+sampling; packed beside per-step scoring; decoding beside plain `generate`; seconds beside the plan; others at a small
+size. Without a GPU all of it runs on the CPU at tiny sizes, so that nothing but the device is new there.
 
 The log goes to lab/logs/gpu_check.txt, without a GPU to lab/logs/gpu_check_cpu.txt. A part that fails or takes too
 long is named there, and the others go on; the exit status says whether all went well.
@@ -60,12 +60,18 @@ def parts(gpu: bool, model: str, out: str) -> list[tuple[str, str, int]]:
         ("packed beside per-step scoring", f"lab/benchmarks/score.py {sized} {small} --skills 0 2", 60),
         ("noise of two scorings", "lab/benchmarks/noise.py --model random --turns 3", 60),
         ("OPID beside GRPO", "lab/benchmarks/iteration.py --model random --repeats 1 -- --tasks 2 --rollouts 2", 90),
-        ("memory of logits", "lab/benchmarks/memory.py --tokens 256 512 --vocabularies 8192 --out {png}", 60),
-        ("a rollout in bounded memory", f"lab/benchmarks/budget.py --model {model} --repeats 1 -- {BUDGET}", 90),
+        (
+            "a step of decoding, plain and ours",
+            f"lab/benchmarks/decoding.py {STEPS_ON_GPU if gpu else STEPS_ON_CPU}",
+            120,
+        ),
+        ("seconds, by plan and taken", "lab/benchmarks/plan.py --hours tiny", 90),
     ]
 
 
-BUDGET = "--prompt compact --tasks 4 --rollouts 4 --max-steps 3 --context-limit 512"
+STEPS_ON_GPU = f"--model {SHAPE} --precision autocast bfloat16 --rows 16 64 128 --context 1000 2500 --rounds 1"
+STEPS_ON_GPU += " --bandwidth 4800"  # an H200's, for the limit
+STEPS_ON_CPU = "--model random --rows 2 --context 20 --steps 2 --rounds 1"
 
 
 def make_model(folder: Path, gpu: bool) -> None:
@@ -119,7 +125,6 @@ def main() -> None:
         log.write(f"$ make gpu-check\n{device}; torch {torch.__version__}, CUDA {torch.version.cuda}\n")
         make_model(folder / "model", gpu)
         for title, command, limit in parts(gpu, str(folder / "model"), str(folder / "run")):
-            command = command.replace("{png}", str(folder / "memory.png"))
             if not run_part(title, command, limit, log):
                 failed.append(title)
             if title.startswith("three"):

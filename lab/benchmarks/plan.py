@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import fields, replace
 from pathlib import Path
@@ -111,16 +112,17 @@ def case(flags: list[str]) -> dict[str, list[float]]:
 def timed(flags: list[str]) -> dict[str, list[float]]:
     """Run in a fresh process: phase -> (seconds by plan, seconds taken in the last iteration)."""
     config, taken, sampled = parse_args(flags), {}, defaultdict(list)
+    clock = time.perf_counter if torch.cuda.is_available() else hours.cpu_seconds
     run = start(config)
     plan = Plan(config, run.policy.config)
     before = hours.this_machine(plan)
-    note, generate, calls, last = run.note, Sampler._generate, [], [hours.cpu_seconds()]
+    note, generate, calls, last = run.note, Sampler._generate, [], [clock()]
 
     def measured(step: str, metrics: dict) -> None:  # at the end of each step
-        taken[step], sampled[step] = hours.cpu_seconds() - last[0], calls[:]
+        taken[step], sampled[step] = clock() - last[0], calls[:]
         note(step, metrics)
         calls.clear()
-        last[0] = hours.cpu_seconds()
+        last[0] = clock()
 
     def watched(sampler, keys, contexts):
         seen = sampler.held.seen if sampler.held else [[] for _ in contexts]
