@@ -44,7 +44,7 @@ SMALLER = {  # on a CPU: the same shape, in little
 # what the recipe's run is cut down to: random weights never end a response
 CUT = "--iterations 3 --max-steps 3 --eval-every 0 --eval-games 2 --save-every 3 --env-options data=generate "
 ON_GPU = CUT + "--tasks 4 --rollouts 4 --max-new-tokens 128 --skill-tokens 128"
-ON_CPU = CUT + "--tasks 2 --rollouts 2 --max-new-tokens 8 --skill-tokens 8 --context-limit 1024 --token-budget 4096"
+ON_CPU = CUT + "--tasks 2 --rollouts 2 --max-new-tokens 24 --skill-tokens 8 --context-limit 1024 --token-budget 4096"
 
 
 def parts(gpu: bool, model: str, out: str) -> list[tuple[str, str, int]]:
