@@ -65,6 +65,9 @@ class ColdStart:
     mixed_precision: str = setting(
         "auto", "autocast; auto: bf16 where the device multiplies in it", ("auto", "no", "bf16")
     )
+    learns: str = setting(
+        "skills", "playing, following skills and writing them; or playing alone", ("skills", "playing")
+    )
     demonstrations: str = setting("", "a run's episodes (tools/export.py) in place of scripted ones: a parquet file")
     only: str = setting("successes", "which episodes of --demonstrations are learnt", ("successes", "all"))
 
@@ -80,9 +83,10 @@ class ColdStart:
                 raise ValueError(f"{f.name} must be positive, not {value}")
             if f.name in ("others", "lora_rank") and value < 0:
                 raise ValueError(f"{f.name} must not be negative")
-        idle = "games" if self.demonstrations else "only"
-        if getattr(self, idle) != getattr(ColdStart, idle):
-            raise ValueError(f"--{idle} does nothing {'with' if self.demonstrations else 'without'} --demonstrations")
+        for idle in ("games", "learns") if self.demonstrations else ("only",):
+            if getattr(self, idle) != getattr(ColdStart, idle):
+                told = "with" if self.demonstrations else "without"
+                raise ValueError(f"--{idle} does nothing {told} --demonstrations")
 
 
 @contextmanager
@@ -114,17 +118,18 @@ def held_back() -> Iterator[Callable[[], bool]]:
             signal.raise_signal(came[0])
 
 
-def folder_of(model: str, env: str, prompt: str = "compact") -> Path:
+def folder_of(model: str, env: str, prompt: str = "compact", seed: int = 0) -> Path:
     """Where the cold-started weights of a model belong; those of compact prompts are what `cold:MODEL` loads."""
-    return Path("runs") / f"cold-{Path(model).name}-{env}{'' if prompt == 'compact' else '-' + prompt}"
+    further = ("" if prompt == "compact" else f"-{prompt}") + (f"-seed{seed}" if seed else "")
+    return Path("runs") / f"cold-{Path(model).name}-{env}{further}"
 
 
-def cold_started(name: str, env: str) -> str:
+def cold_started(name: str, env: str, seed: int = 0) -> str:
     """`cold:MODEL` -> its folder, made by the defaults of ColdStart where it is not there yet."""
     model = name.removeprefix(PREFIX)
-    folder = folder_of(model, env)
+    folder = folder_of(model, env, seed=seed)
     record = read_record(folder)
-    made = {"model": model, "env": env, "prompt": "compact", "context": "chat"}
+    made = {"model": model, "env": env, "prompt": "compact", "context": "chat", "seed": seed}
     if others := [name for name, value in made.items() if record and record["settings"][name] != value]:
         found = ", ".join(f"{name} {record['settings'][name]}" for name in others)
         raise ValueError(f"{folder} holds a cold start of {found}: move it away, or give a folder to --model")
@@ -132,7 +137,7 @@ def cold_started(name: str, env: str) -> str:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"{folder} is not there yet: run tools/coldstart.py once, in one process, first")
         print(f"{name}: {folder} is not there yet, so the cold start comes first (once)", flush=True)
-        settings = record.get("settings") or {"model": model, "env": env}
+        settings = record.get("settings") or {"model": model, "env": env, "seed": seed}
         cold_start(ColdStart(**settings), folder)
     return str(folder)
 
@@ -151,7 +156,7 @@ def cold_start(settings: ColdStart, folder: Path, save_every: int = 50) -> dict:
     today = datetime.date.today().isoformat()
     learnt = digest(settings.demonstrations) if settings.demonstrations else None
     record = read_record(folder) or {"settings": asdict(settings), "losses": [], "date": today, "learnt": learnt}
-    newer = {name: getattr(ColdStart, name) for name in ("demonstrations", "only")}  # than some records
+    newer = {name: getattr(ColdStart, name) for name in ("learns", "demonstrations", "only")}  # than some records
     if newer | record["settings"] != asdict(settings):
         raise ValueError(f"{folder} holds a cold start with other settings (see its {RECORD}): take another folder")
     if record.get("learnt") != learnt:
@@ -223,7 +228,8 @@ def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
     if isinstance(demonstrator, Recorded):
         sequences = recorded(demonstrator, settings.demonstrations, settings.only)
     else:
-        sequences = demonstrations(demonstrator, games=settings.games, plays=1)
+        plain = settings.learns == "playing"
+        sequences = demonstrations(demonstrator, games=settings.games, plays=1, plain=plain)
     if not sequences:
         raise ValueError(f"no demonstration fits in {settings.context_limit} tokens")
     scored = sum(size for sequence in sequences for _, _, size in sequence.responses)

@@ -112,6 +112,11 @@ class Demonstrator:
         self.heard.append(Heard(self.script.topic(alone), guided.skill, list(skills.steps.values())))
         return [*played, *self.writing(alone, skills)]
 
+    def alone(self, game) -> list[Sequence]:
+        """One game, played alone as often as `sequences` plays it."""
+        plays = [self.play(game, self.flaws()) for _ in range(4)]
+        return [sequence for play in plays for sequence in self.acting(play, self.script.ALONE_TURNS)]
+
     def misfit(self, play: Play) -> str:
         """An episode skill that is of no use for the task: it speaks of another one, or says nothing."""
         others = [heard.episode for heard in self.heard if heard.topic != self.script.topic(play)]
@@ -209,12 +214,16 @@ class Demonstrator:
         return self.context_limit is None or len(context) + len(response) <= self.context_limit
 
 
-def demonstrations(demonstrator: Demonstrator, games: int | None = None, plays: int | None = None) -> list[Sequence]:
-    """`games` of the train split, each played `plays` times in each way (None: as many as the script says)."""
+def demonstrations(
+    demonstrator: Demonstrator, games: int | None = None, plays: int | None = None, *, plain: bool = False
+) -> list[Sequence]:
+    """`games` of the train split, each played `plays` times in each way (None: as many as the script says). `plain`: as
+    often, and always alone: nothing of them speaks of skills."""
     source = demonstrator.script
     rounds = [game for _ in range(plays or source.PLAYS) for game in source.games(games or source.GAMES)]
     bar = tqdm(rounds, desc="demonstrations", disable=None)
-    return [sequence for game in bar for sequence in demonstrator.sequences(game)]
+    made = demonstrator.alone if plain else demonstrator.sequences
+    return [sequence for game in bar for sequence in made(game)]
 
 
 def judgements(demonstrator: Demonstrator) -> list[Sequence]:

@@ -10,14 +10,16 @@ from tiny.coldstart import PREFIX, cold_started
 from tiny.warmstart import tiny_model, tiny_tokenizer, warm_started
 
 
-def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32"):
+def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32", training: int = 0):
     """-> (model, tokenizer). `tiny`: the laptop model, warm-started for `env`.
-    `cold:NAME`: what lm/loading.py knows by NAME, after its cold start for `env` (trained on first use, then kept)."""
+    `cold:NAME`: what lm/loading.py knows by NAME, after its cold start for `env`. Both are trained where they are not
+    there yet, then kept; `training` is the seed of that. Any other model has none."""
     if name == "tiny":
-        model, tokenizer = warm_started(env)
+        model, tokenizer = warm_started(env, seed=training)
         model.name_or_path = name
         return lm.loading.rounded(fuse_norms(model), getattr(torch, dtype)), tokenizer
-    return lm.loading.load_pretrained(cold_started(name, env) if name.startswith(PREFIX) else name, dtype=dtype)
+    own = cold_started(name, env, training) if name.startswith(PREFIX) else name
+    return lm.loading.load_pretrained(own, dtype=dtype)
 
 
 def load_config(name: str, env: str = "alfworld"):

@@ -165,10 +165,10 @@ def curriculum(
     return batches
 
 
-def key_of(env: str, tokenizer) -> str:
+def key_of(env: str, tokenizer, seed: int = SEED) -> str:
     """What the weights depend on, in 12 digits: the seed, the words, the demonstrations (the ids of the first games':
     all of them take minutes), and the code, less comments, that makes and trains the model."""
-    demonstrator = TinyDemonstrator(tokenizer, SEED, env)
+    demonstrator = TinyDemonstrator(tokenizer, seed, env)
     source = demonstrator.script
     games = source.games(KEY_GAMES)
     judged = [s for game in games for s in demonstrator.judging(demonstrator.play(game, set()))]
@@ -179,7 +179,7 @@ def key_of(env: str, tokenizer) -> str:
     code = [without_comments(inspect.getsource(function)) for function in code]
     settings = [LEARNING_RATE, BATCH_TOKENS, OTHER_TOKENS, DECISIVE]
     settings += [source.GAMES, source.PLAYS, source.JUDGED, source.JUDGED_FIRST]
-    key = repr((env, SEED, sorted(tokenizer.get_vocab().items()), learnt, code, settings))
+    key = repr((env, seed, sorted(tokenizer.get_vocab().items()), learnt, code, settings))
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
@@ -193,12 +193,12 @@ def without_comments(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def make(env: str, file: Path, tokenizer, key: str) -> None:
+def make(env: str, file: Path, tokenizer, key: str, seed: int = SEED) -> None:
     """Train, and leave one file of bfloat16 weights (2 MB), with what they depend on and their last loss."""
-    model, demonstrator = tiny_model(len(tokenizer), SEED), TinyDemonstrator(tokenizer, SEED, env)
+    model, demonstrator = tiny_model(len(tokenizer), seed), TinyDemonstrator(tokenizer, seed, env)
     judged = judgements(demonstrator)
     first = demonstrator.script.JUDGED_FIRST
-    loss = warm_start(model, demonstrations(demonstrator), SEED, judged=judged, first=first)
+    loss = warm_start(model, demonstrations(demonstrator), seed, judged=judged, first=first)
     state = {name: p.bfloat16() for name, p in model.state_dict().items() if name != "lm_head.weight"}  # tied
     metadata = {"format": "pt", "key": key, "loss": f"{loss:.4f}"}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -211,21 +211,21 @@ def made_of(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-def warm_started(env: str = "alfworld", cache: str | Path = "cache"):
+def warm_started(env: str = "alfworld", cache: str | Path = "cache", seed: int = SEED):
     """-> (model, tokenizer), in float32: the weights that come with the code, as long as they are what it would make.
-    After a change of demonstrations or training they are made anew on first use, and kept in `cache`."""
+    After a change of demonstrations or training, and for another seed of both, they are made on first use, and kept in
+    `cache`."""
     tokenizer = tiny_tokenizer(env)
-    key, file = key_of(env, tokenizer), WEIGHTS / f"{env}.safetensors"
+    key, file = key_of(env, tokenizer, seed), WEIGHTS / f"{env}.safetensors"
     if not (file.is_file() and made_of(file)["key"] == key):
         file = Path(cache) / f"tiny-{env}-{key}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):  # another process may be making them
             if not file.is_file():
-                print(
-                    f"the tiny model's words or demonstrations changed: it is trained anew, 10 to 20 minutes ({file})"
-                )
-                make(env, file, tokenizer, key)
-    model = tiny_model(len(tokenizer), SEED)
+                why = f"seed {seed} of the tiny model" if seed else "the tiny model's words or demonstrations changed"
+                print(f"{why}: it is trained anew, 10 to 20 minutes ({file})", flush=True)
+                make(env, file, tokenizer, key, seed)
+    model = tiny_model(len(tokenizer), seed)
     model.load_state_dict(load_file(file), strict=False)
     return model, tokenizer
 

@@ -6,7 +6,9 @@ Without a --recipe every run has the laptop's.
 An arm is a method by its defaults (--methods), or a variant named in lab/experiments/arms.toml (--arms opid-k0 ...).
 
 Every run starts from the same weights, warm-started or those of --model; runs of one seed meet the same tasks in the
-same iteration, and all play the same number of episodes. --at-once runs at a time, one thread each. A finished run is
+same iteration, and all play the same number of episodes. --trainings N does this from each of N starting models, which
+differ in the seed of their own training: that is what results depend on most. --at-once runs at a time, one thread
+each. A finished run is
 one line of lab/results/NAME.jsonl (config, commit, curve, seconds), and is never made again; its folder, with the final
 policy and the last checkpoint, stays under runs/NAME. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs,
 too, and goes on from their checkpoints. Seeds are 0 to N - 1, all of them reported: NAME.md and NAME.png beside
@@ -26,6 +28,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -38,10 +41,11 @@ from evaluate import eval_splits, games_of
 from lab.experiments.children import Children
 from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, flags_of, on_the_laptop, settings
 from lab.experiments.stored import add, differing, find, read
-from lab.experiments.tables import by_episodes, by_type, draw, efficiency, leads, table
+from lab.experiments.tables import by_episodes, by_type, draw, efficiency, leads, read_shares, table
 from lm.loading import remove, save_policy, write_whole
 from runlog.checkpoints import saved
 from runlog.metrics import read_lines
+from tiny.coldstart import PREFIX
 from tiny.loading import load_model
 
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
@@ -51,6 +55,7 @@ SIGNAL = ("advantage/outcome_abs", "advantage/silent_groups", "advantage/skill_a
 SIGNAL += ("skills/parse_rate", "guided/episode", "guided/step", "rollout/valid_actions")
 
 
+FINAL = "final.txt"  # what evaluate.py printed of a run's policy
 # What all arms of one table have in common.
 BENCH = ("env", "env_options", "iterations", "max_steps", "eval_every", "eval_games", "eval_temperature", "train_games")
 
@@ -59,15 +64,13 @@ BENCH = ("env", "env_options", "iterations", "max_steps", "eval_every", "eval_ga
 class Job:
     """One run: an arm and a seed, its settings, which weights it starts from, and the file that its result goes to."""
 
+    name: str
     arm: str
     seed: int
+    training: int  # of the starting model
     config: Config
     results: Path
     start: str  # fingerprint
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}-seed{self.seed}"
 
 
 def read_arms() -> dict[str, str]:
@@ -76,17 +79,18 @@ def read_arms() -> dict[str, str]:
 
 
 def jobs_of(
-    arms: dict[str, str], seeds: Iterable[int], flags: list[str], start: Path, results: Path, runs: Path
+    arms: dict[str, str], seeds: Iterable[int], flags: list[str], starts: list[Path], results: Path, runs: Path
 ) -> list[Job]:
-    """Seed by seed, so that a comparison stopped early holds all arms on the same seeds. An arm's flags override
-    `flags`, which go to every run."""
-    jobs, weights = [], fingerprint(start)
+    """Seed by seed, and within it start by start, so that a comparison stopped early holds all arms on the same ones.
+    An arm's flags override `flags`, which go to every run."""
+    jobs, weights = [], [fingerprint(start) for start in starts]
     for seed in seeds:
-        for arm, own in arms.items():
-            out = str(runs / f"{arm}-seed{seed}")
-            fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", out]
-            config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"], for_several=True)
-            jobs.append(Job(arm, seed, config, results, weights))
+        for training, start in enumerate(starts):
+            for arm, own in arms.items():
+                name = f"{arm}-start{training}-seed{seed}" if len(starts) > 1 else f"{arm}-seed{seed}"
+                fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", str(runs / name)]
+                config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"], for_several=True)
+                jobs.append(Job(name, arm, seed, training, config, results, weights[training]))
     return jobs
 
 
@@ -103,25 +107,35 @@ def is_there(job: Job) -> bool:
     return True
 
 
-def launch(job: Job, children: Children) -> None:
-    """Train in a process of its own. Raises RuntimeError with the end of its output where that fails."""
-    command = [sys.executable, "train.py", *flags_of(job.config.to_dict())]
+def launch(job: Job, children: Children, final_games: int = 0) -> None:
+    """Train in a process of its own, and let the policy play `final_games` of each split in another one. Raises
+    RuntimeError with the end of its output where one fails."""
+    commands = [["train.py", *flags_of(job.config.to_dict())]]
+    if final_games:
+        commands += [["evaluate.py", "--model", f"{job.config.out}/policy", "--eval-games", str(final_games)]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = children.run(command, cwd=ROOT, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{job.name} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    for command in commands:
+        done = children.run([sys.executable, *command], cwd=ROOT, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{job.name} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    if final_games:
+        Path(job.config.out, FINAL).write_text(done.stdout)
 
 
 def store(job: Job, version: str) -> None:
     """The result of a finished run, which then keeps one checkpoint."""
-    metrics = read_lines(Path(job.config.out, "metrics.jsonl"))
-    evaluations = read_lines(Path(job.config.out, "evaluations.jsonl"))
+    folder = Path(job.config.out)
+    metrics, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl")
+    points = [e["iteration"] + 1 for e in evaluations]
     result = {
         "name": job.name,
         "config": settings(job.config),
         "commit": version,
         "start": job.start,
-        "curve": [{"iteration": e["iteration"] + 1, **e["success"]} for e in evaluations],
+        "training": job.training,
+        "curve": [
+            {"iteration": at, **e["success"], **cost(metrics[:at])} for at, e in zip(points, evaluations, strict=True)
+        ],
         "tables": [evaluations[at]["table"] for at in (0, -1)],
         "train": [float(f"{m['train/success']:.4g}") for m in metrics],
         "episodes": sum(m["episodes"] for m in metrics),
@@ -130,9 +144,24 @@ def store(job: Job, version: str) -> None:
         "tokens": totals(metrics, "tokens/"),
         "signal": {name: [float(f"{m[name]:.4g}") for m in metrics] for name in SIGNAL if name in metrics[0]},
     }
+    if (folder / FINAL).is_file():
+        result["final"] = read_shares((folder / FINAL).read_text())
     add(job.results, result)
-    for path in saved(Path(job.config.out))[:-1]:  # the last one is enough, now that nothing can cut it off
+    for path in saved(folder)[:-1]:  # the last one is enough, now that nothing can cut it off
         remove(path)
+
+
+def cost(metrics: list[dict]) -> dict[str, float]:
+    """What these iterations took: tokens that the policy sampled, and the writer of skills; seconds of training, and
+    those of them that went into writing. An evaluation costs nothing."""
+    tokens, seconds = totals(metrics, "tokens/"), totals(metrics, "seconds/")
+    seconds.pop("evaluate", None)
+    return {
+        "sampled": tokens.get("sampled", 0),
+        "skills": tokens.get("skills", 0),
+        "seconds": round(sum(seconds.values()), 2),
+        "writing": round(seconds.get("skills", 0), 2),
+    }
 
 
 def totals(metrics: list[dict], kind: str) -> dict[str, float]:
@@ -198,29 +227,31 @@ def check_alike(found: dict[str, list[dict]]) -> None:
                 raise ValueError(f"{run['name']} and {runs[0]['name']} have other settings of {', '.join(others)}")
 
 
-def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny") -> Path:
-    """The folder of the weights that every run starts from; and games, so that no two runs generate them at once.
-    Raises ValueError where the folder was made from another model, or for another environment."""
+def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny", trainings: int = 1) -> list[Path]:
+    """The folders of the weights that runs start from, one a training of them; and games, so that no two runs generate
+    them at once. Raises ValueError where a folder was made from another model, or for another environment."""
     config = parse_args([*on_the_laptop(flags), "--model", model])
     for split in ("train", *eval_splits(config)):
         games_of(config, split)
-    start, made = runs / "start", runs / "start.txt"
-    told = f"{model} for {config.env}{', untrained' if quick else ''}"
+    made, told = runs / "start.txt", f"{model} for {config.env}{', untrained' if quick else ''}"
+    starts = [runs / (f"start{training}" if trainings > 1 else "start") for training in range(trainings)]
     runs.mkdir(parents=True, exist_ok=True)
     with FileLock(runs / "start.lock"):  # another comparison may be making it
-        if start.is_dir() and made.is_file() and made.read_text() != told:
+        if any(start.is_dir() for start in starts) and made.is_file() and made.read_text() != told:
             raise ValueError(f"{runs} holds runs from {made.read_text()}, not from {told}: use another --runs")
-        if not start.is_dir():
-            if quick:
-                from tiny.warmstart import tiny_model, tiny_tokenizer
+        for training, start in enumerate(starts):
+            if not start.is_dir():
+                made.write_text(told)
+                pair = untrained(training) if quick else load_model(model, env=config.env, training=training)
+                write_whole(start, partial(save_policy, *pair))
+    return starts
 
-                tokenizer = tiny_tokenizer()
-                weights = tiny_model(len(tokenizer), seed=0, width=48)
-            else:
-                weights, tokenizer = load_model(model, env=config.env)
-            made.write_text(told)
-            write_whole(start, lambda temporary: save_policy(weights, tokenizer, temporary))
-    return start
+
+def untrained(seed: int):
+    from tiny.warmstart import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    return tiny_model(len(tokenizer), seed=seed, width=48), tokenizer
 
 
 def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str], dict[str, str]]:
@@ -233,6 +264,8 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--arms", nargs="+", default=[], help="variants of lab/experiments/arms.toml")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 10, with --quick 2)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
+    parser.add_argument("--trainings", type=int, default=1, help="starting models, of seeds 0 to N - 1 (default: 1)")
+    parser.add_argument("--final-games", type=int, default=0, help="of each split, played in the end (default: none)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--baseline", help="the method or arm that others are compared with (default: grpo)")
     parser.add_argument("--model", default="tiny", help="what every run starts from, as for train.py (default: tiny)")
@@ -250,6 +283,12 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
         parser.error(f"--at-once is {args.at_once}, must be 1 or more")
     if args.seeds is not None and args.seeds < 1:
         parser.error(f"--seeds is {args.seeds}, must be 1 or more")
+    if args.trainings < 1:
+        parser.error(f"--trainings is {args.trainings}, must be 1 or more")
+    if args.trainings > 1 and args.model != "tiny" and not args.model.startswith(PREFIX):
+        parser.error(f"--trainings {args.trainings}: {args.model} is not trained here, so there is one of it")
+    if args.final_games < 0:
+        parser.error(f"--final-games is {args.final_games}, must be 0 or more")
     if args.first_seed < 0:
         parser.error(f"--first-seed is {args.first_seed}, must be 0 or more")
     if args.quick and args.model != "tiny":
@@ -286,12 +325,12 @@ def main(argv: list[str] | None = None) -> str:
     runs = (args.runs or ROOT / "runs" / args.results.stem).absolute()
     seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.quick else 10)))
     with lm.one_line("compare.py"):
-        start = prepare(runs, args.quick, flags, args.model)
-        jobs = jobs_of(arms, seeds, flags, start, args.results, runs)
+        starts = prepare(runs, args.quick, flags, args.model, args.trainings)
+        jobs = jobs_of(arms, seeds, flags, starts, args.results, runs)
     children = Children()
     try:
         with children.stopped_by_signals():
-            run_all(jobs, lambda job: launch(job, children), args.at_once)
+            run_all(jobs, lambda job: launch(job, children, args.final_games), args.at_once)
     finally:  # one run that failed leaves the others' table
         found = read_results(jobs)
         text = report(found, args.baseline, args.results) if found else ""

@@ -12,13 +12,14 @@ import numpy as np
 
 from lab.experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
 
+NO_SPLITS = ("iteration", "sampled", "skills", "seconds", "writing")  # of a point of a curve: where, and at what cost
 GOALS = (0.5, 0.6, 0.7, 0.8)  # held-out success that sample efficiency is counted to
 CONTROLS = ("grpo", "opid-shuffled", "opid-placebo")  # no skills, skills of other tasks, words that say nothing
 
 
 def splits_of(results: list[dict]) -> list[str]:
     """The held-out splits, acting without skills."""
-    return [k for k in results[0]["curve"][-1] if k != "iteration" and not k.endswith("+skill")]
+    return [k for k in results[0]["curve"][-1] if k not in NO_SPLITS and not k.endswith("+skill")]
 
 
 def scores(results: list[dict], point: int = -1) -> np.ndarray:
@@ -184,6 +185,16 @@ def read_table(text: str) -> dict[str, dict[str, float]]:
     types = head.split()[1 : head.split().index("All")]
     rows = [line.split() for line in lines]
     return {row[0]: dict(zip(types, (float(c.replace("-", "nan")) for c in row[1:]), strict=False)) for row in rows}
+
+
+def read_shares(text: str) -> dict[str, float]:
+    """What evaluate.py printed -> "games" of a split, and its success by split."""
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("split "))
+    column = lines[head].split().index("All")
+    rows = [line.split() for line in lines[head + 1 :] if line and not line.startswith("WARNING")]
+    shares = {row[0]: round(float(row[column]) / 100, 4) for row in rows}
+    return {"games": int(rows[0][-1]), **shares}
 
 
 def _share(share: float) -> str:

@@ -25,6 +25,7 @@ from lab.experiments.tables import (
     efficiency,
     episodes_to_reach,
     leads,
+    read_shares,
     scores,
     share_of_points,
     table,
@@ -66,7 +67,7 @@ def test_bootstrap_keeps_the_splits_of_a_run_together():
 
 @pytest.fixture
 def jobs(tmp_path):
-    return jobs_of(PLAIN, range(2), QUICK.split(), tmp_path / "start", tmp_path / "bench.jsonl", tmp_path / "runs")
+    return jobs_of(PLAIN, range(2), QUICK.split(), [tmp_path / "start"], tmp_path / "bench.jsonl", tmp_path / "runs")
 
 
 TABLE = """split          Pick   Pick2     All     95% interval  games
@@ -110,6 +111,7 @@ def test_results_are_stored_once_and_tabulated(jobs):
     assert (stored["seconds"], stored["episodes"], stored["train"]) == (4.0, 8, [0.5, 0.5])
     assert [point["iteration"] for point in stored["curve"]] == [0, 2]
     assert scores(found["grpo"]).tolist() == [[0.4, 0.4], [0.5, 0.4]]
+    assert (stored["training"], stored["curve"][0]["sampled"], stored["curve"][1]["sampled"]) == (0, 0, 30)
     assert stored["signal"] == {"advantage/skill_abs": [0.1235, 0.1235]}
     assert (stored["phases"], stored["tokens"]) == ({"rollout": 3.0, "update": 1.0}, {"sampled": 30})
     rows = table(found, "grpo").splitlines()
@@ -207,7 +209,7 @@ def test_success_by_episodes_is_the_mean_of_the_splits():
 
 def test_arms_are_runs_of_their_own(jobs, tmp_path):
     arms = PLAIN | read_arms()
-    folders = tmp_path / "start", tmp_path / "bench.jsonl", tmp_path / "runs"
+    folders = [tmp_path / "start"], tmp_path / "bench.jsonl", tmp_path / "runs"
     made = jobs_of(arms, [0], [*QUICK.split(), "--step-weight", "0.2", "--skill-writer", "reference"], *folders)
     assert len({json.dumps(compare.settings(job.config)) for job in made}) == len(arms)
     a = {job.arm: job.config for job in made}
@@ -223,6 +225,8 @@ def test_arms_are_runs_of_their_own(jobs, tmp_path):
         (["--methods", "opod"], "--methods: --algo must be one of "),
         ([], "name what is compared: --methods, --arms or both"),
         (["--results", "folder"], "folder is no file NAME.jsonl"),
+        (["--trainings", "0"], "--trainings is 0, must be 1 or more"),
+        (["--final-games", "-1"], "--final-games is -1, must be 0 or more"),
         (["--first-seed", "-1"], "--first-seed is -1, must be 0 or more"),
         (["--seeds", "2", "--seed", "1"], "--seed differs from run to run"),
         (["--model", "smollm2", "--methods", "opid"], "--quick takes an untrained model"),
@@ -253,7 +257,7 @@ def test_runs_start_from_the_named_model_and_no_other(tmp_path, monkeypatch, lla
     asked = []
     monkeypatch.setattr(compare, "load_model", lambda name, **k: asked.append(name) or (llama, tokenizer))
     for _ in range(2):
-        start = compare.prepare(tmp_path, False, QUICK.split(), "some/model")
+        (start,) = compare.prepare(tmp_path, False, QUICK.split(), "some/model")
     assert asked == ["some/model"]  # once
     assert (start / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="holds runs from some/model for alfworld, not from tiny"):
@@ -262,6 +266,43 @@ def test_runs_start_from_the_named_model_and_no_other(tmp_path, monkeypatch, lla
         compare.prepare(tmp_path, False, [*QUICK.split(), "--env", "search"], "some/model")
     with pytest.raises(ValueError, match="not from some/model for alfworld, untrained"):
         compare.prepare(tmp_path, True, QUICK.split(), "some/model")
+
+
+def test_each_training_of_the_starting_model_has_runs_of_its_own(tmp_path, monkeypatch, llama, tokenizer):
+    asked = []
+    monkeypatch.setattr(compare, "load_model", lambda name, training, **k: asked.append(training) or (llama, tokenizer))
+    starts = compare.prepare(tmp_path, False, QUICK.split(), "tiny", trainings=2)
+    assert (asked, [start.name for start in starts]) == ([0, 1], ["start0", "start1"])
+    (starts[1] / "model.safetensors").write_bytes(b"others")
+    made = jobs_of(
+        {"a": "--algo grpo", "b": "--algo opid"}, [3, 4], QUICK.split(), starts, tmp_path / "bench.jsonl", tmp_path
+    )
+    assert [job.name for job in made[:5]] == [
+        *("a-start0-seed3", "b-start0-seed3", "a-start1-seed3", "b-start1-seed3"),
+        "a-start0-seed4",
+    ]
+    assert [job.training for job in made[:4]] == [0, 0, 1, 1]
+    assert made[0].start == made[1].start != made[2].start == made[3].start
+    assert [Path(job.config.model).name for job in made[1:3]] == ["start0", "start1"]
+    assert {compare.arm_of(job.name) for job in made} == {"a", "b"}
+
+
+def test_the_cost_of_training_by_hand():
+    line = {
+        "tokens/sampled": 10,
+        "tokens/skills": 4,
+        "tokens/scored": 99,
+        "seconds/rollout": 1.5,
+        "seconds/skills": 0.5,
+    }
+    evaluated = line | {"seconds/evaluate": 50.0}
+    assert compare.cost([line, evaluated]) == {"sampled": 20, "skills": 8, "seconds": 4.0, "writing": 1.0}
+    assert compare.cost([]) == {"sampled": 0, "skills": 0, "seconds": 0, "writing": 0}
+
+
+def test_what_evaluate_printed_by_hand():
+    printed = f"loading\n{TABLE}\nWARNING: 60% of the responses are cut off"
+    assert read_shares(printed) == {"games": 4, "valid_seen": 0.55, "valid_unseen": 0.3}
 
 
 def test_data_from_outside_goes_to_a_model_that_knows_its_words(tmp_path, monkeypatch, llama, tokenizer):
@@ -422,14 +463,14 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 
 def test_tuning_takes_seeds_that_do_not_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "launch", lambda job, children: pretend(job))
+    monkeypatch.setattr(compare, "launch", lambda job, *_: pretend(job))
     folders = ["--results", str(tmp_path / "bench.jsonl"), "--runs", str(tmp_path / "runs")]
     compare.main(["--quick", "--seeds", "2", "--first-seed", "100", "--methods", "grpo", *folders])
     assert sorted(result["name"] for result in read(tmp_path / "bench.jsonl")) == ["grpo-seed100", "grpo-seed101"]
 
 
 def test_a_failed_run_leaves_the_table_of_the_others(tmp_path, monkeypatch):
-    def launch(job, children):
+    def launch(job, *_):
         if job.arm == "opid":
             raise RuntimeError("opid-seed0 failed: the loss is nan")
         pretend(job)
@@ -452,7 +493,7 @@ def test_a_result_of_other_settings_is_not_mistaken_for_this_run(jobs, tmp_path)
     run_all(jobs[:1], launch=pretend)
     flags = [*QUICK.split(), "--kl", "0.5"]
     other = jobs_of(
-        {"grpo": "--algo grpo"}, [0], flags, tmp_path / "start", tmp_path / "bench.jsonl", tmp_path / "runs"
+        {"grpo": "--algo grpo"}, [0], flags, [tmp_path / "start"], tmp_path / "bench.jsonl", tmp_path / "runs"
     )
     with pytest.raises(ValueError, match="other settings of kl"):
         is_there(other[0])
@@ -473,14 +514,14 @@ def test_a_result_from_other_starting_weights_is_not_mistaken_for_this_run(jobs,
     run_all(jobs[:1], launch=pretend)
     (tmp_path / "start").mkdir()
     (tmp_path / "start/model.safetensors").write_bytes(b"others")
-    folders = tmp_path / "start", tmp_path / "bench.jsonl", tmp_path / "runs"
+    folders = [tmp_path / "start"], tmp_path / "bench.jsonl", tmp_path / "runs"
     with pytest.raises(ValueError, match="other starting weights"):
         is_there(jobs_of(PLAIN, [0], QUICK.split(), *folders)[0])
 
 
 def test_quick_comparison_from_end_to_end(tmp_path):
     file = tmp_path / "bench.jsonl"
-    argv = ["--quick", "--methods", "grpo", "--arms", "opid-episode-alone", "--seeds", "1"]
+    argv = ["--quick", "--methods", "grpo", "--arms", "opid-episode-alone", "--seeds", "1", "--final-games", "3"]
     text = compare.main([*argv, "--results", str(file), "--runs", str(tmp_path / "runs")])
     assert [line.split(" | ")[0] for line in text.splitlines()][2:4] == ["| grpo", "| opid-episode-alone"]
     assert text == (tmp_path / "bench.md").read_text().strip()
@@ -491,4 +532,5 @@ def test_quick_comparison_from_end_to_end(tmp_path):
     result = find(file, "grpo-seed0")
     assert [point["iteration"] for point in result["curve"]] == [0, 1, 2]
     assert result["episodes"] == 8
+    assert result["final"]["games"] == 3 and result["final"].keys() == {"games", "valid_seen", "valid_unseen"}
     assert (tmp_path / "bench.png").stat().st_size > 1000
