@@ -26,8 +26,7 @@ from lm.scoring import Sequence
 from rollout import rollout
 from tests.settings import laptop
 from tiny.coldstart import ColdStart, cold_start, folder_of, save_checkpoint, write_record
-from tiny.demonstrations import HISTORY, Demonstrator
-from tiny.loading import load_model
+from tiny.demonstrations import HISTORY, Demonstrator, demonstrations, plays_alone
 from tiny.plays import script
 from tiny.supervised import demonstration_loss, latest, shuffled_batches
 from tiny.warmstart import TinyDemonstrator, key_of, tiny_model, tiny_tokenizer, warm_start
@@ -91,6 +90,20 @@ def test_the_tiny_models_training_is_what_it_was(env, monkeypatch):
 
 
 # ---- demonstrations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_plays_alone_say_nothing_of_skills(env):
+    """And there are as many of them, so that acting is learnt as well."""
+    tokenizer = tiny_tokenizer(env)
+    with_skills, alone = (
+        [tokenizer.decode(s.ids).split() for s in made(TinyDemonstrator(tokenizer, 0, env), games=6)]
+        for made in (lambda d, games: demonstrations(d, games, plays=1), plays_alone)
+    )
+    count = lambda texts, word: sum(word in text for text in texts)
+    assert count(with_skills, "skill") >= 6 and count(with_skills, "write") == 6
+    assert [count(alone, word) for word in ("skill", "hint", "skills", "write")] == [0] * 4
+    assert len(alone) == len(with_skills) - 6 == 24
 
 
 @pytest.mark.parametrize("template", ["chatml", "qwen3-thinking", "deepseek-r1"])

@@ -35,7 +35,7 @@ from lm.adapters import left_out
 from lm.loading import add_lora, save_policy, taken, write_whole
 from lm.precision import device_of, mixed_precision
 from lm.processes import give_back, not_finite
-from tiny.demonstrations import Demonstrator, Recorded, demonstrations, recorded
+from tiny.demonstrations import Demonstrator, Recorded, demonstrations, plays_alone, recorded
 from tiny.supervised import demonstration_loss, shuffled_batches, teach
 
 PREFIX = "cold:"  # in front of a model's name: that model after the cold start of the defaults below
@@ -227,9 +227,10 @@ def batches_of(tokenizer, settings: ColdStart, date: str | None) -> list:
     )
     if isinstance(demonstrator, Recorded):
         sequences = recorded(demonstrator, settings.demonstrations, settings.only)
+    elif settings.learns == "playing":
+        sequences = plays_alone(demonstrator, settings.games)
     else:
-        plain = settings.learns == "playing"
-        sequences = demonstrations(demonstrator, games=settings.games, plays=1, plain=plain)
+        sequences = demonstrations(demonstrator, games=settings.games, plays=1)
     if not sequences:
         raise ValueError(f"no demonstration fits in {settings.context_limit} tokens")
     scored = sum(size for sequence in sequences for _, _, size in sequence.responses)

@@ -112,11 +112,6 @@ class Demonstrator:
         self.heard.append(Heard(self.script.topic(alone), guided.skill, list(skills.steps.values())))
         return [*played, *self.writing(alone, skills)]
 
-    def alone(self, game) -> list[Sequence]:
-        """One game, played alone as often as `sequences` plays it."""
-        plays = [self.play(game, self.flaws()) for _ in range(4)]
-        return [sequence for play in plays for sequence in self.acting(play, self.script.ALONE_TURNS)]
-
     def misfit(self, play: Play) -> str:
         """An episode skill that is of no use for the task: it speaks of another one, or says nothing."""
         others = [heard.episode for heard in self.heard if heard.topic != self.script.topic(play)]
@@ -214,16 +209,20 @@ class Demonstrator:
         return self.context_limit is None or len(context) + len(response) <= self.context_limit
 
 
-def demonstrations(
-    demonstrator: Demonstrator, games: int | None = None, plays: int | None = None, *, plain: bool = False
-) -> list[Sequence]:
-    """`games` of the train split, each played `plays` times in each way (None: as many as the script says). `plain`: as
-    often, and always alone: nothing of them speaks of skills."""
+def demonstrations(demonstrator: Demonstrator, games: int | None = None, plays: int | None = None) -> list[Sequence]:
+    """`games` of the train split, each played `plays` times in each way (None: as many as the script says)."""
     source = demonstrator.script
     rounds = [game for _ in range(plays or source.PLAYS) for game in source.games(games or source.GAMES)]
     bar = tqdm(rounds, desc="demonstrations", disable=None)
-    made = demonstrator.alone if plain else demonstrator.sequences
-    return [sequence for game in bar for sequence in made(game)]
+    return [sequence for game in bar for sequence in demonstrator.sequences(game)]
+
+
+def plays_alone(demonstrator: Demonstrator, games: int) -> list[Sequence]:
+    """`games` of the train split, each played as often as `demonstrations` does, but always alone: nothing of them
+    speaks of skills."""
+    bar = tqdm(demonstrator.script.games(games), desc="demonstrations", disable=None)
+    plays = (demonstrator.play(game, demonstrator.flaws()) for game in bar for _ in range(4))
+    return [sequence for play in plays for sequence in demonstrator.acting(play, demonstrator.script.ALONE_TURNS)]
 
 
 def judgements(demonstrator: Demonstrator) -> list[Sequence]:
