@@ -27,6 +27,7 @@ from rollout import rollout
 from tests.settings import laptop
 from tiny.coldstart import ColdStart, cold_start, folder_of, save_checkpoint, write_record
 from tiny.demonstrations import HISTORY, Demonstrator, demonstrations, plays_alone
+from tiny.loading import load_model
 from tiny.plays import script
 from tiny.supervised import demonstration_loss, latest, shuffled_batches
 from tiny.warmstart import TinyDemonstrator, key_of, tiny_model, tiny_tokenizer, warm_start

@@ -689,6 +689,7 @@ def test_what_cannot_be_learnt_is_a_line(exported, untrained, tmp_path, capsys):
     assert "goes otherwise than recorded" in said("--prompt", "official")
     assert "search" in said("--env", "search")
     assert "--games does nothing with" in said("--games", "3")
+    assert "--learns does nothing with" in said("--learns", "playing")
     assert "No such file" in said(file=tmp_path / "none.parquet")
     assert "arquet" in said(file=ROOT / "README.md")
     datasets.Dataset.from_list([{"text": "a"}]).to_parquet(tmp_path / "other.parquet")
