@@ -9,7 +9,7 @@ from data import Batch
 from evaluate import MOST, acted, misfits
 
 EVERY = 5  # iterations between two looks, after the first
-PARTIAL = {"steps"}  # what leaves something to be learnt: --strict goes on
+PARTIAL = {"steps", "fall"}  # what leaves something to be learnt: --strict goes on
 WINDOW = 5  # iterations that a sign of a fall is averaged over: in the smallest stored runs 40 episodes
 # A sign has fallen where its mean is below this share of the run's best. Skills decide: in stored runs that do not fall
 # their share stays at 0.72 or above. Success and steps lose half in many that come back, so all three must have fallen.
@@ -91,17 +91,19 @@ def followed(before: dict[str, dict], now: dict[str, float]) -> dict[str, dict]:
 
 
 def fall(config: Config, kept: dict[str, dict]) -> dict[str, str]:
-    """The kind "fall" where all signs have fallen, in words, with what helps. `kept`: see `followed`."""
+    """Where all signs have fallen: in words, with what helps. The kind is "fall", from which a run may come back; it is
+    "fallen" where no episode succeeds any more. `kept`: see `followed`."""
     if not kept or any(_mean(sign["recent"]) >= FELL[name] * sign["best"] for name, sign in kept.items()):
         return {}
     told = {name: (sign["best"], _mean(sign["recent"])) for name, sign in kept.items()}
     readable, success = ("{:.0%} to {:.0%}".format(*told[name]) for name in ("readable", "success"))
     best, now = (config.max_steps * (1 - unused) for unused in told["unused"])
-    return {
-        "fall": f"the run falls. Means of {WINDOW} iterations, best and last: readable skills {readable}, steps of an "
-        f"episode {best:.1f} to {now:.1f} of {config.max_steps}, success {success}. In another --out take "
+    words = (
+        f"the run falls. Means of {WINDOW} iterations, best and last: readable skills {readable}, steps of an episode "
+        f"{best:.1f} to {now:.1f} of {config.max_steps}, success {success}. In another --out take "
         f"{_against_a_fall(config)}"
-    }
+    )
+    return {"fall" if any(kept["success"]["recent"]) else "fallen": words}
 
 
 def _mean(sign: list[float]) -> float:

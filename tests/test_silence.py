@@ -82,6 +82,7 @@ def test_shares_by_hand():
 
 GOOD = {"skills/parse_rate": 1.0, "train/success": 0.4, "rollout/steps": 8.0}  # of 20 steps 12 are unused
 LOST = {"skills/parse_rate": 0.5, "train/success": 0.0, "rollout/steps": 20.0}
+FALLEN = [*[GOOD] * 5, *[LOST] * 5]
 
 
 def after(*iterations: dict) -> dict:
@@ -115,7 +116,7 @@ def test_a_fall_is_told_from_what_to_what():
 @pytest.mark.parametrize("name", LOST)
 def test_two_signs_are_no_fall(name):
     """Many runs with bad luck in success and longer episodes come back; a writer may fail alone."""
-    assert "fall" in fall(laptop(), after(*[GOOD] * 5, *[LOST] * 5))
+    assert fall(laptop(), after(*FALLEN))
     assert fall(laptop(), after(*[GOOD] * 5, *[LOST | {name: GOOD[name]}] * 5)) == {}
 
 
@@ -139,7 +140,7 @@ def test_nothing_falls_that_was_never_up_or_comes_back():
     ],
 )
 def test_only_what_is_possible_is_recommended(changes, helps):
-    assert f"In another --out take {helps}" in fall(laptop(**changes), after(*[GOOD] * 5, *[LOST] * 5))["fall"]
+    assert f"In another --out take {helps}" in fall(laptop(**changes), after(*FALLEN))["fallen"]
 
 
 def test_over_processes_a_fall_is_that_of_all_episodes():
@@ -157,22 +158,26 @@ def signs_of(metrics: dict) -> dict:
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_warns_as_if_it_had_not_stopped(tmp_path):
-    """Stopped when the fall had been told, and two of its five lost iterations were still to come."""
+    """Stopped before its fall shows: two of the five lost iterations are still to come."""
     torch.save(after(*[GOOD] * 5, *[LOST] * 3), tmp_path / "state.pt")
     kept = torch.load(tmp_path / "state.pt")  # plain values, as checkpoints take
     for _ in range(2):
         kept = followed(kept, signs(laptop(), LOST))
-    assert kept == after(*[GOOD] * 5, *[LOST] * 5) and fall(laptop(), kept)
+    assert kept == after(*FALLEN) and fall(laptop(), kept)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_fall_is_said_since_when_and_ends_a_strict_run(strict, capsys):
+@pytest.mark.parametrize(("iterations", "kind"), [(FALLEN[:-1], "fall"), (FALLEN, "fallen")])
+def test_a_fall_is_said_since_when_and_ends_a_strict_run_where_nothing_succeeds(iterations, kind, capsys):
+    """One of the last five iterations has success yet, or none."""
     run = object.__new__(Run)  # of which only what warnings need is there
-    run.config, run.processes = laptop(strict=strict), SimpleNamespace(rank=0, print=print)
-    run.state = {"signs": after(*[GOOD] * 5, *[LOST] * 5)}
+    run.config = laptop(strict=True)
+    run.processes = SimpleNamespace(rank=0, print=print)  # ty: ignore[invalid-assignment]
+    run.state = {"signs": after(*iterations)}
     for run.iteration in (10, 15):
         found = run.silences(FINE)
-    with pytest.raises(Mendable, match="--strict, and nothing is learnt: fall") if strict else nullcontext():
+    assert run.state["silent"] == {kind: 10}
+    told = "--strict, and nothing is learnt: fallen"
+    with pytest.raises(Mendable, match=told) if kind == "fallen" else nullcontext():
         run.warn(found)
     assert capsys.readouterr().out.startswith("WARNING (since iteration 10): the run falls. Means of 5 iterations")
 
