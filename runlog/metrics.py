@@ -31,7 +31,7 @@ MEANS_OVER = {
         "advantage/noise_floor",
     ),
     "states": ("advantage/state_group_size",),
-    "tokens": ("advantage/outcome_abs", "guided/tokens"),
+    "tokens": ("advantage/outcome_abs", "guided/tokens", "rollout/entropy"),
     "guided tokens": ("advantage/skill_abs", "advantage/skill_mean"),
 }
 LARGEST = {"rollout/logprob_gap"}  # of all processes
@@ -107,3 +107,9 @@ def advantage_metrics(outcome: Tensor, skill_advantages: Tensor, mask: Tensor) -
         "advantage/skill_abs": guided.abs().sum().item() / count,
         "advantage/skill_mean": guided.sum().item() / count,
     }
+
+
+def entropy(old_logprobs: Tensor, mask: Tensor) -> float:
+    """Mean -log pi_old(y | h) over response tokens, in nats: an estimate of the policy's entropy a token, at the
+    sampling temperature. (B, R) each."""
+    return -old_logprobs[mask].mean().item()

@@ -1,13 +1,19 @@
-"""A loud word where a run learns nothing: which part failed, since when, and the flag that helps."""
+"""A loud word where a run learns nothing, or falls: which part failed, since when, and the flag that helps."""
 
 from __future__ import annotations
 
-from config import LOCAL_WRITERS, Config
+from dataclasses import replace
+
+from config import LOCAL_WRITERS, Config, flag
 from data import Batch
 from evaluate import MOST, acted, misfits
 
 EVERY = 5  # iterations between two looks, after the first
-PARTIAL = {"steps"}  # what leaves something to be learnt: --strict goes on
+PARTIAL = {"steps", "fall"}  # what leaves something to be learnt: --strict goes on
+WINDOW = 5  # iterations that a sign of a fall is averaged over: in the smallest stored runs 40 episodes
+# A sign has fallen where its mean is below this share of the run's best. Skills decide: in stored runs that do not fall
+# their share stays at 0.72 or above. Success and steps lose half in many that come back, so all three must have fallen.
+FELL = {"readable": 2 / 3, "success": 1 / 2, "unused": 1 / 2}
 
 
 def shares(batch: Batch, ends: set[int], unknown: int | None) -> dict[str, float]:
@@ -62,3 +68,55 @@ def _unguided(config: Config, metrics: dict[str, float]) -> str:
         "no answer could be read as skills. Cut off? Raise --skill-tokens. No JSON? --skill-prefill "
         '\'{"episode_summary": "\' starts it, or let another --skill-writer write'
     )
+
+
+def signs(config: Config, metrics: dict[str, float]) -> dict[str, float]:
+    """What falls together in a run that falls, as shares: readable skills, success, and the steps that an episode
+    leaves unused. Empty where no skills are written: the other two alone warn of runs that come back."""
+    if "skills/parse_rate" not in metrics:
+        return {}
+    unused = 1 - metrics["rollout/steps"] / config.max_steps
+    return {"readable": metrics["skills/parse_rate"], "success": metrics["train/success"], "unused": unused}
+
+
+def followed(before: dict[str, dict], now: dict[str, float]) -> dict[str, dict]:
+    """Each sign's last WINDOW values, and its best mean of so many, with those `now`. `before`: the same, an iteration
+    ago; both are plain values, to be kept with the run."""
+    kept = {}
+    for name, value in now.items():
+        recent = [*before.get(name, {}).get("recent", []), value][-WINDOW:]
+        best = before.get(name, {}).get("best", 0.0)
+        kept[name] = {"recent": recent, "best": max(best, _mean(recent)) if len(recent) == WINDOW else best}
+    return kept
+
+
+def fall(config: Config, kept: dict[str, dict]) -> dict[str, str]:
+    """Where all signs have fallen: in words, with what helps. The kind is "fall", from which a run may come back; it is
+    "fallen" where no episode succeeds any more. `kept`: see `followed`."""
+    if not kept or any(_mean(sign["recent"]) >= FELL[name] * sign["best"] for name, sign in kept.items()):
+        return {}
+    told = {name: (sign["best"], _mean(sign["recent"])) for name, sign in kept.items()}
+    readable, success = ("{:.0%} to {:.0%}".format(*told[name]) for name in ("readable", "success"))
+    best, now = (config.max_steps * (1 - unused) for unused in told["unused"])
+    words = (
+        f"the run falls. Means of {WINDOW} iterations, best and last: readable skills {readable}, steps of an episode "
+        f"{best:.1f} to {now:.1f} of {config.max_steps}, success {success}. In another --out take "
+        f"{_against_a_fall(config)}"
+    )
+    return {"fall" if any(kept["success"]["recent"]) else "fallen": words}
+
+
+def _mean(sign: list[float]) -> float:
+    return sum(sign) / len(sign)
+
+
+def _against_a_fall(config: Config) -> str:
+    """What this --algo allows, and is not so already."""
+    weights = [name for name in ("episode_weight", "step_weight") if config.levels and getattr(config, name) > 0]
+    helps = [f"a smaller {' and '.join(flag(name) for name in weights)}"] if weights else []
+    if config.levels and config.scorer == "old":
+        helps.append("--scorer reference")
+    more = 2 * config.kl or 0.01
+    if replace(config, kl=more).kl == more:  # else its loss has no KL term
+        helps.append(f"a larger --kl than {config.kl:g}")
+    return " or ".join(helps or ["a lower --learning-rate"])

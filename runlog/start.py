@@ -42,8 +42,8 @@ from memory.machine import peak_mib
 from memory.plan import Plan, fitted, planned
 from runlog import RunLog, accelerator_of, checkpoints, sample, silence
 from runlog.live import table_of
-from runlog.metrics import TOKENS, Metrics, advantage_metrics, silent_groups, sizes_of
-from runlog.silence import shares, silences
+from runlog.metrics import TOKENS, Metrics, advantage_metrics, entropy, silent_groups, sizes_of
+from runlog.silence import fall, followed, shares, signs, silences
 from skills import analysis_prompt
 from tiny.loading import load_model
 
@@ -191,8 +191,10 @@ class Run(Generic[SettingsT]):
         advantages = batch.advantages
         metrics = self.metrics | {"advantage/silent_groups": sum(silent) / max(1, len(silent))}
         metrics |= advantage_metrics(advantages.outcome, advantages.skill, batch.mask)
+        metrics |= {"rollout/entropy": entropy(batch.old_logprobs, batch.mask)}
         metrics |= shares(batch, self.encoder.ends, self.tokenizer.unk_token_id)
         metrics = self.log.metrics(iteration, metrics, sizes_of(batch, metrics))
+        self.state["signs"] = followed(self.state.get("signs", {}), signs(config, metrics))
         found = self.silences(metrics) if iteration % silence.EVERY == 0 or last else {}
         self.finished, self.kept, self.ahead = iteration, copy.deepcopy(self.state), False  # in this order
         if last or (iteration + 1) % config.save_every == 0 or self.hopeless(found):
@@ -228,6 +230,7 @@ class Run(Generic[SettingsT]):
     def silences(self, metrics: Metrics) -> dict[str, str]:
         """What is wrong with this iteration; since when is kept with the run."""
         found, before = silences(self.config, metrics), self.state.get("silent", {})
+        found |= fall(self.config, self.state["signs"])
         self.state["silent"] = {kind: before.get(kind, self.iteration) for kind in found}
         return found
 

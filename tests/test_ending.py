@@ -275,7 +275,7 @@ def test_strict_saves_the_iteration_first(random_tiny, tmp_path, monkeypatch):
     )
     with pytest.raises(SystemExit, match=rf"^{told}\. Go on with: .*--strict --resume$"):
         main(tmp_path / "run", "--strict", monkeypatch=monkeypatch)
-    assert torch.load(tmp_path / "run/checkpoints/000000.pt")["variant"] == {"silent": {"steps": 0, "actions": 0}}
+    assert torch.load(tmp_path / "run/checkpoints/000000.pt")["variant"]["silent"] == {"steps": 0, "actions": 0}
 
 
 def test_a_reader_that_has_gone_costs_nothing(random_tiny, tmp_path, monkeypatch):

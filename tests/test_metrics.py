@@ -1,9 +1,11 @@
 """What is logged, by hand."""
 
+import math
+
 import pytest
 import torch
 
-from runlog.metrics import over_processes, silent_groups
+from runlog.metrics import entropy, over_processes, silent_groups
 
 
 def test_groups_whose_rollouts_are_equal_are_silent():
@@ -47,3 +49,14 @@ def test_a_process_without_a_share_counts_for_nothing_whatever_it_says():
     )
     got = over_processes({"advantage/outcome_abs": 0.5, "guided/step": 0.25}, {"tokens": 9, "steps": 3}, Process(other))
     assert got == {"advantage/outcome_abs": 0.5, "guided/step": 0.25}
+
+
+def test_entropy_is_the_mean_surprise_over_response_tokens():
+    """Two rows of two and one token, chances 1/2, 1/8 and 1/4: (1 + 3 + 2) / 3 = 2 bits. Over processes tokens count:
+    three of 2 bits here, one of 6 there, make 3."""
+    old_logprobs = torch.tensor([[0.5, 0.125], [0.25, float("nan")]]).log()  # (2, 2)
+    mine = {"rollout/entropy": entropy(old_logprobs, ~old_logprobs.isnan())}
+    assert mine["rollout/entropy"] == pytest.approx(2 * math.log(2))
+    other = Process()
+    over_processes({"rollout/entropy": 6 * math.log(2)}, {"tokens": 1.0}, other)
+    assert over_processes(mine, {"tokens": 3.0}, Process(other))["rollout/entropy"] == pytest.approx(3 * math.log(2))

@@ -1,11 +1,20 @@
 """runlog/silence.py: which part of an iteration failed, in words."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from data import Advantages, Batch, Step, Trajectory
-from runlog.silence import shares, silences
+from lab.experiments.runs import RESULTS
+from lab.experiments.stored import read
+from lm.obstacles import Mendable
+from runlog.metrics import over_processes
+from runlog.silence import EVERY, WINDOW, fall, followed, shares, signs, silences
+from runlog.start import Run
 from tests.settings import laptop
+from tests.test_metrics import Process
 
 FINE = {
     **{"episodes": 8, "rollout/cut_off": 0.1, "rollout/unknown_tokens": 0.0, "rollout/valid_actions": 0.5},
@@ -67,3 +76,134 @@ def test_shares_by_hand():
     told = {"rollout/cut_off": 0.5, "rollout/unknown_tokens": 0.4, "rollout/valid_actions": 1.0, "guided/tokens": 0.5}
     assert shares(batch, {9}, 7) == told
     assert shares(batch, {9}, None)["rollout/unknown_tokens"] == 0.0
+
+
+# ---- a fall ----------------------------------------------------------------------------------------------------------
+
+GOOD = {"skills/parse_rate": 1.0, "train/success": 0.4, "rollout/steps": 8.0}  # of 20 steps 12 are unused
+LOST = {"skills/parse_rate": 0.5, "train/success": 0.0, "rollout/steps": 20.0}
+FALLEN = [*[GOOD] * 5, *[LOST] * 5]
+
+
+def after(*iterations: dict) -> dict:
+    """What a run keeps of them."""
+    kept = {}
+    for metrics in iterations:
+        kept = followed(kept, signs(laptop(), metrics))
+    return kept
+
+
+def test_best_and_recent_by_hand():
+    """Success 0.5, 0, 0.5, 0, 0.5, 0: the mean of the first five is 0.3, that of the last five 0.2."""
+    values = [0.5, 0.0, 0.5, 0.0, 0.5, 0.0]
+    kept = after(*(GOOD | {"train/success": value} for value in values))
+    assert kept["success"] == {"recent": values[1:], "best": pytest.approx(0.3)}
+    assert kept["unused"] == {"recent": [0.6] * 5, "best": pytest.approx(0.6)}
+    assert after(GOOD, GOOD)["readable"] == {"recent": [1.0, 1.0], "best": 0.0}  # two iterations are no measure
+
+
+def test_a_fall_is_told_from_what_to_what():
+    """Two good iterations and three lost: skills (2 + 1.5) / 5 = 0.7 of 1, not below two thirds. Then four: 0.6."""
+    assert fall(laptop(), after(*[GOOD] * 5, *[LOST] * 3)) == {}
+    config = laptop(scorer="old", kl=0.01)
+    assert fall(config, after(*[GOOD] * 5, *[LOST] * 4))["fall"] == (
+        "the run falls. Means of 5 iterations, best and last: readable skills 100% to 60%, steps of an episode 8.0 to "
+        "17.6 of 20, success 40% to 8%. In another --out take a smaller --episode-weight and --step-weight or --scorer "
+        "reference or a larger --kl than 0.01"
+    )
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_two_signs_are_no_fall(name):
+    """Many runs with bad luck in success and longer episodes come back; a writer may fail alone."""
+    assert fall(laptop(), after(*FALLEN))
+    assert fall(laptop(), after(*[GOOD] * 5, *[LOST | {name: GOOD[name]}] * 5)) == {}
+
+
+def test_nothing_falls_that_was_never_up_or_comes_back():
+    assert fall(laptop(), after(*[LOST] * 9)) == {}
+    assert fall(laptop(), after(*[GOOD | {"train/success": 0.0}] * 5, *[LOST] * 5)) == {}
+    assert fall(laptop(), after(*[GOOD] * 5, *[LOST] * 5, *[GOOD] * 4)) == {}
+    without_skills = {name: value for name, value in LOST.items() if name != "skills/parse_rate"}
+    assert signs(laptop(), without_skills) == {} and fall(laptop(), {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "helps"),
+    [
+        ({"scorer": "reference", "kl": 0.0}, "a smaller --episode-weight and --step-weight or a larger --kl than 0"),
+        ({"scorer": "old", "step_weight": 0.0}, "a smaller --episode-weight or --scorer reference or a larger --kl th"),
+        ({"algo": "sdar", "scorer": "old"}, "--scorer reference or a larger --kl than"),
+        ({"algo": "opid-full"}, "a smaller --episode-weight and --step-weight or a larger --kl than"),
+        ({"algo": "skill-grpo", "scorer": "old"}, "a larger --kl than"),  # no skill is scored, and there is no lambda
+        ({"algo": "oprd"}, "a lower --learning-rate"),  # its loss has no KL term
+    ],
+)
+def test_only_what_is_possible_is_recommended(changes, helps):
+    assert f"In another --out take {helps}" in fall(laptop(**changes), after(*FALLEN))["fallen"]
+
+
+def test_over_processes_a_fall_is_that_of_all_episodes():
+    """Six episodes here that are all lost, two there that are good: a quarter is good."""
+    mine, theirs, sizes = signs_of(LOST | {"skills/parse_rate": 0.0}), signs_of(GOOD), {"episodes": 6.0}
+    other = Process()
+    over_processes(theirs, {"episodes": 2.0}, other)
+    got = signs(laptop(), over_processes(mine, sizes, Process(other)))
+    assert got == pytest.approx({"readable": 0.25, "success": 0.1, "unused": 0.15})
+
+
+def signs_of(metrics: dict) -> dict:
+    """Those metrics that signs are made of."""
+    return {name: metrics[name] for name in LOST}
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_warns_as_if_it_had_not_stopped(tmp_path):
+    """Stopped before its fall shows: two of the five lost iterations are still to come."""
+    torch.save(after(*[GOOD] * 5, *[LOST] * 3), tmp_path / "state.pt")
+    kept = torch.load(tmp_path / "state.pt")  # plain values, as checkpoints take
+    for _ in range(2):
+        kept = followed(kept, signs(laptop(), LOST))
+    assert kept == after(*FALLEN) and fall(laptop(), kept)
+
+
+@pytest.mark.parametrize(("iterations", "kind"), [(FALLEN[:-1], "fall"), (FALLEN, "fallen")])
+def test_a_fall_is_said_since_when_and_ends_a_strict_run_where_nothing_succeeds(iterations, kind, capsys):
+    """One of the last five iterations has success yet, or none."""
+    run = object.__new__(Run)  # of which only what warnings need is there
+    run.config = laptop(strict=True)
+    run.processes = SimpleNamespace(rank=0, print=print)  # ty: ignore[invalid-assignment]
+    run.state = {"signs": after(*iterations)}
+    for run.iteration in (10, 15):
+        found = run.silences(FINE)
+    assert run.state["silent"] == {kind: 10}
+    told = "--strict, and nothing is learnt: fallen"
+    with pytest.raises(Mendable, match=told) if kind == "fallen" else nullcontext():
+        run.warn(found)
+    assert capsys.readouterr().out.startswith("WARNING (since iteration 10): the run falls. Means of 5 iterations")
+
+
+def alarms(run: dict) -> list[int]:
+    """The iterations of a stored run after which a fall shows. Where steps are not stored, the worst is assumed: first
+    none is needed, then all."""
+    found, kept, metrics = [], {}, run.get("metrics") or run["signal"] | {"train/success": run["train"]}
+    config = laptop(max_steps=run["config"]["max_steps"], scorer="old")
+    worst = [0.0] * WINDOW + [float(config.max_steps)] * len(metrics["train/success"])
+    for iteration in range(len(metrics["train/success"])):
+        line = {name: metrics.get(name, worst)[iteration] for name in LOST}
+        kept = followed(kept, signs(config, line))
+        found += [iteration] if fall(config, kept) else []
+    return found
+
+
+def test_of_all_stored_runs_the_one_that_falls_is_told_early_and_no_other():
+    """Each iteration is looked at, not only each fifth, which a run looks at."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        for run in read(path):
+            if "skills/parse_rate" in run.get("metrics", run.get("signal", {})):
+                found[path.stem, run["name"]] = alarms(run)
+    assert len(found) > 400
+    ((name, iterations),) = ((name, iterations) for name, iterations in found.items() if iterations)
+    assert name == ("paper-setting", "search-opid-lambda-0.1-seed21")
+    assert iterations == list(range(15, 60))  # and never a word of comfort
+    assert iterations[0] % EVERY == 0  # so it is said at once

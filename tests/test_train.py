@@ -315,6 +315,8 @@ def test_resume_goes_on_exactly(scorer, random_tiny, tmp_path):
     train(halves)
     assert lines(whole.out) == lines(halves.out)
     assert same(weights(whole.out), weights(halves.out))
+    states = [torch.load(Path(c.out, "checkpoints/000003.pt"))["variant"] for c in (whole, halves)]
+    assert states[0] == states[1] and len(states[0]["signs"]["readable"]["recent"]) == 4  # of every iteration
 
 
 def test_nothing_is_read_while_it_rests_in_host_memory(random_tiny, tmp_path, monkeypatch):

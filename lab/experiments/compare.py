@@ -53,6 +53,7 @@ QUICK += " --mini-batch 8 --eval-every 1 --skill-tokens 8"
 # Where the signal comes from: the metrics that a result keeps of every iteration.
 SIGNAL = ("advantage/outcome_abs", "advantage/silent_groups", "advantage/skill_abs", "advantage/skill_mean")
 SIGNAL += ("skills/parse_rate", "guided/episode", "guided/step", "rollout/valid_actions")
+SIGNAL += ("rollout/steps", "rollout/response_tokens", "rollout/entropy")
 
 
 FINAL = "final.txt"  # what evaluate.py printed of a run's policy
