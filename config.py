@@ -83,7 +83,9 @@ class Config:
     """The defaults are the authors' ALFWorld run (examples/opid_trainer/run_alfworld_opid_guide.sh). What differs from
     it stands in recipes/*.toml, each line with its reason. Each setting's help says its unit."""
 
-    algo: str = FIRST("opid", "opid, grpo, or a file of variants/, whose flags --algo NAME --help shows")
+    algo: str = FIRST(
+        "opid", "opid, grpo, another file of variants/, or package.module:NAME; its flags: --algo NAME --help"
+    )
     env: str = FIRST("alfworld", "environment", ENVIRONMENTS)
     model: str = FIRST(
         "Qwen/Qwen2.5-3B-Instruct",
@@ -356,7 +358,7 @@ class Config:
     @classmethod
     def from_recipe(cls, name: str, **changes) -> Config:
         """The settings of a recipe, some of them changed; those of the variant that `algo` names, where it does."""
-        settings = _over(read_recipe(name, every_setting()), changes)
+        settings = _over(read_recipe(name, every_setting(changes.get("algo"))), changes)
         return variant_of(settings.get("algo", cls.algo)).settings(**settings)
 
 
@@ -407,6 +409,8 @@ def read_recipe(name: str, known: set[str], above: tuple[str, ...] = ()) -> dict
     if name in above:
         raise ValueError(f"recipes are one another's base: {' -> '.join((*above, name))}")
     settings = tomllib.loads(path.read_text())
+    if "algo" in settings:
+        known = known | every_setting(settings["algo"])
     base = read_recipe(settings.pop("base"), known, (*above, name)) if "base" in settings else {}
     # TOML has no null: "none" is what a flag calls it
     settings = {name: None if value == "none" and name in NULLABLE else value for name, value in settings.items()}
@@ -437,12 +441,26 @@ def _key_value(text: str) -> tuple[str, str]:
 
 
 def variant_of(algo: str):
-    """The Variant that `--algo` names: a file of variants/. Raises ValueError where there is none."""
+    """The Variant that `--algo` names: a file of variants/, or package.module:NAME. Raises ValueError where there is
+    none."""
+    if ":" in algo:
+        return _imported_variant(algo)
     name = re.sub(r"\W", "_", algo)  # grpo+opsd is variants/grpo_opsd.py
     if not re.fullmatch(r"[a-z]\w*", name) or not (VARIANTS / f"{name}.py").is_file():
         names = sorted(path.stem.replace("_", "-") for path in VARIANTS.glob("[a-z]*.py"))
-        raise ValueError(f"--algo must be one of {', '.join(names)}, not {algo!r}")
+        raise ValueError(f"--algo must be one of {', '.join(names)}, or package.module:NAME, not {algo!r}")
     return import_module(f"variants.{name}").VARIANT
+
+
+def _imported_variant(algo: str):
+    module, _, name = algo.partition(":")
+    try:
+        variant = getattr(import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: of a name that begins with a dot
+        raise ValueError(f"--algo {algo}: {error}") from error
+    if not isinstance(variant, import_module("train").Variant):
+        raise ValueError(f"--algo {algo} is no Variant of train.py")
+    return variant
 
 
 def settings_to_save(config: Config, date: str) -> dict:
@@ -510,7 +528,7 @@ class CommandLine:
 def settings_come_from(argv: list[str] | None = None) -> str:
     """One line for the user: where the settings below the flags come from."""
     line = CommandLine.read(argv)
-    name, _ = line.starts_from(every_setting())
+    name, _ = line.starts_from(every_setting(line.algo))
     if not (line.model or line.recipe):
         return (
             f"no --model: the laptop recipe, recipes/{name}.toml (--model NAME trains your own by the paper's settings)"
@@ -526,9 +544,10 @@ def settings_come_from(argv: list[str] | None = None) -> str:
     return f"settings: {', '.join(below)}, and flags"
 
 
-def every_setting() -> set[str]:
-    """The names of Config's settings, and of all variants'."""
-    return {f.name for path in VARIANTS.glob("[a-z]*.py") for f in fields(variant_of(path.stem).settings)}
+def every_setting(algo: str | None = None) -> set[str]:
+    """The names of Config's settings, and of all variants': those of variants/ and `algo`, which may be elsewhere."""
+    names = {path.stem for path in VARIANTS.glob("[a-z]*.py")} | ({algo} if algo else set())
+    return {f.name for name in names for f in fields(variant_of(name).settings)}
 
 
 def parse_args(
@@ -546,7 +565,7 @@ def parse_args(
     line, usage = CommandLine.read(argv), f"{program} [--recipe NAME] [flags]"
     parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False, usage=usage)
     try:
-        _, settings = line.starts_from(every_setting(), saved)
+        _, settings = line.starts_from(every_setting(line.algo), saved)
         algo = line.algo or settings.get("algo", Config.algo)
         kind = variant_of(algo).settings
         add_flags(parser, kind, shown, settings)

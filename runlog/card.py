@@ -262,7 +262,7 @@ def flags_over(config: Config, recipe: str | None) -> list[str] | None:
     """What to give beside a recipe; None where flags alone do not make these settings of it."""
     line = CommandLine(recipe, config.model, config.env, config.algo)
     own = {f.name: f.default if f.default is not MISSING else {} for f in fields(config)}
-    below = own | line.starts_from(every_setting())[1]
+    below = own | line.starts_from(every_setting(config.algo))[1]
     options = ("env_options", "template_options")
     if below.keys() - own.keys() or below["env"] != config.env:
         return None

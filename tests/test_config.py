@@ -1,13 +1,14 @@
 """The command line: every flag explained, every mistake named before a model is loaded, and what stands below flags."""
 
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
 import config as config_module
 from config import (
     ACTS,
+    OWN,
     RECIPES,
     VARIANTS,
     Config,
@@ -21,6 +22,7 @@ from config import (
 from lm.loading import SAVED
 from router import RULES
 from tests.settings import laptop
+from train import OPID
 
 ALGOS = sorted(path.stem.replace("_", "-") for path in VARIANTS.glob("[a-z]*.py"))
 KNOWN = {f.name for f in fields(Config)}
@@ -129,6 +131,33 @@ def test_the_method_in_a_recipe_is_honoured(tmp_path):
     assert parse_args(["--recipe", str(mine), "--distill-weight", "0.5"]).distill_weight == 0.5
 
 
+@dataclass
+class Settings(Config):
+    zeal: float = OWN(0.5, "how much of it", bounds=(0, 1))
+
+
+MINE, MY_NAME = replace(OPID, settings=Settings), f"{__name__}:MINE"
+
+
+def test_a_variant_of_a_module_has_its_flags_in_recipes_too(tmp_path, capsys):
+    assert variant_of(MY_NAME) is MINE
+    config = parse_args(["--algo", MY_NAME, "--zeal", "1"])
+    assert (type(config), config.algo, config.zeal) == (Settings, MY_NAME, 1.0)
+    with pytest.raises(SystemExit, match="0"):
+        parse_args(["--algo", MY_NAME, "--help"])
+    assert "--zeal" in capsys.readouterr().out
+    above, below = tmp_path / "above.toml", tmp_path / "below.toml"
+    below.write_text('base = "laptop"\nzeal = 0.25\n')
+    assert parse_args(["--algo", MY_NAME, "--recipe", str(below)]).zeal == 0.25
+    assert Config.from_recipe(str(below), algo=MY_NAME).zeal == 0.25
+    above.write_text(f'base = "{below}"\nalgo = "{MY_NAME}"\n')
+    assert parse_args(["--recipe", str(above)]) == parse_args(["--algo", MY_NAME, "--recipe", str(below)])
+    assert settings_come_from(["--algo", MY_NAME, "--recipe", str(below)]) == f"settings: recipe {below}, and flags"
+    with pytest.raises(SystemExit):
+        parse_args(["--recipe", str(below)])
+    assert "unknown settings zeal" in last_line(capsys)
+
+
 def test_what_another_method_has_is_refused_in_a_recipe_too(tmp_path, capsys):
     mine = tmp_path / "mine.toml"
     mine.write_text('base = "laptop"\nalgo = "sdar"\ngate_beta = 2\n')
@@ -209,6 +238,12 @@ def test_every_flag_is_explained_and_a_methods_own_to_nobody_else(algo, capsys):
         (["--env-options", "engine"], "'engine' is not of the form key=value"),
         (["--algo", "ppo"], "--algo must be one of gigpo, grpo, grpo-opsd, opd, opid, "),
         (["--algo", "../train"], "--algo must be one of"),
+        (["--algo", "no.such.module:MINE"], "--algo no.such.module:MINE: No module named 'no'"),
+        (["--algo", f"{__name__}:THINE"], f"--algo {__name__}:THINE: module '{__name__}' has no attribute 'THINE'"),
+        (["--algo", f"{__name__}:Settings"], f"--algo {__name__}:Settings is no Variant of train.py"),
+        (["--algo", ".config:MINE"], "--algo .config:MINE: "),
+        (["--algo", MY_NAME, "--zeal", "2"], "--zeal must be between 0 and 1"),
+        (["--zeal", "1"], "unrecognized arguments: --zeal"),
         (["--iterations", "0"], "--iterations must be positive"),
         (["--rollout-budget", "0"], "--rollout-budget must be positive"),
         (["--offload", "--shard"], "--offload is for one card"),

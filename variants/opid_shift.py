@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from advantage import combine, skill_advantage, sum_of_scored
 from data import Advantages, Batch
 from lm.scoring import response_logprobs
@@ -16,22 +18,26 @@ from train import OPID, outcomes
 
 
 def advantages(run: Run, batch: Batch) -> Advantages:
-    config, mask, plain = run.config, batch.mask, batch.old_logprobs
+    config, mask = run.config, batch.mask
     outcome = outcomes(config, batch.trajectories)  # (B,)
-    if config.scorer == "reference":
-        plain = batch.reference_logprobs  # (B, R) log pi_ref(y | h), which a KL term needs, too
-        if plain is None:
-            contexts, responses = [step.context for step in batch.steps], [step.response for step in batch.steps]
-            scorer = run.models["reference"]
-            with run.reading(scorer):
-                plain = response_logprobs(
-                    scorer, contexts, responses, temperature=config.temperature, token_budget=config.token_budget
-                )
+    plain = reference_logprobs(run, batch) if config.scorer == "reference" else batch.old_logprobs  # (B, R)
 
     # A_skill = (log pi(y | h^) - log pi(y | h)) * m, both of the scorer
     shifts = {level: skill_advantage(logprobs, plain, mask) for level, logprobs in batch.skill_logprobs.items()}
     total = combine(outcome, shifts, {"episode": config.episode_weight, "step": config.step_weight}, mask)
     return Advantages(total, outcome, sum_of_scored(shifts, batch.skill_logprobs, mask))
+
+
+def reference_logprobs(run: Run, batch: Batch) -> Tensor:
+    """log pi_ref(y | h), which a KL term needs, too: read here where there is none. -> (B, R)"""
+    if batch.reference_logprobs is not None:
+        return batch.reference_logprobs
+    config, reference = run.config, run.models["reference"]
+    contexts, responses = [step.context for step in batch.steps], [step.response for step in batch.steps]
+    with run.reading(reference):
+        return response_logprobs(
+            reference, contexts, responses, temperature=config.temperature, token_budget=config.token_budget
+        )
 
 
 VARIANT = replace(OPID, advantages=advantages)

@@ -20,10 +20,10 @@ def commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
-def on_the_laptop(flags: list[str]) -> list[str]:
-    """Flags of train.py, from the laptop's recipe unless they name another: without one a run is the paper's."""
+def on_the_laptop(flags: list[str], recipe: str = "laptop") -> list[str]:
+    """Flags of train.py, from a recipe of the laptop's unless they name another: without one a run is the paper's."""
     named = any(flag.partition("=")[0] == "--recipe" for flag in flags)
-    return flags if named else ["--recipe", "laptop", *flags]
+    return flags if named else ["--recipe", recipe, *flags]
 
 
 def settings(config: Config) -> dict:

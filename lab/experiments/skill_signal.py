@@ -1,26 +1,35 @@
 """What the skill advantage says about steps, beside the outcome: python lab/experiments/skill_signal.py [--run RUN]
 
 A policy (the warm start, or a run's last checkpoint) plays one training batch; the configured writer writes skills, the
-configured scorer scores A_skill, all by train.py. Then each step is held against the planner: it is on a shortest plan
-if one step less is left after it. Reported for all guided steps, those of each level, and those of groups without an
-outcome signal (all rollouts equal), where the skills are all that there is:
+configured scorer scores A_skill, all by train.py. Then each step is held against what a good player would have done:
 
-    AUC        P(A_skill, mean over a step's tokens, is higher on a step of a shortest plan than on another one)
+    alfworld   it is good if it leaves one step less of a shortest plan
+    search     it is good if it is what the adviser of tiny/search.py would do next, given what was seen: search for the
+               next hop in its words (case, articles and punctuation aside), or answer. Another wording, and an answer
+               that nothing seen so far gives, count as bad. Steps of questions that were not generated count as neither
+
+Reported for all guided steps, those of each level, and those of groups without an outcome signal (all rollouts equal),
+where the skills are all that there is:
+
+    AUC        P(A_skill, mean over a step's tokens, is higher on a good step than on another one)
     agreement  share of steps where A_skill and A_ep have the same sign, of those where neither is 0
     |A|        mean size a token in nats (A_skill) and of A_ep
 
 The numbers are a line of lab/results/skill-signal.jsonl, and all lines' tables are in skill-signal.md. Flags of
-train.py are taken, too, such as --tasks 64 --scorer old; without a --recipe or --run the laptop's are the others.
+train.py are taken, too, such as --env search --tasks 64 --algo lab.experiments.controls:FACTS; without a --recipe or
+--run the laptop's are the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import random
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -28,10 +37,12 @@ import lm  # noqa: F401  # isort: skip
 
 import numpy as np
 
-from config import Config, parse_args, variant_of
+from config import CommandLine, Config, default_recipe, parse_args, variant_of
 from data import Batch, Trajectory
 from envs.alfworld import AlfworldEnv
 from envs.alfworld.expert import shortest_plan
+from envs.search.env import read_action
+from envs.search.text import normalize, words
 from evaluate import environment
 from lab.experiments.estimates import bootstrap_interval, probability_of_superiority
 from lab.experiments.runs import RESULTS, commit, config_of, on_the_laptop, settings
@@ -41,6 +52,7 @@ from rescore import rescore
 from router import route
 from runlog.metrics import silent_groups
 from runlog.start import start
+from tiny.search import Adviser
 
 ROUNDING = 1e-6  # |A_ep| of a group of equal outcomes, where their mean is not exact
 
@@ -49,10 +61,10 @@ ROUNDING = 1e-6  # |A_ep| of a group of equal outcomes, where their mean is not 
 class Guided:
     """One step that a skill was scored on."""
 
-    level: str  # "episode" or "step"; with --routing additive also "episode+step"
+    level: str  # "episode" or "step"; with --routing additive also "episode+step"; of a method without skills "none"
     group: int
     silent: bool  # all rollouts of its task had the same outcome
-    on_plan: bool | None  # None: there was no plan to be on
+    good: bool | None  # None: nobody knows what a good player would have done
     skill: float  # A_skill, mean over the step's tokens
     size: float  # |A_skill|, mean over the step's tokens
     tokens: int
@@ -67,8 +79,9 @@ def batch_of(config: Config, run: Path | None) -> Batch:
 
     With `run` it is the one after its newest checkpoint: the policy as trained, the reference as the run had it.
     """
-    if config.env != "alfworld" or not config.levels:
-        raise ValueError(f"needs ALFWorld and a method that scores skills, not --algo {config.algo} --env {config.env}")
+    if config.env not in ("alfworld", "search") or not config.levels:
+        asked = f"--algo {config.algo} --env {config.env}"
+        raise ValueError(f"needs ALFWorld or Search QA, and a method that scores skills, not {asked}")
     with tempfile.TemporaryDirectory() as folder:
         if run is not None:
             newest = max((run / "checkpoints").glob("[0-9]*.pt"), default=None)
@@ -88,6 +101,34 @@ def batch_of(config: Config, run: Path | None) -> Batch:
         batch, _ = rescore(run, trajectories, skills, routes)
         batch.advantages = variant.advantages(run, batch)
         return batch
+
+
+def judge(config: Config) -> Callable[[Trajectory], list[bool | None]]:
+    """-> a function that says of each step whether it is good; None where that is not known."""
+    if config.env == "search":
+        return as_advised
+    env = environment(replace(config, env_options=config.env_options | {"engine": "fast"}))()
+    return partial(on_shortest_plan, env)
+
+
+def as_advised(trajectory: Trajectory) -> list[bool | None]:
+    """For each step of Search QA, whether it is what the adviser would do; None where it does not know the question."""
+    adviser = Adviser(random.Random(0))
+    try:
+        adviser.reset(trajectory.task)
+    except ValueError:
+        return [None] * len(trajectory.steps)
+    marks: list[bool | None] = []
+    for step in trajectory.steps:
+        marks.append(meaning(step.action) == meaning(adviser.advise(step.observation)))
+        adviser.command = step.action
+    return marks
+
+
+def meaning(action: str) -> tuple[str, str]:
+    """("search" or "answer", its words) of an action in either style, less articles; ("", "") of no action."""
+    kind, text = read_action(action) or ("", "")
+    return kind, normalize(words(text))
 
 
 def on_shortest_plan(env: AlfworldEnv, trajectory: Trajectory) -> list[bool | None]:
@@ -114,19 +155,18 @@ def silent_of(trajectories: list[Trajectory]) -> dict[int, bool]:
 
 
 def guided_steps(config: Config, batch: Batch) -> list[Guided]:
-    env = environment(replace(config, env_options=config.env_options | {"engine": "fast"}))()
-    silent = silent_of(batch.trajectories)
+    marks, silent = judge(config), silent_of(batch.trajectories)
     steps, b = [], 0
     for trajectory, guidances in zip(batch.trajectories, batch.routes, strict=True):
-        for on_plan, guidance in zip(on_shortest_plan(env, trajectory), guidances, strict=True):
+        for good, guidance in zip(marks(trajectory), guidances, strict=True):
             shift = batch.advantages.skill[b]  # (R,)
             shift = shift[~shift.isnan()]  # (tokens,)
             if len(shift):
-                level = "+".join(g.level for g in guidance if g.level in config.levels)
+                level = "+".join(g.level for g in guidance if g.level in config.levels) or "none"
                 means = shift.mean().item(), shift.abs().mean().item()
                 group = trajectory.group
                 steps.append(
-                    Guided(level, group, silent[group], on_plan, *means, len(shift), batch.advantages.outcome[b].item())
+                    Guided(level, group, silent[group], good, *means, len(shift), batch.advantages.outcome[b].item())
                 )
             b += 1
     return steps
@@ -136,9 +176,9 @@ def guided_steps(config: Config, batch: Batch) -> list[Guided]:
 
 
 def auc(steps: list[Guided]) -> float:
-    """P(A_skill of a step on a shortest plan > that of another step), ties counted half; NaN without both kinds."""
-    on, off = (np.array([s.skill for s in steps if s.on_plan is kind]) for kind in (True, False))  # (n,), (m,)
-    return probability_of_superiority(on, off) if len(on) and len(off) else math.nan
+    """P(A_skill of a good step > that of another step), ties counted half; NaN without both kinds."""
+    good, bad = (np.array([s.skill for s in steps if s.good is kind]) for kind in (True, False))  # (n,), (m,)
+    return probability_of_superiority(good, bad) if len(good) and len(bad) else math.nan
 
 
 def auc_interval(steps: list[Guided], samples: int = 200) -> tuple[float, float]:
@@ -155,13 +195,13 @@ def auc_interval(steps: list[Guided], samples: int = 200) -> tuple[float, float]
 
 def describe(steps: list[Guided]) -> dict[str, float | None]:
     """The numbers of one table row; None where there is nothing to count."""
-    planned = [s.on_plan for s in steps if s.on_plan is not None]
+    judged = [s.good for s in steps if s.good is not None]
     agree = [s.skill * s.outcome > 0 for s in steps if s.skill and abs(s.outcome) > ROUNDING]
     tokens = sum(s.tokens for s in steps)
     low, high = auc_interval(steps)
     numbers = {
         "steps": len(steps),
-        "on_plan": np.mean(planned) if planned else math.nan,
+        "good": np.mean(judged) if judged else math.nan,
         "auc": auc(steps),
         "auc_low": low,
         "auc_high": high,
@@ -185,11 +225,12 @@ def rounded(numbers: dict[str, float | None]) -> dict[str, float | None]:
 
 
 def table(result: dict) -> str:
-    head = ["guided steps", "number", "on a shortest plan, %", "AUC", "95%", "agreement, %", "|A_skill|", "|A_ep|"]
+    head = ["guided steps", "number", "good steps, %", "AUC", "95%", "agreement, %", "|A_skill|", "|A_ep|"]
     rows = []
     for name, numbers in result["rows"].items():
         n = {key: math.nan if value is None else value for key, value in numbers.items()}
-        cells = [name, f"{n['steps']:.0f}", f"{100 * n['on_plan']:.1f}", f"{n['auc']:.3f}"]
+        good = n.get("good", n.get("on_plan", math.nan))  # older lines were of ALFWorld alone
+        cells = [name, f"{n['steps']:.0f}", f"{100 * good:.1f}", f"{n['auc']:.3f}"]
         cells += [f"[{n['auc_low']:.3f}, {n['auc_high']:.3f}]", f"{100 * n['agreement']:.1f}"]
         cells += [f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]
         rows.append([cell.replace("nan", "-") for cell in cells])
@@ -205,7 +246,8 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--results", type=Path, default=RESULTS / "skill-signal.jsonl", help="NAME.jsonl")
     parser.add_argument("--name", help="of the line (default: the run folder's, else start)")
     args, flags = parser.parse_known_args(argv)
-    config = config_of(args.run, flags) if args.run else parse_args(on_the_laptop(flags))
+    recipe = default_recipe("tiny", CommandLine.read(flags).env or "alfworld")
+    config = config_of(args.run, flags) if args.run else parse_args(on_the_laptop(flags, recipe))
     batch = batch_of(config, args.run)
     silent = silent_of(batch.trajectories)
     result = {

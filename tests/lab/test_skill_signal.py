@@ -13,18 +13,23 @@ from data import Step, Trajectory
 from envs.alfworld import AlfworldEnv, words
 from envs.alfworld.engine import FastEngine, load_game
 from envs.alfworld.expert import shortest_plan
+from envs.search import SearchEnv
+from envs.search.text import words as words_of
 from lab.experiments import skill_signal
 from lab.experiments.estimates import probability_of_improvement, probability_of_superiority
-from lab.experiments.runs import config_of, on_the_laptop
+from lab.experiments.runs import RESULTS, config_of, on_the_laptop
 from lab.experiments.skill_signal import (
     Guided,
+    as_advised,
     auc,
     auc_interval,
     batch_of,
     describe,
     on_shortest_plan,
     rows_of,
+    table,
 )
+from lab.experiments.stored import read
 from lm.loading import save_policy
 from lm.scoring import response_logprobs
 from runlog.start import start as start_run
@@ -35,16 +40,16 @@ from train import train
 STEP = Guided("step", 0, False, True, 0.0, 0.0, 1, 1.0)
 
 
-def steps_of(on, off, **changes):
-    """One guided step for each A_skill of those on a plan and off it."""
-    return [replace(STEP, on_plan=kind, skill=s, **changes) for kind, some in ((True, on), (False, off)) for s in some]
+def steps_of(good, bad, **changes):
+    """One guided step for each A_skill of the good ones and the others."""
+    return [replace(STEP, good=kind, skill=s, **changes) for kind, some in ((True, good), (False, bad)) for s in some]
 
 
 def test_auc_by_hand():
     # pairs: 0.5 > 0.1, 0.5 = 0.5, 0.2 > 0.1, 0.2 < 0.5
     assert auc(steps_of([0.5, 0.2], [0.1, 0.5])) == (1 + 0.5 + 1 + 0) / 4
     assert math.isnan(auc(steps_of([0.5], [])))
-    assert math.isnan(auc([replace(STEP, on_plan=None)]))
+    assert math.isnan(auc([replace(STEP, good=None)]))
 
 
 def test_ranks_and_pairs_say_the_same():
@@ -72,7 +77,7 @@ def test_description_by_hand():
     rows = rows_of(steps)
     assert list(rows) == ["all", "episode", "step", "no outcome signal", "outcome signal"]
     everything = rows["all"]
-    assert everything["on_plan"] == pytest.approx(2 / 3)
+    assert everything["good"] == pytest.approx(2 / 3)
     assert everything["auc"] == 0.5  # 0.2 > -0.1 > -0.4
     assert everything["agreement"] == pytest.approx(2 / 3)  # the first and the last
     assert everything["skill_abs"] == pytest.approx((2 * 0.3 + 0.1 + 0.6 + 4 * 0.5) / 8)
@@ -99,6 +104,51 @@ def test_the_planners_own_steps_are_on_a_shortest_plan_and_detours_are_not(games
             assert on_shortest_plan(AlfworldEnv(prompt=prompt, max_steps=2), trajectory) == marks
 
 
+def searched(task: str, *actions: str, official: bool = False) -> list[bool | None]:
+    """What is said of a search episode of these actions."""
+    env = SearchEnv(prompt="official" if official else "compact", max_steps=len(actions) + 1)
+    game = next(g for g in env.tasks("train") if words_of(env.reset(options={"game": g})[0]) == task)
+    observation, info = env.reset(options={"game": game})
+    steps = []
+    for action in actions:
+        steps.append(Step((), observation, [], [], "", action, True))
+        observation, *_ = env.step(action)
+    return as_advised(Trajectory(info["task"], 0, steps, False, game=game))
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_good_steps_of_a_search_are_what_the_adviser_would_do(official):
+    def said(kind, text):
+        return f"<{kind}>{text}</{kind}>" if official else f"{kind} {text}"
+
+    task = "what is continent of country whose capital is havana"
+    first, second = said("search", "country with capital havana"), said("search", "continent of cuba")
+    whole, found = said("search", task), said("answer", "north america")
+    for actions, marks in (
+        ([first, second, found], [True, True, True]),
+        ([whole, second, found], [False, True, True]),  # it brought Cuba all the same
+        ([whole, said("answer", "havana")], [False, False]),
+        ([found], [False]),  # right, but nothing seen says so
+        ([second, first, second], [False, False, True]),  # by luck it brought the first hop, too
+        ([first, first, second], [True, False, True]),
+        ([first, "nonsense", second], [True, False, True]),
+        ([said("search", "The country with capital Havana")], [True]),
+        ([said("answer", "country with capital havana")], [False]),
+    ):
+        assert searched(task, *actions, official=official) == marks, actions
+
+
+def test_of_a_question_that_was_not_generated_nothing_is_known():
+    steps = [Step((), "who wrote it", [], [], "", "search it", True)] * 2
+    assert as_advised(Trajectory("who wrote it", 0, steps, True)) == [None, None]
+
+
+def test_the_stored_table_is_made_of_the_stored_lines():
+    stored = RESULTS / "skill-signal.jsonl"
+    assert "\n\n".join(map(table, read(stored))) + "\n" == stored.with_suffix(".md").read_text()
+    assert "| all | 2075 | 33.5 | 0.598 |" in table(read(stored)[0])
+
+
 @pytest.fixture
 def start(tmp_path, tokenizer):
     save_policy(tiny_model(len(tokenizer), seed=0, width=48), tokenizer, tmp_path / "start")
@@ -120,6 +170,17 @@ def test_signal_from_end_to_end(start, tmp_path):
     assert rows["all"]["steps"] == rows["no outcome signal"]["steps"] == 2 * 2 * 3
     assert rows["all"]["skill_abs"] > 0 == rows["all"]["outcome_abs"]
     assert text.splitlines()[0] == "start: success 0.0%, groups without outcome signal 100.0% of 2"
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("FACTS", {"episode", "step"}), ("PULL", {"none"})])
+def test_signal_of_a_control_in_search(name, kinds, start, tmp_path):
+    argv = ["--env", "search", "--model", str(start), "--algo", f"lab.experiments.controls:{name}"]
+    argv += ["--tasks", "2", "--rollouts", "2", "--max-steps", "3", "--max-new-tokens", "6"]
+    skill_signal.main([*argv, "--results", str(tmp_path / "signal.jsonl"), "--name", name])
+    (result,) = read(tmp_path / "signal.jsonl")
+    assert result["config"]["max_step_skills"] == 3  # from the laptop's recipe for Search QA
+    assert result["rows"]["all"]["steps"] == 12 and result["rows"]["all"]["good"] == 0
+    assert result["rows"].keys() - {"all", "no outcome signal", "outcome signal"} == kinds
 
 
 def scripted(start, **changes) -> Config:
