@@ -52,6 +52,10 @@ class Settings(opid_full.Settings):
             raise ValueError(f"--algo {self.algo} with --lora-rank has no teacher that moves: --teacher-rate 0")
 
     @property
+    def kept_models(self) -> int:
+        return 1 if self.teacher_rate else 0
+
+    @property
     def levels(self) -> tuple[Level, ...]:
         return ("episode",)
 
