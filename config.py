@@ -219,6 +219,7 @@ class Config:
     # The frozen models that a variant's loss reads: with --offload they stay on the device for all of the update, since
     # the backward pass may read them again. No setting, hence no type.
     read_in_loss = ()
+    kept_models = 0  # whole models that a variant keeps in its state, and so in each checkpoint
 
     def __post_init__(self):
         """Raises ValueError for a value out of range or an impossible combination, before any model is loaded."""

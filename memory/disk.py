@@ -16,6 +16,7 @@ def most(config: Config, model: nn.Module) -> float:
     """Bytes of checkpoints and final policy when they are most: a new checkpoint is whole before the oldest goes.
     What is logged is not counted."""
     checkpoint = 3 * bytes_of(model, trained=True)  # the weights and AdamW's two moments
+    checkpoint += config.kept_models * bytes_of(model)
     count = -(-config.iterations // config.save_every)
     kept = min(count, config.keep_checkpoints)
     policy = bytes_of(model)

@@ -129,6 +129,7 @@ class Plan:
             "reference": self._frozen(config.model) if config.reads("reference") and not config.lora_rank else 0,
             "teacher": self._frozen(teacher) if teacher else 0,
             "optimizer": 2 * bytes_of(self.model, trained=True),
+            "state": 0 if self.gpu else 2 * config.kept_models * weights,  # this iteration's, and the last whole one's
         }
         if config.offload and self.gpu:
             parts = {name: size for name, size in parts.items() if name in ("weights", *used)}

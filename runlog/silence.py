@@ -34,7 +34,8 @@ def silences(config: Config, metrics: dict[str, float]) -> dict[str, str]:
             f"{config.context_limit}: raise it, or take --context window or a lower --max-steps"
         )
     if config.levels and not metrics["guided/tokens"]:
-        found["skills"] = f"no step is guided by a skill, so this is GRPO at OPID's cost: {_unguided(config, metrics)}"
+        cost = ", so this is GRPO at OPID's cost" if config.writes_skills else ""
+        found["skills"] = f"no step is guided by a skill{cost}: {_unguided(config, metrics)}"
     elif config.levels and not metrics["advantage/skill_abs"]:
         found["shift"] = "skills guide steps and change no log-prob: all of them say the same, or nothing"
     elif set(config.levels) == {"episode", "step"} and metrics.get("guided/step") == 0 and config.routing != "episode":
@@ -53,6 +54,8 @@ def _unguided(config: Config, metrics: dict[str, float]) -> str:
     """Why no skill came through."""
     if metrics.get("guided/episode_too_long", 0) + metrics.get("guided/step_too_long", 0):
         return f"contexts with a skill do not fit into --context-limit {config.context_limit}: raise it"
+    if not config.writes_skills:
+        return f"--algo {config.algo} found none. More --rollouts, easier tasks, or a cold start"
     if metrics.get("skills/parse_rate", 1.0):
         return f"the skills name no step that --routing {config.routing} and the weights let guide"
     if config.skill_writer not in LOCAL_WRITERS:

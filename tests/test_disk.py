@@ -51,7 +51,9 @@ def test_the_most_by_hand():
     assert most(Config(lora_rank=4, iterations=10), half) == 4 * (3 * adapters + whole)  # merged in float32
 
 
-@pytest.mark.parametrize("changes", ["", "--algo opid", "--lora-rank 4", "--lora-rank 4 --dtype bfloat16"], ids=str)
+@pytest.mark.parametrize(
+    "changes", ["", "--algo opid", "--algo sdpo", "--lora-rank 4", "--lora-rank 4 --dtype bfloat16"], ids=str
+)
 def test_what_is_planned_is_what_is_written(changes, start, tmp_path, monkeypatch):
     monkeypatch.setattr("runlog.start.model_writer", lambda *a, **k: lambda prompts: ["no idea"] * len(prompts))
     flags = [*FLAGS.split(), "--iterations", "1", "--out", str(tmp_path), "--model", str(start)]

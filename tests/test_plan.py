@@ -68,6 +68,14 @@ def test_frozen_models_hold_what_their_flag_says():
     assert parts("scoring", algo="opd", teacher="tiny")["teacher"] == 4 * TINY
 
 
+def test_a_moving_teacher_is_kept_twice_in_host_memory():
+    def kept(libraries: float | None, rate: float) -> set[float]:
+        plan = Plan(laptop(algo="sdpo", teacher_rate=rate), libraries=libraries)
+        return {phase.parts["state"] for phase in plan.phases}
+
+    assert (kept(0.0, 0.05), kept(0.0, 0.0), kept(None, 0.05)) == ({2 * 4 * TINY}, {0}, {0})  # None: a GPU
+
+
 def test_offloaded_is_what_a_phase_does_not_use():
     offloaded = {name: parts(name, offload=True) for name in ("rollout", "skills", "scoring", "update")}
     assert [name for name, held in offloaded.items() if held.get("optimizer")] == ["update"]
@@ -306,7 +314,7 @@ def test_a_model_of_two_layers_of_named_kinds_is_counted_whole():
     assert whole is architecture
 
 
-@pytest.mark.parametrize("settings", [{"algo": "opid-full"}, {"algo": "oprd"}])
+@pytest.mark.parametrize("settings", [{"algo": "opid-full"}, {"algo": "oprd"}, {"algo": "sdpo"}])
 def test_advice_leaves_out_what_the_run_refuses(settings, monkeypatch):
     monkeypatch.setattr(machine, "there", lambda device: 0.2 * GIB)
     line = planned(laptop(**settings), tiny_model(WORDS, seed=0), 2)

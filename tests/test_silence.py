@@ -65,6 +65,13 @@ def test_grpo_is_not_told_of_skills():
     assert silences(laptop(algo="grpo"), FINE | {"guided/tokens": 0.0, "advantage/skill_abs": 0.0}) == {}
 
 
+def test_what_writes_no_skills_is_not_told_of_writers():
+    found = silences(laptop(algo="sdpo"), FINE | {"guided/tokens": 0.0})
+    assert found == {
+        "skills": "no step is guided by a skill: --algo sdpo found none. More --rollouts, easier tasks, or a cold start"
+    }
+
+
 def test_shares_by_hand():
     """One step ends with 9, one is cut off; of five context tokens two are unknown (7); two of four are guided."""
     steps = [

@@ -51,6 +51,7 @@ def advantages_of(config, old, skill_logprobs, reference=None) -> Advantages:
         ("opid-full", [[2, 2], [-1, 0]]),
         ("opid-oracle", [[2 + 0.5 * 0.3, 2 - 0.5 * 0.1], [-1 + 0.25 * 0.2, 0]]),
         ("opsd", [[0, 0], [0, 0]]),
+        ("sdpo", [[0, 0], [0, 0]]),
         ("grpo+opsd", [[2, 2], [-1, 0]]),
         ("sdar", [[2, 2], [-1, 0]]),
         ("skill-sd", [[2, 2], [-1, 0]]),

@@ -7,14 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import kl_div
 
 from config import variant_of
 from data import Batch, Guidance, Route, Skills, Step, Trajectory
+from lm.distributions import divergence
+from lm.scoring import pack
+from tests.settings import laptop
 from variants import gigpo, opid_shuffled, rlsd
 from variants.gigpo import state_groups, step_relative_advantage
 from variants.opid_contrast import other_routes
 from variants.rlsd import rescale
 from variants.sdar import gated_pull, only_teacher
+from variants.sdpo import clipped_ratio, peer_of, transcript
 from variants.skill_sd import weighted_k3
 
 NAN = float("nan")
@@ -157,6 +162,121 @@ def test_rlsd_lets_go_of_the_skill_in_a_line():
 
     assert [of(i) for i in (0, 25, 50, 60)] == pytest.approx([2.2, 2.1, 2, 2], rel=1e-5)
     assert of(1000, rlsd_iterations=0) == pytest.approx(2.2, rel=1e-5)
+
+
+# ---- sdpo ------------------------------------------------------------------------------------------------------------
+
+
+def release_loss(student, teacher, new, old, mask, *, alpha, is_clip, topk=None):
+    """compute_self_distillation_loss of lasgroup/SDPO (0e6d510, verl/trainer/ppo/core_algos.py), loss_agg_mode
+    token-mean. Log-probs (B, R, V) of student and teacher, (B, R) of the tokens, and the mask of those that count."""
+    if topk:
+        words = student.topk(topk, -1).indices  # dp_actor.py: the student's
+        student, teacher = (with_tail(of.gather(-1, words)) for of in (student, teacher))
+    if alpha == 0.0:
+        kl = kl_div(student, teacher, reduction="none", log_target=True)
+    elif alpha == 1.0:
+        kl = kl_div(teacher, student, reduction="none", log_target=True)
+    else:
+        share = torch.tensor(alpha)
+        mixture = torch.logsumexp(torch.stack([student + (1 - share).log(), teacher + share.log()]), 0)
+        of_teacher = kl_div(mixture, teacher, reduction="none", log_target=True)
+        of_student = kl_div(mixture, student, reduction="none", log_target=True)
+        kl = torch.lerp(of_student, of_teacher, share)
+    losses = kl.sum(-1)
+    if is_clip is not None:
+        losses = losses * (new - old).detach().clamp(-20.0, 20.0).exp().clamp(max=is_clip)
+    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def with_tail(logprobs):
+    """release_loss's add_tail: one more word that has what the top k leave."""
+    total = torch.logsumexp(logprobs, -1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logprobs, (-torch.expm1(total)).log()], -1)
+
+
+KINDS_OF = {0.0: "forward", 0.3: "jsd", 0.5: "jsd", 1.0: "reverse"}  # the release's alpha
+
+
+@pytest.mark.parametrize("topk", [None, 6])
+@pytest.mark.parametrize("is_clip", [None, 1.1])
+@pytest.mark.parametrize("alpha", KINDS_OF)
+def test_sdpo_is_the_releases_loss(alpha, is_clip, topk):
+    """Value and gradient at random logits. Of 7 words the top 6 and a tail are all."""
+    random = torch.Generator().manual_seed(1)
+    own, others = (torch.randn(3, 4, 7, generator=random) for _ in range(2))
+    old, tokens = torch.randn(3, 4, generator=random) - 2, torch.randint(7, (3, 4, 1), generator=random)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])  # the second row has no peer
+
+    def of(loss):
+        logits = own.clone().requires_grad_()
+        student = logits.log_softmax(-1)
+        value = loss(student, others.log_softmax(-1), student.gather(-1, tokens)[..., 0])
+        value.backward()
+        return value.item(), logits.grad
+
+    def ours(student, teacher, new):
+        kept = mask.bool()
+        losses = divergence(KINDS_OF[alpha], student[kept], teacher[kept], beta=alpha)
+        return (losses * (clipped_ratio(new[kept], old[kept], is_clip) if is_clip else 1)).mean()
+
+    theirs = lambda student, teacher, new: release_loss(
+        student, teacher, new, old, mask, alpha=alpha, is_clip=is_clip, topk=topk
+    )
+    (value, gradient), (expected, expected_gradient) = of(ours), of(theirs)
+    assert value == pytest.approx(expected, rel=1e-4) and value > 0.01
+    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
+    assert gradient[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("is_clip", [2.0, None])
+def test_sdpo_through_two_models_is_the_releases_loss(is_clip, llama, qwen):
+    """Three steps, the second of a trajectory without a peer, whose tokens count in our mean alone."""
+    h, h_hat, y = [[5, 6, 7], [5, 9], [8, 7, 6]], [[5, 20, 6, 7], None, [8, 21, 7, 6]], [[3, 4], [9, 3, 3], [11]]
+    row_of = lambda model, context, answer: model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
+    steps = [Step((), "", context, answer, "", "", True) for context, answer in zip(h, y, strict=True)]
+    old = torch.full((3, 3), NAN)  # (B, R)
+    student, teacher = torch.zeros(3, 3, len(llama.lm_head.weight)), torch.zeros(3, 3, len(llama.lm_head.weight))
+    for row, answer in enumerate(y):
+        size, seen = len(answer), h_hat[row] or h[row]
+        student[row, :size] = row_of(llama, h[row], answer).log_softmax(-1)
+        teacher[row, :size] = row_of(qwen, seen, answer).detach().log_softmax(-1)
+        old[row, :size] = student[row, :size].detach().gather(-1, torch.tensor(answer)[:, None])[:, 0] - 0.5
+    batch = Batch([Trajectory("", 0, steps, True)], [None], [[()] * 3], {"episode": h_hat}, old, None, {})
+    batch.advantages = SimpleNamespace(total=torch.zeros(3, 3))
+    config = laptop(algo="sdpo", is_clip=is_clip)
+    assert (config.divergence, config.jsd_beta, config.kl) == ("jsd", 0.5, 0)
+    run = SimpleNamespace(config=config, policy=llama, models={"reference": qwen})
+
+    def gradient(loss) -> torch.Tensor:
+        llama.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in llama.parameters()])
+
+    mask = batch.mask * torch.tensor([[1], [0], [1]])
+    new, old = (old + 0.5).nan_to_num(), old.nan_to_num()
+    released = release_loss(student, teacher, new, old, mask, alpha=0.5, is_clip=is_clip)
+    losses, terms = variant_of("sdpo").loss(run, pack(h, y, packed=False), batch)
+    assert released > 0.1
+    assert losses.sum().item() == pytest.approx(released.item() * 3, rel=1e-4)
+    assert terms["loss/distill"].count_nonzero() == 3 and terms["loss/policy"].count_nonzero() == 0
+    theirs = gradient(released * 3)
+    assert (gradient(losses.sum()) - theirs).norm() < 1e-3 * theirs.norm()
+
+
+def test_a_solution_is_the_first_other_one_of_the_group():
+    ends = [(0, False), (0, True), (0, True), (1, True), (1, False), (2, False), (2, False)]  # group, success
+    played = [Trajectory("", group, [], success) for group, success in ends]
+    found = [peer_of(played, at) for at in range(len(played))]
+    sources = [next((i for i, other in enumerate(played) if other is peer), None) for peer in found]
+    assert sources == [1, 2, 1, None, 3, None, None]
+
+
+def test_a_solution_is_shown_by_its_valid_actions():
+    made = lambda action: Step((), "seen", [1], [2], f"<think>why</think> {action}", action, action != "huh")
+    steps = [made(action) for action in ("a", "huh", "b c")]
+    assert transcript(Trajectory("", 0, steps, True)) == "first a then b c"
+    assert transcript(Trajectory("", 0, steps[1:2], True)) == ""
 
 
 # ---- other tasks' skills: opid-shuffled, opid-contrast ---------------------------------------------------------------

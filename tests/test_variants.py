@@ -21,7 +21,7 @@ from envs.alfworld.expert import shortest_plan
 from lm.encoder import Encoder
 from lm.scoring import pack
 from rescore import rescore
-from runlog.metrics import advantage_metrics, over_processes, sizes_of
+from runlog.metrics import advantage_metrics, over_processes, read_lines, sizes_of
 from runlog.start import TOKENS, Run, start
 from tests.conftest import SMALL
 from tests.playing import play
@@ -30,13 +30,13 @@ from tests.test_metrics import Process
 from tests.test_offload import Poisoned
 from tiny.warmstart import tiny_model
 from train import Variant, update
-from variants import opd
+from variants import opd, sdpo
 from variants.opid_oracle import scripted_skills
 from variants.skill_grpo import UnderSkill, lessons, remember
 
 FLAGS = "--tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 1 --iterations 1 "
 FLAGS += "--mini-batch 8 --learning-rate 1e-3 --eval-every 0 --save-every 1 --invalid-penalty 1"
-FROZEN = ("oprd", "opid-full")  # whose scorer is not the policy
+FROZEN = ("oprd", "opid-full", "sdpo")  # whose scorer is not the policy
 NAMES = sorted(path.stem.replace("_", "-") for path in VARIANTS.glob("[a-z]*.py"))
 ALGOS = [name.replace("grpo-opsd", "grpo+opsd") for name in NAMES]
 SKILL = '{"episode_summary": "s", "episode_skill": "open every closed place", "step_skills": {"1": "look in bed"}}'
@@ -56,6 +56,7 @@ def small(monkeypatch, llama, tokenizer):
     monkeypatch.setattr(start_module, "load_model", lambda *a, **k: (copy.deepcopy(llama), tokenizer))
     monkeypatch.setattr(opd, "load_model", lambda *a, **k: (tiny_model(len(tokenizer), seed=5, width=48), tokenizer))
     monkeypatch.setattr(start_module, "model_writer", lambda *a, **k: lambda prompts: [SKILL] * len(prompts))
+    monkeypatch.setattr(sdpo, "peer_of", lambda trajectories, at: trajectories[at ^ 1])  # it solves nothing
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def run(made):
 
     def trained(algo, **changes) -> tuple[Config, list[dict]]:
         train(config := made(algo, **changes))
-        return config, [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
+        return config, read_lines(Path(config.out, "metrics.jsonl"))
 
     return trained
 
@@ -109,7 +110,7 @@ def test_help_shows_the_flags_of_one_algo_and_nobody_elses(algo, capsys):
 
 def test_some_have_flags_of_their_own():
     having = {algo for algo in ALGOS if own_flags(algo)}
-    assert having == {"gigpo", "rlsd", "sdar", "grpo+opsd", "opsd", "skill-sd", "opd", "oprd", "opid-full"}
+    assert having == {"gigpo", "rlsd", "sdar", "grpo+opsd", "opsd", "skill-sd", "opd", "oprd", "opid-full", "sdpo"}
     assert not own_flags("opid") and own_flags("gigpo") == {"state_weight", "gamma"}
 
 
@@ -174,9 +175,9 @@ def test_every_variant_trains_and_logs_what_it_adds(algo, run, llama):
     config, (record,) = run(algo)
     assert differ(trained(config), dict(llama.named_parameters()))
     assert all(value == value for value in record.values())  # no NaN
-    distills = ("sdar", "opsd", "grpo+opsd", "skill-sd", "oprd", "opid-full")
+    distills = ("sdar", "opsd", "grpo+opsd", "skill-sd", "oprd", "opid-full", "sdpo")
     assert ("loss/distill" in record) == (algo in distills)
-    assert (record["loss/policy"] == 0) == (algo in ("opsd", "oprd"))  # no outcome
+    assert (record["loss/policy"] == 0) == (algo in ("opsd", "oprd", "sdpo"))  # no outcome
     assert (record["advantage/skill_abs"] > 0) == bool((config.levels and algo != "opid-contrast") or algo == "opd")
     assert ("advantage/state_group_size" in record) == (algo == "gigpo")
     if algo == "skill-sd":
@@ -314,7 +315,8 @@ def test_the_exact_loss_has_the_gradient_of_the_sampled_shift_on_average(tempera
 
 def test_what_rests_in_host_memory_is_brought_back_for_the_loss(made, monkeypatch):
     """Scorer and teacher are no numbers until they are needed: the run is the same."""
-    for algo, changes in (("opid-full", {}), ("oprd", {}), ("opd", {"divergence": "reverse"}), ("opid-shift", {})):
+    reading = (("opid-full", {}), ("oprd", {}), ("sdpo", {}), ("opd", {"divergence": "reverse"}), ("opid-shift", {}))
+    for algo, changes in reading:
         changes |= {"scorer": "reference"} if algo != "opd" else {}
         plain = made(algo, iterations=2, kl=0.1, **changes)
         train(plain)
@@ -324,13 +326,43 @@ def test_what_rests_in_host_memory_is_brought_back_for_the_loss(made, monkeypatc
         assert rested.offload.aside and not differ(trained(plain), trained(rested.config)), algo
 
 
-@pytest.mark.parametrize("algo", ["opid-full", "opid-contrast", "skill-grpo"])
+@pytest.mark.parametrize("algo", ["opid-full", "opid-contrast", "skill-grpo", "sdpo"])
 def test_variants_resume_exactly(algo, made):
     train(whole := made(algo, iterations=3, train_games=2))
     train(halves := replace(whole, iterations=2, out=f"{whole.out}-halves"))
     assert differ(trained(whole), trained(halves))
     train(halves := replace(halves, iterations=3, resume=True))
     assert not differ(trained(whole), trained(halves))
+
+
+def test_the_teacher_of_sdpo_follows_the_policy(made, monkeypatch):
+    """Rate 0: the frozen start. 1: the policy before the update. 1/4 after one update: a quarter of the way there."""
+
+    def weights(model) -> torch.Tensor:
+        return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+    def scored(rate) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        teachers, policies = [], []
+
+        def watched(run, *more):
+            teachers.append(weights(run.models["reference"]))
+            policies.append(weights(run.policy))
+            return rescore(run, *more)
+
+        monkeypatch.setattr(train_module, "rescore", watched)
+        train(config := made("sdpo", iterations=3, teacher_rate=rate))
+        records = read_lines(Path(config.out, "metrics.jsonl"))
+        assert all(record["loss/distill"] > 0 for record in records)
+        return teachers, policies
+
+    teachers, policies = scored(0.0)
+    assert all(torch.equal(teacher, policies[0]) for teacher in teachers) and not torch.equal(*policies[:2])
+    teachers, policies = scored(1.0)
+    assert all(map(torch.equal, teachers, policies))
+    teachers, (start, once, twice) = scored(0.25)
+    assert torch.equal(teachers[0], start)
+    assert torch.allclose(teachers[1], 0.75 * start + 0.25 * once, atol=1e-6)
+    assert torch.allclose(teachers[2], 0.75 * (0.75 * start + 0.25 * once) + 0.25 * twice, atol=1e-6)
 
 
 # ---- whose skills, which teacher -------------------------------------------------------------------------------------
@@ -487,6 +519,10 @@ def test_skills_of_other_tasks_need_another_task(algo, run):
         ("opd", {"teacher": "larger", "divergence": "jsd", "shard": True}, "output layer whole: no --shard"),
         ("opid-full", {"scorer": "reference", "shard": True}, "a frozen scorer: no --shard"),
         ("opid-full", {"scorer": "old"}, "--scorer must be one of reference, not 'old'"),
+        ("sdpo", {"lora_rank": 4}, "has no teacher that moves: --teacher-rate 0"),
+        ("sdpo", {"is_clip": 0.0}, "--is-clip must be positive"),
+        ("sdpo", {"routing": "step"}, "--routing step guides no step"),
+        ("sdpo", {"teacher_rate": 1.5}, "--teacher-rate must be between 0 and 1"),
         ("opid-oracle", {"env": "search"}, "there is none for --env search"),
         ("sdar", {"routing": "additive"}, "at most one teacher per token: --routing additive gives a step two"),
         ("rlsd", {"rlsd_mix": 1.5}, "--rlsd-mix must be between 0 and 1"),

@@ -4,6 +4,7 @@
     opid-contrast, opid-shift, opid-full        A_skill against another skill; of the skill alone; exact, in the loss
     grpo, gigpo                                 no skills
     sdar, grpo+opsd, opsd, skill-sd, rlsd       skills that act through the loss, or rescale A_ep
+    sdpo                                        in the loss: a solution of the group's own in the place of a skill
     skill-grpo                                  acts under skills
     opd, oprd                                   learn from a larger model, or from its hidden states
 
