@@ -9,6 +9,7 @@
     PULL          how much is the pull towards the frozen scorer? No skill at all (0 in the first iteration)
     PERMUTED      does it matter which token is praised? A_skill in random order within each response
     SKILL_ONLY    what do skills teach alone? No outcome
+    CENTRED       is it the mean of A_skill that ruins? A_skill less its mean over the batch
 
 Notation as in variants/__init__.py.
 """
@@ -244,3 +245,18 @@ def skill_alone(run: Run, batch: Batch) -> Advantages:
 PULL = replace(OPID, skills=no_skills, advantages=pull, settings=PullSettings)
 PERMUTED = replace(OPID, advantages=permuted_skill)
 SKILL_ONLY = replace(OPID, advantages=skill_alone)
+
+
+def centred_skill(run: Run, batch: Batch) -> Advantages:
+    shifts = {level: centred(shift, batch.skill_logprobs[level]) for level, shift in shifts_of(batch).items()}
+    return summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
+
+
+def centred(shift: Tensor, skill_logprobs: Tensor) -> Tensor:
+    """A_skill of a level less its mean over the tokens that it was scored on. Under the policy's own scores that mean
+    is -KL(pi(. | h) || pi(. | h^)): every sampled token is blamed on average. (B, R), (B, R) -> (B, R)"""
+    scored = ~skill_logprobs.isnan()  # (B, R)
+    return torch.where(scored, shift - shift[scored].mean(), 0.0) if scored.any() else shift
+
+
+CENTRED = replace(OPID, advantages=centred_skill)
