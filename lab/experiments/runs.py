@@ -1,9 +1,10 @@
-"""What the experiments share about runs: folders called ARM-seedN, the settings and the weights that they had."""
+"""What the experiments share about runs: folders called ARM-seedN, or ARM-startK-seedN, their settings and weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def fingerprint(model: Path) -> str:
 
 
 def arm_of(name: str) -> str:
-    """'opid-k0-seed3' -> 'opid-k0'; another kind of name is an arm by itself."""
-    return name.rpartition("-seed")[0] or name
+    """'opid-k0-seed3' and 'opid-k0-start1-seed3' -> 'opid-k0'; another kind of name is an arm by itself."""
+    return re.sub(r"(-start\d+)?-seed\d+$", "", name)
 
 
 def flags_of(settings: dict) -> list[str]:
