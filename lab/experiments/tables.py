@@ -176,7 +176,7 @@ def interval(low: float, high: float) -> str:
 
 
 def with_interval(e: Estimate) -> str:
-    return f"{show(e.mean)} {interval(e.low, e.high)}"
+    return "-" if np.isnan(e.mean) else f"{show(e.mean)} {interval(e.low, e.high)}"
 
 
 def p_value(p: float) -> str:

@@ -263,6 +263,14 @@ def test_ends_by_hand():
     assert sdar[8] == "4.5 [3.6, 5.4] (4 of 4 cheaper)"  # 20 until 100 tokens, 30 from there: 25
 
 
+def test_what_was_not_evaluated_before_the_baseline_ended_is_not_told():
+    late = bench()
+    for run in late["opid"]:
+        run["curve"] = run["curve"][-1:]  # --eval-every 0: after its 400 tokens, where GRPO had 200
+    row = ends(runs_of(late), "grpo").splitlines()[3].removesuffix(" |").split(" | ")
+    assert row[3] == "58.0 [54.6, 61.4]" and row[6:] == ["-"] * 6
+
+
 def test_what_a_run_uses_by_hand():
     assert costs(runs_of(bench()), "grpo").splitlines() == [
         "| a run uses (times grpo's) | episodes | sampled tokens | training seconds |",
