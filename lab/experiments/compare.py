@@ -170,9 +170,8 @@ def read_results(jobs: list[Job]) -> dict[str, list[dict]]:
 def stored(results: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
     """Arm -> the results of all its runs that a file holds, whoever made them; no `arms`: of all that there are."""
     found: dict[str, list[dict]] = {arm: [] for arm in arms}
-    lines = [line for line in read(results) if "curve" in line]  # other experiments have their own tables
-    for line in sorted(lines, key=lambda line: (training_of(line), line["config"]["seed"])):
-        if not arms or arm_of(line["name"]) in found:
+    for line in read(results):
+        if "curve" in line and (not arms or arm_of(line["name"]) in found):  # others are no runs of a comparison
             found.setdefault(arm_of(line["name"]), []).append(line)
     return {arm: runs for arm, runs in found.items() if runs}
 

@@ -35,7 +35,9 @@ from lab.experiments.tables import (
     ends_of,
     leads,
     mean_until,
+    p_value,
     runs_of,
+    show,
     splits_of,
     success_at,
     units_of,
@@ -271,6 +273,13 @@ def test_what_was_not_evaluated_before_the_baseline_ended_is_not_told():
     assert row[3] == "58.0 [54.6, 61.4]" and row[6:] == ["-"] * 6
 
 
+def test_numbers_are_rounded_alike():
+    """Whatever the order of a sum; zero has no sign."""
+    assert show(46.55 - 1e-13) == show(46.55 + 1e-13)
+    assert [show(-0.01), show(float("nan")), show(-2.04)] == ["0.0", "-", "-2.0"]
+    assert [p_value(p) for p in (0.00099, 0.0014, float("nan"))] == ["<0.001", "0.001", "-"]
+
+
 def test_what_a_run_uses_by_hand():
     assert costs(runs_of(bench()), "grpo").splitlines() == [
         "| a run uses (times grpo's) | episodes | sampled tokens | training seconds |",
@@ -500,6 +509,9 @@ def test_a_report_takes_all_seeds_that_are_there(jobs, tmp_path):
     assert compare.main(argv) == text  # the same arms, in the order of the table that is there
     with pytest.raises(SystemExit, match="no result of these arms"):
         compare.main([*argv, "--methods", "sdar"])
+    shutil.copy(compare.RESULTS / "skill-effect.jsonl", tmp_path)  # of another experiment
+    with pytest.raises(SystemExit, match="no result of these arms"):
+        compare.main(["--report", "--results", str(tmp_path / "skill-effect.jsonl")])
     assert compare.main([*argv, "--methods", "grpo", "opid", "--baseline", "opid"]).startswith("| arm | seeds |")
     assert "| ahead of opid at equal episodes |" in compare.main(argv)  # the baseline of the table, too
     (tmp_path / "bench.md").write_text("| something else |\n")
