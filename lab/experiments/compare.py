@@ -41,7 +41,7 @@ from evaluate import eval_splits, games_of
 from lab.experiments.children import Children
 from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, flags_of, on_the_laptop, settings
 from lab.experiments.stored import add, differing, find, read
-from lab.experiments.tables import by_episodes, by_type, draw, efficiency, leads, read_shares, table
+from lab.experiments.tables import by_episodes, by_type, costs, draw, ends, leads, read_shares, runs_of, training_of
 from lm.loading import remove, save_policy, write_whole
 from runlog.checkpoints import saved
 from runlog.metrics import read_lines
@@ -198,30 +198,40 @@ def read_results(jobs: list[Job]) -> dict[str, list[dict]]:
 
 
 def stored(results: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
-    """Arm -> the results of all its seeds that a file holds, whoever made them; no `arms`: of all that there are."""
+    """Arm -> the results of all its runs that a file holds, whoever made them; no `arms`: of all that there are."""
     found: dict[str, list[dict]] = {arm: [] for arm in arms}
-    for result in sorted(read(results), key=lambda result: result["config"]["seed"]):
-        if not arms or arm_of(result["name"]) in found:
-            found.setdefault(arm_of(result["name"]), []).append(result)
+    for line in read(results):
+        if "curve" in line and (not arms or arm_of(line["name"]) in found):  # others are no runs of a comparison
+            found.setdefault(arm_of(line["name"]), []).append(line)
     return {arm: runs for arm, runs in found.items() if runs}
 
 
 def told_by(table: Path) -> tuple[list[str], str]:
-    """The arms and the baseline of a table that was made before; none where there is no table."""
+    """The arms and the baseline of a table that was made before; none where there is no table. Raises ValueError for a
+    table of another kind."""
     if not table.exists():
         return [], "grpo"
-    head, _, *rows = table.read_text().partition("\n\n")[0].splitlines()
-    return [row.split("|")[1].strip() for row in rows], re.search(r"P\(better than (.*?)\)", head)[1]
+    first = table.read_text().partition("\n\n")[0]
+    baseline = re.search(r"\| ahead of (\S+) at equal episodes \|", first)
+    if not baseline:
+        raise ValueError(f"{table} is no table of today's compare.py: name its --methods, --arms and --baseline")
+    return [row.split("|")[1].strip() for row in first.splitlines()[2:]], baseline[1]
 
 
 def check_alike(found: dict[str, list[dict]]) -> None:
     """Raises ValueError where runs must not be compared: other starting weights, or another bench; and where the runs
-    of one arm differ in more than their seed."""
+    of one arm differ in more than their seed. Each training of the starting model has weights of its own."""
     first = next(iter(found.values()))[0]
+    of_training: dict[int, dict] = {}  # training -> a run of it
+    of_start: dict[str, dict] = {}  # fingerprint -> a run from it
     for runs in found.values():
         for run in runs:
-            if run["start"] != first["start"]:
-                raise ValueError(f"{run['name']} and {first['name']} are from other starting weights")
+            same = of_training.setdefault(training_of(run), run)
+            if run["start"] != same["start"]:
+                raise ValueError(f"{run['name']} and {same['name']} are from other starting weights")
+            other = of_start.setdefault(run["start"], run)
+            if training_of(run) != training_of(other):
+                raise ValueError(f"{run['name']} and {other['name']} are from the same starting weights")
             if others := [name for name in differing(first["config"], run["config"]) if name in BENCH]:
                 raise ValueError(f"{run['name']} and {first['name']} have other settings of {', '.join(others)}")
             if others := [name for name in differing(runs[0]["config"], run["config"]) if name != "seed"]:
@@ -298,9 +308,10 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     if taken := {"--algo", "--seed", "--prompt", "--out"} & given:
         parser.error(f"{taken.pop()} differs from run to run: see --methods, --seeds and --runs")
     if args.report:  # of what is there, whatever it is called by now
-        told, baseline = told_by(args.results.with_suffix(".md"))
         named = [*args.methods, *args.arms]
-        args.baseline = args.baseline or ("grpo" if named else baseline)
+        with lm.one_line("compare.py"):
+            told, baseline = ([], "grpo") if named else told_by(args.results.with_suffix(".md"))
+        args.baseline = args.baseline or baseline
         return args, flags, dict.fromkeys(named or told, "")
     if not (args.methods or args.arms):
         parser.error("name what is compared: --methods, --arms or both")
@@ -321,7 +332,8 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
 def main(argv: list[str] | None = None) -> str:
     args, flags, arms = read_command_line(argv)
     if args.report:
-        return report(stored(args.results, arms), args.baseline, args.results)
+        with lm.one_line("compare.py"):
+            return report(stored(args.results, arms), args.baseline, args.results)
     flags = [*(QUICK.split() if args.quick else []), *flags]
     runs = (args.runs or ROOT / "runs" / args.results.stem).absolute()
     seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.quick else 10)))
@@ -344,10 +356,11 @@ def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
     if not found:
         raise ValueError(f"{results} holds no result of these arms")
     check_alike(found)
-    parts = [table(found, baseline), efficiency(found, baseline), leads(found, baseline)]
-    text = "\n\n".join(part for part in [*parts, by_episodes(found), by_type(found)] if part)
+    runs = runs_of(found)
+    parts = [ends(runs, baseline), costs(runs, baseline), leads(runs, baseline), by_episodes(runs), by_type(runs)]
+    text = "\n\n".join(part for part in parts if part)
     results.with_suffix(".md").write_text(text + "\n")
-    draw(found, results.with_suffix(".png"))
+    draw(runs, results.with_suffix(".png"))
     print(text)
     return text
 

@@ -24,10 +24,11 @@ import torch
 
 from config import Config
 from evaluate import environment, evaluate
+from lab.experiments.estimates import estimate
 from lab.experiments.perturb import CHANGES, Change, Perturbed
 from lab.experiments.runs import RESULTS, arm_of, commit, config_of, fingerprint, settings
 from lab.experiments.stored import add, differing, find, read
-from lab.experiments.tables import markdown, split_cells, split_titles
+from lab.experiments.tables import markdown, with_interval
 from lm.encoder import Encoder
 from lm.loading import about_policy
 from lm.sampler import end_of_turn_ids
@@ -81,16 +82,16 @@ def result_of(run: Path, flags: list[str], temperatures: list[float], results: P
 
 
 def table(results: list[dict]) -> str:
-    """One row an arm and a condition: interquartile mean over seeds and its 95% interval, by split."""
+    """One row an arm and a condition: mean over seeds and its 95% t interval, by split."""
     splits = list(next(iter(results[0]["success"].values())))
-    head = ["method", "condition", "seeds", *split_titles(splits)]
+    head = ["method", "condition", "seeds", *(f"{split}, %" for split in splits)]
     rows = []
     arms = [arm_of(result["name"]) for result in results]
     for arm in dict.fromkeys(arms):
         runs = [result["success"] for result, own in zip(results, arms, strict=True) if own == arm]
         for condition in runs[0]:
             own = np.array([[run[condition][split] for split in splits] for run in runs])  # (runs, splits)
-            rows.append([arm, condition, str(len(runs)), *split_cells(own)])
+            rows.append([arm, condition, str(len(runs)), *(with_interval(estimate(100 * at)) for at in own.T)])
     return markdown(head, rows)
 
 

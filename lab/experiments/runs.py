@@ -1,4 +1,4 @@
-"""What the experiments share about runs: folders called ARM-seedN, the settings and the weights that they had."""
+"""What the experiments share about runs: folders called ARM-seedN, or ARM-startK-seedN, their settings and weights."""
 
 from __future__ import annotations
 

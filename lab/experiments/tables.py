@@ -1,101 +1,163 @@
 """What a comparison reports: tables in Markdown and the learning curves, from the result files of compare.py.
 
-`results` is arm -> the results of its seeds. Estimates are interquartile means over seeds with 95% bootstrap intervals.
+The unit of replication is the training of the starting model: runs that begin from one training share its luck, so they
+are averaged first, and intervals are over trainings. Where there is one training alone, the unit is the seed.
+
+Runs of one training and seed meet the same tasks: arms are compared pair by pair. Equal cost means that an arm is
+looked at when it has used up what the baseline's run of its pair used in all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 
-from lab.experiments.estimates import bootstrap_interval, interquartile_mean, probability_of_improvement
+from lab.experiments.estimates import FEWEST, Estimate, bootstrap_interval, estimate, holm
 
-NO_SPLITS = ("iteration", "sampled", "skills", "seconds", "writing")  # of a point of a curve: where, and at what cost
-GOALS = (0.5, 0.6, 0.7, 0.8)  # held-out success that sample efficiency is counted to
 CONTROLS = ("grpo", "opid-shuffled", "opid-placebo")  # no skills, skills of other tasks, words that say nothing
+NOT_SPLITS = {"iteration", "sampled", "skills", "seconds", "writing"}  # what a point of a curve holds beside its splits
+# Their skills are the same words whatever the writer wrote, so it is not charged: a real run of them would have none.
+WITHOUT_WRITER = {"opid-placebo"}
+EPISODES, TOKENS, SECONDS = "episodes", "sampled tokens", "training seconds"  # what a run costs
 
 
-def splits_of(results: list[dict]) -> list[str]:
+@dataclass(frozen=True)
+class Run:
+    """One result, success in % as the mean of its splits."""
+
+    training: int  # of the starting model
+    seed: int
+    unit: int  # the training; where all runs of the tables have the same one, the seed
+    success: np.ndarray  # (points,) at each evaluation
+    end: float  # of the final games, where all runs of the tables have as many; else the last of `success`
+    final_games: int | None  # None: `end` is of the last evaluation
+    cost: dict[str, np.ndarray]  # (points,) what was used so far; EPISODES alone where a run of the tables has no other
+    splits: list[str]
+    tables: list[str]  # success by type before and after training, as evaluate.py prints it; older results have none
+
+
+Runs = dict[str, list[Run]]  # arm -> its runs
+Difference = Callable[[Run, Run], float]  # of our run and theirs
+
+
+def runs_of(results: dict[str, list[dict]]) -> Runs:
+    """Arm -> its results, as compare.py stores them."""
+    lines = [result for arm in results.values() for result in arm]
+    games = {line["final"]["games"] if "final" in line else None for line in lines}
+    final_games = games.pop() if len(games) == 1 else None
+    costs = all("sampled" in point for line in lines for point in line["curve"])
+    several = len({training_of(line) for line in lines}) > 1
+
+    def run(line: dict) -> Run:
+        splits, training, seed = splits_of(line), training_of(line), line["config"]["seed"]
+        success = np.array([mean_of(point, splits) for point in line["curve"]])
+        end = mean_of(line["final"], splits) if final_games else float(success[-1])
+        cost = costs_of(line) if costs else {EPISODES: episodes_of(line)}
+        unit, tables = training if several else seed, line.get("tables", [])
+        return Run(training, seed, unit, success, end, final_games, cost, splits, tables)
+
+    return {arm: [run(line) for line in own] for arm, own in results.items()}
+
+
+def training_of(result: dict) -> int:
+    return result.get("training", 0)
+
+
+def splits_of(result: dict) -> list[str]:
     """The held-out splits, acting without skills."""
-    return [k for k in results[0]["curve"][-1] if k not in NO_SPLITS and not k.endswith("+skill")]
+    return [name for name in result["curve"][-1] if name not in NOT_SPLITS and not name.endswith("+skill")]
 
 
-def scores(results: list[dict], point: int = -1) -> np.ndarray:
-    """Held-out success of each run at one point of its curve, acting without skills. -> (runs, splits)"""
-    return np.array([[r["curve"][point][split] for split in splits_of(results)] for r in results])
+def mean_of(shares: dict, splits: list[str]) -> float:
+    """In %."""
+    return 100 * float(np.mean([shares[split] for split in splits]))
 
 
-def area(results: list[dict]) -> np.ndarray:
-    """Area under each run's curve: the mean over its evaluations, the one before training included. (runs, splits)"""
-    return np.mean([scores(results, point) for point in range(len(results[0]["curve"]))], axis=0)
+def episodes_of(result: dict) -> np.ndarray:
+    """Played until each evaluation. -> (points,)"""
+    each = result["episodes"] / len(result["train"])
+    return np.array([point["iteration"] * each for point in result["curve"]])
 
 
-def episodes_to_reach(run: dict, goal: float) -> float:
-    """Episodes played until the first evaluation whose success, mean of the splits, is at least `goal`; inf: never."""
-    point = points_to_reach(curves([run]), goal)
-    return point if np.isinf(point) else episodes_played(run)[int(point)]
+def costs_of(result: dict) -> dict[str, np.ndarray]:
+    """Kind of cost -> what was used until each evaluation (points,)."""
+    used = {name: np.array([point[name] for point in result["curve"]], float) for name in NOT_SPLITS}
+    if result["config"]["algo"] in WITHOUT_WRITER:
+        tokens, seconds = used["sampled"], used["seconds"] - used["writing"]
+    else:
+        tokens, seconds = used["sampled"] + used["skills"], used["seconds"]
+    return {EPISODES: episodes_of(result), TOKENS: tokens, SECONDS: seconds}
 
 
-def episodes_played(run: dict) -> list[float]:
-    """Until each of a run's evaluations."""
-    return [point["iteration"] * (run["episodes"] / len(run["train"])) for point in run["curve"]]
+# ---- one number a unit -----------------------------------------------------------------------------------------------
 
 
-def curves(results: list[dict]) -> np.ndarray:
-    """Held-out success of each run at each evaluation, mean of the splits. -> (runs, points)"""
-    points = range(len(results[0]["curve"]))
-    return np.stack([scores(results, point).mean(axis=1) for point in points], axis=1)
+def by_unit(runs: list[Run], values: list) -> np.ndarray:
+    """A value of each run, (runs, ...) -> the mean over the runs of each unit (units, ...)."""
+    units, of_runs = np.array([run.unit for run in runs]), np.array(values, float)
+    return np.stack([of_runs[units == unit].mean(axis=0) for unit in np.unique(units)])
 
 
-def points_to_reach(curve: np.ndarray, goal: float) -> float:
-    """First point at which the interquartile mean of runs (runs, points) is at least `goal`; inf: never."""
-    reached = [interquartile_mean(at) >= goal - 1e-9 for at in curve.T]  # a mean of shares is rounded
-    return float(reached.index(True)) if True in reached else float("inf")
+def ends_of(runs: list[Run]) -> np.ndarray:
+    """(units,)"""
+    return by_unit(runs, [run.end for run in runs])
 
 
-def share_of_points(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """How much of what they needed we need to reach their final success, the mean over their last quarter of
-    evaluations: both by the first point of the interquartile mean of the runs (runs, points). With evaluations at equal
-    distances this is a share of episodes. The goal is theirs, noise included, so two equal methods come out above 1.
-    """
-    last = theirs[:, -max(1, theirs.shape[1] // 4) :]  # (runs, last points)
-    goal = float(np.mean([interquartile_mean(at) for at in last.T]))
-    own, needed = points_to_reach(ours, goal), points_to_reach(theirs, goal)
-    return own / needed if needed else 1.0 if own == 0 else float("inf")  # there from the start
+def pairs(ours: list[Run], theirs: list[Run]) -> list[tuple[Run, Run]]:
+    """Runs of the same training and seed."""
+    other = {(run.training, run.seed): run for run in theirs}
+    return [(run, other[run.training, run.seed]) for run in ours if (run.training, run.seed) in other]
 
 
-def percent(own: np.ndarray) -> list[str]:
-    """(runs, splits) -> two cells: interquartile mean in % and its 95% interval."""
-    low, high = bootstrap_interval(interquartile_mean, own)
-    return [f"{100 * interquartile_mean(own):.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]"]
+def differences(runs: Runs, other: str, difference: Difference) -> dict[str, np.ndarray]:
+    """Arm -> how far it is ahead of the arm `other`, in points (units,); without those that share no pair with it."""
+    paired = {arm: pairs(own, runs.get(other, [])) for arm, own in runs.items() if arm != other}
+    return {
+        arm: by_unit([ours for ours, _ in both], [difference(*both_runs) for both_runs in both])
+        for arm, both in paired.items()
+        if both
+    }
 
 
-def split_titles(splits: list[str]) -> list[str]:
-    """Above what `split_cells` fills."""
-    return [title for split in splits for title in (f"{split}, IQM, %", "95%")]
+def success_at(run: Run, kind: str, spent: float) -> float:
+    """Success when a run had cost that much, linear between its evaluations; after its end that of its end, before its
+    first evaluation NaN."""
+    cost = run.cost[kind]
+    if spent > cost[-1] or np.isclose(spent, cost[-1]):
+        return run.end
+    return float(np.interp(spent, cost, run.success, left=np.nan))
 
 
-def split_cells(own: np.ndarray) -> list[str]:
-    """(runs, splits) -> the two cells of `percent` for each split by itself."""
-    return [cell for i in range(own.shape[1]) for cell in percent(own[:, [i]])]
+def mean_until(run: Run, kind: str, spent: float) -> float:
+    """Mean success over training until it had cost that much: the area under the curve, which stays where it ends. NaN
+    where it was not evaluated before training."""
+    cost = run.cost[kind]
+    if cost[0] > 0 or spent <= 0:
+        return float("nan")
+    at = np.array([*cost[cost < spent], spent])
+    return float(np.trapezoid(np.interp(at, cost, run.success), at) / spent)
 
 
-def against(
-    theirs: list[dict] | None,
-    ours: list[dict],
-    values: Callable[[list[dict]], np.ndarray],
-    statistic: Callable[[np.ndarray, np.ndarray], float],
-    show: Callable[[float], str],
-) -> list[str]:
-    """Two cells: `statistic` of our `values` and those of the baseline, and its 95% interval; "-" for the baseline
-    itself, or where there is none."""
-    if theirs is None or theirs is ours:
-        return ["-", "-"]
-    pair = values(ours), values(theirs)
-    low, high = bootstrap_interval(statistic, *pair)
-    return [show(statistic(*pair)), f"[{show(low)}, {show(high)}]"]
+def at_the_end(ours: Run, theirs: Run) -> float:
+    return ours.end - theirs.end
+
+
+def at_equal(kind: str) -> Difference:
+    """Ours when it has used up what theirs used in all, minus the end of theirs."""
+    return lambda ours, theirs: success_at(ours, kind, theirs.cost[kind][-1]) - theirs.end
+
+
+def over_training(kind: str) -> Difference:
+    """Of the means over training, up to the whole cost of theirs."""
+    whole = lambda theirs: theirs.cost[kind][-1]
+    return lambda ours, theirs: mean_until(ours, kind, whole(theirs)) - mean_until(theirs, kind, whole(theirs))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -104,79 +166,154 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
-def table(results: dict[str, list[dict]], baseline: str) -> str:
-    """One row an arm: final held-out success by split and over all, success over training, and how likely a run of it
-    ends better than one of the baseline."""
-    splits = splits_of(next(iter(results.values())))
-    head = ["method", "seeds", *split_titles(splits), "held-out success, IQM, %", "95%"]
-    head += ["mean over training, IQM, %", "95%", f"P(better than {baseline})", "95%", "seconds a run"]
-    rows = []
-    for arm, runs in results.items():
-        own = scores(runs)  # (runs, splits)
-        cells = [arm, str(len(runs)), *split_cells(own), *percent(own), *percent(area(runs))]
-        cells += against(results.get(baseline), runs, scores, probability_of_improvement, "{:.2f}".format)
-        rows.append([*cells, f"{np.mean([r['seconds'] for r in runs]):.0f}"])
-    return markdown(head, rows)
+def show(number: float, digits: int = 1) -> str:
+    """Rounded after its last digits are, in which sums of another order differ; + 0.0: no minus before a zero."""
+    return "-" if np.isnan(number) else f"{round(round(number, 6), digits) + 0.0:.{digits}f}"
 
 
-def efficiency(results: dict[str, list[dict]], baseline: str) -> str:
-    """One row an arm: episodes until held-out success, mean of the splits, reached each of GOALS; a run that never got
-    there counts as infinitely many. And the share of the baseline's episodes after which an arm is where it ends."""
-    head = ["episodes to reach, IQM [95%]", *(f"{100 * goal:.0f}%" for goal in GOALS)]
-    head += [f"episodes to {baseline}'s final level, % of its own", "95%"]
-    rows = []
-    for arm, runs in results.items():
-        reached = [np.array([[episodes_to_reach(run, goal)] for run in runs]) for goal in GOALS]  # (runs, 1) each
-        cells = [arm, *map(_episodes, reached)]
-        rows.append([*cells, *against(results.get(baseline), runs, curves, share_of_points, _share)])
-    return markdown(head, rows)
+def interval(low: float, high: float) -> str:
+    return "[-]" if np.isnan(low) else f"[{show(low)}, {show(high)}]"
 
 
-def leads(results: dict[str, list[dict]], baseline: str) -> str:
-    """By how many points each arm is above the baseline, and above each of CONTROLS that is there: a table for where
-    they end, and one for the mean over training."""
-    others = [arm for arm in dict.fromkeys([baseline, *CONTROLS]) if arm in results]
-    above = [title for other in others for title in (f"of {other}", "95%")]
-    parts = []
-    for when, values in {"at the end": scores, "over training": area}.items():
-        head = [f"points ahead {when}, seed by seed", *above]
-        rows = [[arm, *(c for o in others for c in _lead(runs, results[o], values))] for arm, runs in results.items()]
-        parts.append(markdown(head, rows))
-    return "\n\n".join(parts)
+def with_interval(e: Estimate) -> str:
+    return "-" if np.isnan(e.mean) else f"{show(e.mean)} {interval(e.low, e.high)}"
 
 
-def _lead(ours: list[dict], theirs: list[dict], values: Callable[[list[dict]], np.ndarray]) -> list[str]:
-    """Two cells from the seeds that both have: runs of one seed met the same tasks, so their scores are paired."""
-    other = {run["config"]["seed"]: run for run in theirs}
-    pairs = [(run, other[run["config"]["seed"]]) for run in ours if run["config"]["seed"] in other]
-    if ours is theirs or not pairs:
-        return ["-", "-"]
-    return percent(values([run for run, _ in pairs]) - values([run for _, run in pairs]))
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else show(p, 3)
 
 
-def by_episodes(results: dict[str, list[dict]]) -> str:
-    """One row an arm: success at each evaluation, mean of the splits."""
-    played = [round(episodes) for episodes in episodes_played(next(iter(results.values()))[0])]
-    rows = [[arm, *(f"{100 * interquartile_mean(at):.1f}" for at in curves(runs).T)] for arm, runs in results.items()]
-    return markdown(["success after episodes, IQM, %", *map(str, played)], rows)
+def compared(values: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    """Arm -> two cells for its differences (units,): their mean and interval; p, and what Holm makes of it in this
+    column."""
+    estimates = {arm: estimate(own) for arm, own in values.items()}
+    corrected = holm([e.p for e in estimates.values()])
+    told = zip(estimates.items(), corrected, strict=True)
+    return {arm: [with_interval(e), "-" if np.isnan(e.p) else f"{p_value(e.p)} ({p_value(p)})"] for (arm, e), p in told}
 
 
-def by_type(results: dict[str, list[dict]]) -> str:
-    """Success by task type, mean over seeds, split by split: one row before training, and one an arm at its end."""
-    runs = [run for arm in results.values() for run in arm if "tables" in run]
-    if not runs:
+def ends(runs: Runs, baseline: str) -> str:
+    """One row an arm: where it ends, and how far it is ahead of the baseline at equal cost of each kind."""
+    kinds, games = kinds_of(runs), next(iter(runs.values()))[0].final_games
+    head = ["arm", units_title(runs), f"end of {games} games, %" if games else "end, %"]
+    rows = {arm: [units_of(runs, arm), with_interval(estimate(ends_of(own)))] for arm, own in runs.items()}
+    columns = [(f"ahead of {baseline} at equal {kind}", kind, at_equal(kind)) for kind in kinds]
+    if TOKENS in kinds:
+        columns.append((f"over training, at equal {TOKENS}", TOKENS, over_training(TOKENS)))
+    for title, kind, difference in columns:
+        values = differences(runs, baseline, difference)
+        told = compared(values)
+        head += [title, "p (Holm)"]
+        for arm, row in rows.items():
+            mean, p = told.get(arm, ["-", "-"])
+            row += [mean + (cheaper(runs[arm], runs[baseline], kind) if arm in told else ""), p]
+        if kind == EPISODES:
+            head.append("bootstrap")
+            for arm, row in rows.items():
+                row.append(_bootstrap(values[arm]) if arm in values else "-")
+    text = markdown(head, [[arm, *row] for arm, row in rows.items()])
+    return "\n".join([text, "", *notes(runs, baseline, " cheaper)" in text)])
+
+
+def _bootstrap(values: np.ndarray) -> str:
+    return interval(*bootstrap_interval(np.mean, values)) if len(values) >= FEWEST else "-"
+
+
+def cheaper(ours: list[Run], theirs: list[Run], kind: str) -> str:
+    """What is said of runs that cost less over their whole training than the runs that they are compared with."""
+    both = [(a.cost[kind][-1], b.cost[kind][-1]) for a, b in pairs(ours, theirs)]
+    count = sum(own < other and not np.isclose(own, other) for own, other in both)
+    return f" ({count} of {len(both)} cheaper)" if count else ""
+
+
+def kinds_of(runs: Runs) -> list[str]:
+    return list(next(iter(runs.values()))[0].cost)
+
+
+def by_training(runs: Runs) -> bool:
+    """Whether the unit is the training of the starting model, and not the seed."""
+    return len({run.training for own in runs.values() for run in own}) > 1
+
+
+def units_title(runs: Runs) -> str:
+    return "trainings x seeds" if by_training(runs) else "seeds"
+
+
+def units_of(runs: Runs, arm: str) -> str:
+    """'5' seeds; '4 x 2' where the unit is the training, '4 x 1-2' where they have not the same number of seeds."""
+    units, counts = np.unique([run.unit for run in runs[arm]], return_counts=True)
+    seeds = "-".join(str(count) for count in sorted({counts.min(), counts.max()}))
+    return f"{len(units)} x {seeds}" if by_training(runs) else str(len(units))
+
+
+def notes(runs: Runs, baseline: str, some_cheaper: bool) -> list[str]:
+    """How to read `ends`."""
+    unit = "training of the starting model, its seeds averaged first" if by_training(runs) else "seed"
+    lines = [f"The unit is the {unit}. In brackets: 95% t intervals over units, none under {FEWEST} of them."]
+    lines.append("Ahead: in points, from runs of one training and seed. p: paired t test; after Holm, over a column.")
+    if TOKENS in kinds_of(runs):
+        lines.append(f"Equal cost: an arm when it had used what {baseline}'s run used in all, its skills included.")
+    if some_cheaper:
+        lines.append("Cheaper: runs that used less in all. They count by their end, and their curve stays there.")
+    return lines
+
+
+def costs(runs: Runs, baseline: str) -> str:
+    """One row an arm: what a run uses, and how many times as much as the baseline's of its pair. Older results do not
+    say."""
+    kinds, rows = kinds_of(runs), []
+    if TOKENS not in kinds:
         return ""
-    types = list(read_table(runs[0]["tables"][0])[splits_of(runs)[0]])
-    untrained = [run for run in runs if run["curve"][0]["iteration"] == 0]  # else it was evaluated at the end alone
+    for arm, own in runs.items():
+        both, row = pairs(own, runs.get(baseline, [])), [arm]
+        for kind in kinds:
+            mean = by_unit(own, [run.cost[kind][-1] for run in own]).mean()
+            ratio = [sum(run.cost[kind][-1] for run in side) for side in zip(*both, strict=True)]
+            row.append(f"{mean:.0f}" + (f" ({ratio[0] / ratio[1]:.2f})" if both else ""))
+        rows.append(row)
+    return markdown([f"a run uses (times {baseline}'s)", *kinds], rows)
+
+
+def leads(runs: Runs, baseline: str) -> str:
+    """How far each arm is ahead of each of CONTROLS that is there, where they end; the baseline stands in `ends`."""
+    head, rows = ["ahead at the end"], {arm: [arm] for arm in runs}
+    for control in CONTROLS:
+        if control in runs and control != baseline:
+            head += [f"of {control}", "p (Holm)"]
+            told = compared(differences(runs, control, at_the_end))
+            for arm, row in rows.items():
+                row += told.get(arm, ["-", "-"])
+    return markdown(head, list(rows.values())) if len(head) > 1 else ""
+
+
+def by_episodes(runs: Runs) -> str:
+    """One row an arm: success at each evaluation, the mean over units; each unit by itself where they are few."""
+    rows = []
+    for arm, own in runs.items():
+        success = by_unit(own, [run.success for run in own])  # (units, points)
+        few = 1 < len(success) < FEWEST
+        rows.append([arm, *(", ".join(map(show, at)) if few else show(at.mean()) for at in success.T)])
+    played = next(iter(runs.values()))[0].cost[EPISODES]
+    return markdown(["success after episodes, %", *(f"{episodes:.0f}" for episodes in played)], rows)
+
+
+def by_type(runs: Runs) -> str:
+    """Success by task type, mean over units, split by split: one row before training, and one an arm at its end."""
+    lines = [run for own in runs.values() for run in own if run.tables]
+    if not lines:
+        return ""
+    types = list(read_table(lines[0].tables[0])[lines[0].splits[0]])
+    untrained = [run for run in lines if run.cost[EPISODES][0] == 0]  # else it was evaluated at the end alone
     rows = [["before training", *_by_type(untrained, 0, types)]] if untrained else []
-    rows += [[arm, *_by_type(own, -1, types)] for arm, own in results.items() if all("tables" in run for run in own)]
-    return markdown([f"success by type, {' / '.join(splits_of(runs))}, %", *types], rows)
+    rows += [[arm, *_by_type(own, -1, types)] for arm, own in runs.items() if all(run.tables for run in own)]
+    return markdown([f"success by type, {' / '.join(lines[0].splits)}, %", *types], rows)
 
 
-def _by_type(runs: list[dict], at: int, types: list[str]) -> list[str]:
-    splits, tables = splits_of(runs), [read_table(run["tables"][at]) for run in runs]
-    shares = np.array([[[table[split][name] for name in types] for split in splits] for table in tables])
-    return [" / ".join(f"{share:.0f}" for share in column) for column in shares.mean(axis=0).T]  # of (splits, types)
+def _by_type(runs: list[Run], at: int, types: list[str]) -> list[str]:
+    tables = [(run.splits, read_table(run.tables[at])) for run in runs]
+    shares = [[[table[split][name] for name in types] for split in splits] for splits, table in tables]
+    mean = by_unit(runs, shares).mean(axis=0)  # (splits, types)
+    return [" / ".join(show(share, 0) for share in column) for column in mean.T]
 
 
 def read_table(text: str) -> dict[str, dict[str, float]]:
@@ -197,37 +334,31 @@ def read_shares(text: str) -> dict[str, float]:
     return {"games": int(rows[0][-1]), **shares}
 
 
-def _share(share: float) -> str:
-    return "never" if np.isinf(share) else f"{100 * share:.0f}"
-
-
-def _episodes(reached: np.ndarray) -> str:
-    never, runs = int(np.isinf(reached).sum()), len(reached)
-    if never == runs:
-        return f"{never} of {runs} never"
-    estimates = interquartile_mean(reached), *bootstrap_interval(interquartile_mean, reached)
-    middle, low, high = ("never" if np.isinf(e) else f"{e:.0f}" for e in estimates)
-    return f"{middle} [{low}, {high}]" + (f", {never} of {runs} never" if never else "")
-
-
-def draw(results: dict[str, list[dict]], path: Path) -> None:
-    """Interquartile mean of held-out success by iteration, with its 95% interval; the legend in the order of ends."""
+def draw(runs: Runs, path: Path) -> None:
+    """Success by each kind of cost, a panel each: mean over units with its t interval, at the mean cost of each
+    evaluation. The legend is in the order of ends."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9.5, 5))
-    for arm, runs in sorted(results.items(), key=lambda item: -interquartile_mean(scores(item[1]))):
-        points = range(len(runs[0]["curve"]))
-        at = [runs[0]["curve"][p]["iteration"] for p in points]
-        bounds = [bootstrap_interval(interquartile_mean, scores(runs, p), samples=500) for p in points]
-        axis.plot(at, [100 * interquartile_mean(scores(runs, p)) for p in points], label=f"{arm} ({len(runs)})")
-        axis.fill_between(at, *(100 * np.array(bounds)).T, alpha=0.15)
-    axis.set(xlabel="iteration", ylabel="held-out success, interquartile mean (%)")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="arm (seeds)")
+    kinds = kinds_of(runs)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds) + 4, 5), sharey=True, squeeze=False)
+    looks = [{"color": f"C{i}", "linestyle": line} for line in ("-", "--", ":") for i in range(10)]
+    for arm, look in zip(sorted(runs, key=lambda arm: -ends_of(runs[arm]).mean()), cycle(looks), strict=False):
+        own = runs[arm]
+        estimates = [estimate(at) for at in by_unit(own, [run.success for run in own]).T]  # of each point
+        low, high = np.array([(e.low, e.high) if e.low == e.low else (e.mean, e.mean) for e in estimates]).T
+        for kind, axis in zip(kinds, axes[0], strict=True):
+            at = by_unit(own, [run.cost[kind] for run in own]).mean(axis=0)  # (points,)
+            axis.plot(at, [e.mean for e in estimates], label=f"{arm} ({units_of(runs, arm)})", **look)
+            axis.fill_between(at, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    for kind, axis in zip(kinds, axes[0], strict=True):
+        axis.set_xlabel(kind)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set(ylabel="held-out success (%)")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), title=f"arm ({units_title(runs)})")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -131,7 +131,7 @@ def test_robustness_table_by_hand():
     success = [{"wording": {"valid_seen": a, "valid_unseen": b}} for a, b in ((0.2, 0.5), (0.4, 0.5))]
     results = [{"name": f"opid-seed{seed}", "success": s} for seed, s in enumerate(success)]
     rows = robustness.table(results).splitlines()
-    assert rows[2:] == ["| opid | wording | 2 | 30.0 | [20.0, 40.0] | 50.0 | [50.0, 50.0] |"]
+    assert rows[2:] == ["| opid | wording | 2 | 30.0 [-] | 50.0 [-] |"]
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
