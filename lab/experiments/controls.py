@@ -10,6 +10,7 @@
     PERMUTED      does it matter which token is praised? A_skill in random order within each response
     SKILL_ONLY    what do skills teach alone? No outcome
     CENTRED       is it the mean of A_skill that ruins? A_skill less its mean over the batch
+    CLIPPED       or is it a few large shifts? A_skill of a token between -0.5 and 0.5 nats
 
 Notation as in variants/__init__.py.
 """
@@ -189,6 +190,8 @@ RANDOM_STEPS = replace(OPID, skills=at_random_steps)
 
 # ---- other advantages ------------------------------------------------------------------------------------------------
 
+CLIP = 0.5  # nats: five times less than a skill blames the word "answer" where the tiny model answers too early
+
 
 @dataclass
 class PullSettings(Unwritten):
@@ -259,4 +262,10 @@ def centred(shift: Tensor, skill_logprobs: Tensor) -> Tensor:
     return torch.where(scored, shift - shift[scored].mean(), 0.0) if scored.any() else shift
 
 
+def clipped_skill(run: Run, batch: Batch) -> Advantages:
+    shifts = {level: shift.clamp(-CLIP, CLIP) for level, shift in shifts_of(batch).items()}
+    return summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
+
+
 CENTRED = replace(OPID, advantages=centred_skill)
+CLIPPED = replace(OPID, advantages=clipped_skill)

@@ -24,7 +24,7 @@ from skills import GENERAL_TEMPLATE, analysis_prompt
 from tests.settings import laptop
 
 NAMES = ("FACTS", "OTHERS_FACTS", "PEER", "BLIND", "SAME_TYPE", "RANDOM_STEPS", "PULL", "PERMUTED", "SKILL_ONLY")
-NAMES += ("CENTRED",)
+NAMES += ("CENTRED", "CLIPPED")
 SMALL = {"tasks": 2, "rollouts": 2, "max_steps": 3, "max_new_tokens": 4, "train_games": 4, "eval_games": 1}
 SMALL |= {"iterations": 1, "mini_batch": 8, "learning_rate": 1e-3, "eval_every": 0, "save_every": 1}
 SMALL |= {"scorer": "reference", "invalid_penalty": 1.0}
@@ -270,6 +270,12 @@ def test_centring_takes_the_mean_of_what_was_scored():
     scores = torch.tensor([[-4.0, 0.0, NAN], [NAN, -2.0, NAN]])  # three tokens, whose shifts have the mean -1
     assert controls.centred(shift, scores).tolist() == [[-2.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
     assert torch.equal(controls.centred(shift, torch.full((2, 3), NAN)), shift)
+
+
+def test_clipping_bounds_each_token():
+    """A_ep is 0.5 and -0.5, lambda is 0.5 under the episode skill and 0.25 under the step skill."""
+    found = controls.clipped_skill(stub(), batch_of())
+    assert found.total.tolist() == [[0.5, 0.5 - 0.25, 0.5 + 0.25], [-0.5 - 0.125, -0.5 + 0.125, 0.0]]
 
 
 def test_the_pull_is_reference_less_old():
