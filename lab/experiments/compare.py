@@ -41,7 +41,18 @@ from evaluate import eval_splits, games_of
 from lab.experiments.children import Children
 from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, flags_of, on_the_laptop, settings
 from lab.experiments.stored import add, differing, find, read
-from lab.experiments.tables import by_episodes, by_type, costs, draw, ends, leads, read_shares, runs_of, training_of
+from lab.experiments.tables import (
+    LONGER,
+    by_episodes,
+    by_type,
+    costs,
+    draw,
+    ends,
+    leads,
+    read_shares,
+    runs_of,
+    training_of,
+)
 from lm.loading import remove, save_policy, write_whole
 from runlog.checkpoints import saved
 from runlog.metrics import read_lines
@@ -224,7 +235,8 @@ def check_alike(found: dict[str, list[dict]]) -> None:
     first = next(iter(found.values()))[0]
     of_training: dict[int, dict] = {}  # training -> a run of it
     of_start: dict[str, dict] = {}  # fingerprint -> a run from it
-    for runs in found.values():
+    for arm, runs in found.items():
+        bench = set(BENCH) - ({"iterations", "eval_every"} if arm == LONGER else set())
         for run in runs:
             same = of_training.setdefault(training_of(run), run)
             if run["start"] != same["start"]:
@@ -232,7 +244,7 @@ def check_alike(found: dict[str, list[dict]]) -> None:
             other = of_start.setdefault(run["start"], run)
             if training_of(run) != training_of(other):
                 raise ValueError(f"{run['name']} and {other['name']} are from the same starting weights")
-            if others := [name for name in differing(first["config"], run["config"]) if name in BENCH]:
+            if others := [name for name in differing(first["config"], run["config"]) if name in bench]:
                 raise ValueError(f"{run['name']} and {first['name']} have other settings of {', '.join(others)}")
             if others := [name for name in differing(runs[0]["config"], run["config"]) if name != "seed"]:
                 raise ValueError(f"{run['name']} and {runs[0]['name']} have other settings of {', '.join(others)}")

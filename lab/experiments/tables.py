@@ -18,7 +18,9 @@ import numpy as np
 
 from lab.experiments.estimates import FEWEST, Estimate, bootstrap_interval, estimate, holm
 
-CONTROLS = ("grpo", "opid-shuffled", "opid-placebo")  # no skills, skills of other tasks, words that say nothing
+LONGER = "grpo-longer"  # an arm that plays on until it has used what OPID's run uses, and so has other iterations
+# Without skills, for as long or as much; skills of other tasks; words that say nothing.
+CONTROLS = ("grpo", LONGER, "opid-shuffled", "opid-placebo")
 NOT_SPLITS = {"iteration", "sampled", "skills", "seconds", "writing"}  # what a point of a curve holds beside its splits
 # Their skills are the same words whatever the writer wrote, so it is not charged: a real run of them would have none.
 WITHOUT_WRITER = {"opid-placebo"}
@@ -288,12 +290,13 @@ def leads(runs: Runs, baseline: str) -> str:
 
 def by_episodes(runs: Runs) -> str:
     """One row an arm: success at each evaluation, the mean over units; each unit by itself where they are few."""
-    rows = []
+    played, rows = next(iter(runs.values()))[0].cost[EPISODES], []
     for arm, own in runs.items():
+        if not np.array_equal(own[0].cost[EPISODES], played):
+            continue
         success = by_unit(own, [run.success for run in own])  # (units, points)
         few = 1 < len(success) < FEWEST
         rows.append([arm, *(", ".join(map(show, at)) if few else show(at.mean()) for at in success.T)])
-    played = next(iter(runs.values()))[0].cost[EPISODES]
     return markdown(["success after episodes, %", *(f"{episodes:.0f}" for episodes in played)], rows)
 
 

@@ -323,6 +323,20 @@ def test_leads_over_the_controls_by_hand():
     assert leads(runs_of({"sdar": bench()["sdar"]}), "grpo") == ""
 
 
+def test_an_arm_that_plays_longer_is_a_control_by_its_end(jobs, tmp_path):
+    """Its evaluations are others, so that it has no row by episodes; no other arm may differ so."""
+    runs = runs_of({"grpo": [made(0, 0.1, 0.2)], "grpo-longer": [made(0, 0.1, 0.2, 0.3)], "opid": [made(0, 0.1, 0.5)]})
+    assert [row.split(" | ")[0] for row in by_episodes(runs).splitlines()[2:]] == ["| grpo", "| opid"]
+    assert leads(runs, "grpo").splitlines()[0] == "| ahead at the end | of grpo-longer | p (Holm) |"
+    assert leads(runs, "grpo").splitlines()[4] == "| opid | 20.0 [-] | - |"
+    run_all(jobs, launch=pretend)
+    found = read_results(jobs)
+    longer = [run | {"config": run["config"] | {"iterations": 9}} for run in found.pop("opid")]
+    compare.check_alike(found | {"grpo-longer": longer})
+    with pytest.raises(ValueError, match="other settings of iterations"):
+        compare.check_alike(found | {"opid": longer})
+
+
 def test_success_by_episodes_tells_each_of_few_units():
     found = {"grpo": [made(0, 0.2, 0.4)], "opid": [made(0, 0.2, 0.5), made(1, 0.2, 0.6)]}
     found["sdar"] = [made(seed, 0.1, 0.2) for seed in range(4)]
