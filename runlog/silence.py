@@ -11,9 +11,9 @@ from evaluate import MOST, acted, misfits
 EVERY = 5  # iterations between two looks, after the first
 PARTIAL = {"steps", "fall"}  # what leaves something to be learnt: --strict goes on
 WINDOW = 5  # iterations that a sign of a fall is averaged over: in the smallest stored runs 40 episodes
-# A sign has fallen where its mean is below this share of the run's best. Skills decide: in stored runs that do not fall
-# their share stays at 0.72 or above. Success and steps lose half in many that come back, so all three must have fallen.
-FELL = {"readable": 2 / 3, "success": 1 / 2, "unused": 1 / 2}
+# A sign has fallen where its mean is below this share of the run's best: both have, in runs whose policy does not end its
+# episodes any more. Skills are often readable yet, so that they are only told of. Half as a share warns of bad luck.
+FELL = {"success": 1 / 4, "unused": 1 / 4}
 
 
 def shares(batch: Batch, ends: set[int], unknown: int | None) -> dict[str, float]:
@@ -74,8 +74,8 @@ def _unguided(config: Config, metrics: dict[str, float]) -> str:
 
 
 def signs(config: Config, metrics: dict[str, float]) -> dict[str, float]:
-    """What falls together in a run that falls, as shares: readable skills, success, and the steps that an episode
-    leaves unused. Empty where no skills are written: the other two alone warn of runs that come back."""
+    """What falls together in a run that falls, as shares: success, the steps that an episode leaves unused, and mostly
+    readable skills. Empty where no skills are written: nothing stored of those falls."""
     if "skills/parse_rate" not in metrics:
         return {}
     unused = 1 - metrics["rollout/steps"] / config.max_steps
@@ -94,9 +94,9 @@ def followed(before: dict[str, dict], now: dict[str, float]) -> dict[str, dict]:
 
 
 def fall(config: Config, kept: dict[str, dict]) -> dict[str, str]:
-    """Where all signs have fallen: in words, with what helps. The kind is "fall", from which a run may come back; it is
-    "fallen" where no episode succeeds any more. `kept`: see `followed`."""
-    if not kept or any(_mean(sign["recent"]) >= FELL[name] * sign["best"] for name, sign in kept.items()):
+    """Where all signs of FELL have fallen: in words, with what helps. The kind is "fall", from which a run may come
+    back; it is "fallen" where no episode succeeds any more. `kept`: see `followed`."""
+    if not kept or any(_mean(kept[name]["recent"]) >= share * kept[name]["best"] for name, share in FELL.items()):
         return {}
     told = {name: (sign["best"], _mean(sign["recent"])) for name, sign in kept.items()}
     readable, success = ("{:.0%} to {:.0%}".format(*told[name]) for name in ("readable", "success"))
