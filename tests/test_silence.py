@@ -201,13 +201,14 @@ def alarms(run: dict) -> list[int]:
 
 
 def test_of_all_stored_runs_those_that_fall_are_told_early_and_hardly_another():
-    """Those where the policy scores itself at a lambda of 0.1, clipped or not. Each iteration is looked at."""
+    """Those where the policy scores itself at a lambda of 0.1, centred or not. Each iteration is looked at."""
     found = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         for run in read(path):
             if {"skills/parse_rate", "rollout/steps"} <= run.get("signal", {}).keys():
                 found[run["name"]] = alarms(run)
-    falls = {name: iterations for name, iterations in found.items() if "policy-0.1" in name}
-    others = {name: iterations for name, iterations in found.items() if name not in falls}
-    print(falls, {k: v for k, v in others.items() if v})
-    assert len(falls) >= 10 and len(others) >= 30
+    falls = {name: found.pop(name) for name in list(found) if "policy-0.1" in name}
+    assert len(falls) >= 10 and all(20 <= iterations[0] <= 42 for iterations in falls.values())
+    told = {name: iterations for name, iterations in found.items() if iterations}
+    assert len(found) >= 30  # two more drop by half in their last iterations
+    assert told == {"opid-policy-0.03-start1-seed0": [118], "opid-policy-0.001-start2-seed0": [119]}
