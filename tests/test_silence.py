@@ -11,7 +11,7 @@ from lab.experiments.runs import RESULTS
 from lab.experiments.stored import read
 from lm.obstacles import Mendable
 from runlog.metrics import over_processes
-from runlog.silence import EVERY, WINDOW, fall, followed, shares, signs, silences
+from runlog.silence import fall, followed, shares, signs, silences
 from runlog.start import Run
 from tests.settings import laptop
 from tests.test_metrics import Process
