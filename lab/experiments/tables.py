@@ -24,6 +24,7 @@ CONTROLS = ("grpo", LONGER, "opid-shuffled", "opid-placebo")
 NOT_SPLITS = {"iteration", "sampled", "skills", "seconds", "writing"}  # what a point of a curve holds beside its splits
 # Their skills are the same words whatever the writer wrote, so it is not charged: a real run of them would have none.
 WITHOUT_WRITER = {"opid-placebo"}
+BANDS = 5  # most arms whose intervals are drawn: more hide one another
 EPISODES, TOKENS, SECONDS = "episodes", "sampled tokens", "training seconds"  # what a run costs
 
 
@@ -338,8 +339,8 @@ def read_shares(text: str) -> dict[str, float]:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Success by each kind of cost, a panel each: mean over units with its t interval, at the mean cost of each
-    evaluation. The legend is in the order of ends."""
+    """Success by each kind of cost, a panel each: mean over units, of few arms with its t interval, at the mean cost of
+    each evaluation. The legend is in the order of ends."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -355,7 +356,8 @@ def draw(runs: Runs, path: Path) -> None:
         for kind, axis in zip(kinds, axes[0], strict=True):
             at = by_unit(own, [run.cost[kind] for run in own]).mean(axis=0)  # (points,)
             axis.plot(at, [e.mean for e in estimates], label=f"{arm} ({units_of(runs, arm)})", **look)
-            axis.fill_between(at, low, high, color=look["color"], alpha=0.12, linewidth=0)
+            if len(runs) <= BANDS:
+                axis.fill_between(at, low, high, color=look["color"], alpha=0.12, linewidth=0)
     for kind, axis in zip(kinds, axes[0], strict=True):
         axis.set_xlabel(kind)
         axis.grid(alpha=0.3)

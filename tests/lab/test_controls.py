@@ -15,7 +15,7 @@ from data import Batch, Skills, Step, Trajectory
 from envs.prompts import COMPACT_ANALYSIS
 from envs.search.facts import generated_questions
 from envs.search.text import words
-from lab.experiments import controls
+from lab.experiments import controls, kinds
 from lab.experiments.controls import blind, facts, hidden, moved, peers, permuted, same_type
 from rescore import rescore
 from runlog.card import command_of
@@ -302,3 +302,26 @@ def test_the_pull_reads_the_reference_where_no_kl_needs_it(random_tiny, tmp_path
     expected = sampled - batch.old_logprobs[batch.mask]
     assert torch.allclose(controls.pull(run, batch).skill[batch.mask], expected, atol=1e-4)
     assert expected.abs().max() > 0.1
+
+
+# ---- what they say to each kind of token -----------------------------------------------------------------------------
+
+
+def test_kinds_of_tokens_by_hand():
+    """Three responses of iterations 0 and 3: two answer, blamed by 2 and 4; one goes, unscored. Two words, 1 and 0.5."""
+    step = {
+        "tokens": ["answer", "oslo", "<end>"],
+        "skill_advantages": [-2.0, 1.0, -9.0],
+        "old_logprobs": [-0.5, -1, -9],
+    }
+    other = {
+        "tokens": ["answer", "rome", "<end>"],
+        "skill_advantages": [-4.0, 0.5, None],
+        "old_logprobs": [-1.5, -2, 0],
+    }
+    went = {"tokens": ["go", "<end>"], "skill_advantages": [None, None], "old_logprobs": [-1.5, -0.75]}
+    episodes = [{"iteration": 0, "steps": [step]}, {"iteration": 3, "steps": [other, went]}]
+    head, _, row, empty, *_ = kinds.table(list(kinds.tokens(episodes))).splitlines()
+    assert head == "| iterations | answer, % | A_skill | go, % | A_skill | words: A_skill | -log pi |"
+    assert row == "| 0 to 3 | 67 | -3.00 | 33 | - | 0.75 | 1.50 |"
+    assert empty == "| 4 to 7 | 0 | - | 0 | - | - | - |"
