@@ -308,7 +308,7 @@ def test_the_pull_reads_the_reference_where_no_kl_needs_it(random_tiny, tmp_path
 
 
 def test_kinds_of_tokens_by_hand():
-    """Three responses of iterations 0 and 3: two answer, blamed by 2 and 4; one goes, unscored. Two words, 1 and 0.5."""
+    """Two responses answer, blamed by 2 and 4, and one goes, unscored. A word has 1, the other 0.5."""
     step = {
         "tokens": ["answer", "oslo", "<end>"],
         "skill_advantages": [-2.0, 1.0, -9.0],
