@@ -284,3 +284,13 @@ def test_the_notebook_adds_both_advantages_up():
     table = printed(json.loads(NOTEBOOK)).partition("λ A_skill")[2].partition("steps,")[0]
     rows = [line.split() for line in table.splitlines() if len(line.split()) == 4]
     assert len(rows) == 5 and all(abs(float(a) + float(b) - float(c)) < 2e-3 for _, a, b, c in rows)
+
+
+def test_every_estimate_of_the_results_is_one_of_a_report():
+    """Each "mean [low, high]" of the page stands in a table that compare.py or skill_signal.py wrote."""
+    estimate = re.compile(r"-?\d[\d.]*(?: points)? \[-?[\d.]+, -?[\d.]+\]")
+    page = re.sub(r"\s+", " ", (ROOT / "docs/results.md").read_text().replace("−", "-"))
+    reports = " ".join(path.read_text() for path in (ROOT / "lab/results").glob("*.md")).replace(" | [", " [")
+    told = [found.replace(" points", "") for found in estimate.findall(page)]
+    assert len(told) > 40
+    assert [found for found in told if found not in reports] == []
