@@ -11,8 +11,8 @@ from evaluate import MOST, acted, misfits
 EVERY = 5  # iterations between two looks, after the first
 PARTIAL = {"steps", "fall"}  # what leaves something to be learnt: --strict goes on
 WINDOW = 5  # iterations that a sign of a fall is averaged over: in the smallest stored runs 40 episodes
-# A sign has fallen where its mean is below this share of the run's best: both have, in runs whose policy does not end its
-# episodes any more. Skills are often readable yet, so that they are only told of. Half as a share warns of bad luck.
+# A sign has fallen where its mean is below this share of the run's best. Both have where a policy does not end its
+# episodes any more; skills are often readable yet, so that they are only told of. Half as a share warns of bad luck.
 FELL = {"success": 1 / 4, "unused": 1 / 4}
 
 
