@@ -144,10 +144,17 @@ def test_of_a_question_that_was_not_generated_nothing_is_known():
     assert as_advised(Trajectory("who wrote it", 0, steps, True)) == [None, None]
 
 
-def test_the_stored_table_is_made_of_the_stored_lines():
-    stored = RESULTS / "skill-signal.jsonl"
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("skill-signal", "| all | 2075 | 33.5 | 0.598 |"),
+        ("skill-gate", "| all | 384 | 24.2 | 0.484 | [0.384, 0.584] |"),
+    ],
+)
+def test_the_stored_table_is_made_of_the_stored_lines(name, row):
+    stored = RESULTS / f"{name}.jsonl"
     assert "\n\n".join(map(table, read(stored))) + "\n" == stored.with_suffix(".md").read_text()
-    assert "| all | 2075 | 33.5 | 0.598 |" in table(read(stored)[0])
+    assert row in table(read(stored)[0])
 
 
 @pytest.fixture
