@@ -259,8 +259,8 @@ def test_only_comments_and_empty_lines_are_left_out_of_the_key():
 def test_after_a_change_the_weights_are_made_anew_once(tmp_path, monkeypatch):
     made = []
 
-    def make(env, file, tokenizer, key):
-        made.append(file.name)
+    def make(env, file, tokenizer, key, seed):
+        made.append((file.name, seed))
         file.write_bytes((WEIGHTS / f"{env}.safetensors").read_bytes())
 
     monkeypatch.setattr(tiny.warmstart, "make", make)
@@ -269,5 +269,18 @@ def test_after_a_change_the_weights_are_made_anew_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny.warmstart, "LEARNING_RATE", 1e-3)
     for _ in range(2):
         model, _ = warm_started("alfworld", tmp_path)
-    assert len(made) == 1 and made[0].startswith("tiny-alfworld-")
+    assert len(made) == 1 and made[0][0].startswith("tiny-alfworld-") and made[0][1] == 0
     assert all(torch.equal(a, b) for a, b in zip(shipped.parameters(), model.parameters(), strict=True))
+
+
+def test_each_seed_has_weights_of_its_own(tmp_path, monkeypatch):
+    made = []
+
+    def make(env, file, tokenizer, key, seed):
+        made.append((file.name, seed))
+        file.write_bytes((WEIGHTS / f"{env}.safetensors").read_bytes())
+
+    monkeypatch.setattr(tiny.warmstart, "make", make)
+    for seed in (2, 1, 2):
+        warm_started("search", tmp_path, seed)
+    assert [seed for _, seed in made] == [2, 1] and made[0][0] != made[1][0]
