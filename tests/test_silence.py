@@ -1,8 +1,9 @@
 """runlog/silence.py: which part of an iteration failed, in words."""
 
-from contextlib import nullcontext
+from contextlib import re
 from types import SimpleNamespace
 
+import nullcontext
 import pytest
 import torch
 
@@ -201,13 +202,15 @@ def alarms(run: dict) -> list[int]:
 
 
 def test_of_all_stored_runs_those_that_fall_are_told_early_and_hardly_another():
-    """Those where the policy scores itself at a lambda of 0.1, centred or not. Each iteration is looked at."""
+    """Those where the policy scores itself at a lambda of 0.1, centred or not, and one without an outcome. Each
+    iteration is looked at."""
     found = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         for run in read(path):
             if {"skills/parse_rate", "rollout/steps"} <= run.get("signal", {}).keys():
                 found[run["name"]] = alarms(run)
-    falls = {name: found.pop(name) for name in list(found) if "policy-0.1" in name and "clipped" not in name}
+    fell = re.compile(r"opid-(policy-0\.1(-centred)?|skill-only)-start")
+    falls = {name: found.pop(name) for name in list(found) if fell.match(name)}
     assert len(falls) >= 10 and all(20 <= iterations[0] <= 42 for iterations in falls.values())
     told = {name: iterations for name, iterations in found.items() if iterations}
     assert len(found) >= 30  # two more drop by half in their last iterations
