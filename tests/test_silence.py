@@ -1,9 +1,9 @@
 """runlog/silence.py: which part of an iteration failed, in words."""
 
-from contextlib import re
+import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
-import nullcontext
 import pytest
 import torch
 
