@@ -256,7 +256,9 @@ def test_only_comments_and_empty_lines_are_left_out_of_the_key():
     assert without_comments(source) == 'def f(x):\n    """Doc # no comment."""\n    return "#", x'
 
 
-def test_after_a_change_the_weights_are_made_anew_once(tmp_path, monkeypatch):
+@pytest.fixture
+def made(monkeypatch) -> list[tuple[str, int]]:
+    """The file and the seed of each training, in whose place the shipped weights are copied."""
     made = []
 
     def make(env, file, tokenizer, key, seed):
@@ -264,6 +266,10 @@ def test_after_a_change_the_weights_are_made_anew_once(tmp_path, monkeypatch):
         file.write_bytes((WEIGHTS / f"{env}.safetensors").read_bytes())
 
     monkeypatch.setattr(tiny.warmstart, "make", make)
+    return made
+
+
+def test_after_a_change_the_weights_are_made_anew_once(tmp_path, monkeypatch, made):
     shipped, _ = warm_started("alfworld", tmp_path)
     assert not made
     monkeypatch.setattr(tiny.warmstart, "LEARNING_RATE", 1e-3)
@@ -273,14 +279,7 @@ def test_after_a_change_the_weights_are_made_anew_once(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(shipped.parameters(), model.parameters(), strict=True))
 
 
-def test_each_seed_has_weights_of_its_own(tmp_path, monkeypatch):
-    made = []
-
-    def make(env, file, tokenizer, key, seed):
-        made.append((file.name, seed))
-        file.write_bytes((WEIGHTS / f"{env}.safetensors").read_bytes())
-
-    monkeypatch.setattr(tiny.warmstart, "make", make)
+def test_each_seed_has_weights_of_its_own(tmp_path, made):
     for seed in (2, 1, 2):
         warm_started("search", tmp_path, seed)
     assert [seed for _, seed in made] == [2, 1] and made[0][0] != made[1][0]

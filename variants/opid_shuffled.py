@@ -3,6 +3,7 @@ matter what a skill says, or only that the context changes?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from config import Config
@@ -21,9 +22,17 @@ class Settings(Config):
 
 def shuffled_skills(run: Run, trajectories: list[Trajectory]) -> tuple[list[Skills | None], dict[str, float]]:
     written, metrics = own_skills(run, trajectories)
+    return exchanged(run, trajectories, written, other_tasks), metrics
+
+
+def exchanged(
+    run: Run, trajectories: list[Trajectory], written: list[Skills | None], sources: Callable[..., list[int]]
+) -> list[Skills | None]:
+    """For each trajectory what was written of another one, drawn from its `sources(trajectories, at, having)`; None
+    where there are none."""
     having = [own is not None for own in written]
-    sources = [other_tasks(trajectories, at, having) for at in range(len(trajectories))]
-    return [written[run.rng.choice(source)] if source else None for source in sources], metrics
+    found = [sources(trajectories, at, having) for at in range(len(trajectories))]
+    return [written[run.rng.choice(source)] if source else None for source in found]
 
 
 def other_tasks(trajectories: list[Trajectory], at: int, having: list[bool]) -> list[int]:

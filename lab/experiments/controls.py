@@ -33,7 +33,7 @@ from skills import GENERAL_TEMPLATE, own_skills, write_skills
 from train import OPID, outcomes
 from variants.opid_shift import reference_logprobs
 from variants.opid_shuffled import Settings as ShuffledSettings
-from variants.opid_shuffled import other_tasks
+from variants.opid_shuffled import exchanged, other_tasks
 
 Written = tuple[list[Skills | None], dict[str, float]]  # of each trajectory, and metrics
 
@@ -61,9 +61,8 @@ def own_facts(run: Run, trajectories: list[Trajectory]) -> Written:
 
 
 def others_facts(run: Run, trajectories: list[Trajectory]) -> Written:
-    every, having = own_facts(run, trajectories)[0], [True] * len(trajectories)
-    sources = [other_tasks(trajectories, at, having) for at in range(len(trajectories))]
-    return [every[run.rng.choice(source)] if source else None for source in sources], {}
+    every, metrics = own_facts(run, trajectories)
+    return exchanged(run, trajectories, every, other_tasks), metrics
 
 
 def facts(trajectory: Trajectory, most_steps: int) -> Skills:
@@ -154,9 +153,7 @@ def blind(template: str, most: int) -> str:
 
 def same_type_skills(run: Run, trajectories: list[Trajectory]) -> Written:
     written, metrics = own_skills(run, trajectories)
-    having = [own is not None for own in written]
-    sources = [same_type(trajectories, at, having) for at in range(len(trajectories))]
-    return [written[run.rng.choice(source)] if source else None for source in sources], metrics
+    return exchanged(run, trajectories, written, same_type), metrics
 
 
 def same_type(trajectories: list[Trajectory], at: int, having: list[bool]) -> list[int]:
