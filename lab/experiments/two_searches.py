@@ -9,8 +9,9 @@ of the two places where a novice goes wrong, how probable is the right word?
     both likely   share of the questions where both are more probable than not: what a cold temperature makes of it
 
 Means over the questions, at temperature 1, from the plain context, in %. RUNS holds the folders of compare.py: `start`
-and ARM-seedN/policy. One line an arm: the mean of its runs and, in brackets, each run's. Then what episode skills do to
-the two words in the starting weights, the script's right ones and opid-placebo's words that say nothing:
+and ARM-seedN/policy, or with --trainings `startK` and ARM-startK-seedN/policy. One line an arm: the mean of its runs
+and, in brackets, each run's. Then what episode skills do to the two words in the starting weights (mean over these),
+the script's right ones and opid-placebo's words that say nothing:
 log p(word | skill) - log p(word), which is A_skill where that word was sampled. The numbers are the line of the
 folder's name in lab/results/two-searches.jsonl, and all lines' tables are in two-searches.md.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -103,24 +105,33 @@ def shifted(model, games: list[str], demonstrator: Demonstrator, plain: np.ndarr
     return {name: np.round(shift.mean(axis=0), 4).tolist() for name, shift in shifts.items()}  # (2 places, 2 words)
 
 
-def measure(runs: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[list[float]]]]:
-    """-> (arm -> the summary of each of its policies, the starting weights first; `shifted` of these). Raises
-    FileNotFoundError where RUNS holds no starting weights."""
-    if not (runs / "start").is_dir():
+def starts_of(runs: Path) -> list[Path]:
+    """The starting weights, by training. Raises FileNotFoundError where RUNS holds none."""
+    starts = sorted(path for path in runs.glob("start*") if re.fullmatch(r"start\d*", path.name) and path.is_dir())
+    if not starts:
         raise FileNotFoundError(f"{runs} holds no folder `start`: it is not where compare.py left its runs")
+    return starts
+
+
+def measure(runs: Path, most: int | None = None) -> tuple[dict[str, list[list[float]]], dict[str, list[list[float]]]]:
+    """-> (arm -> the summary of each of its policies, the starting weights first; `shifted`, the mean over these).
+    `most`: questions of each split, None: all."""
     config = parse_args(["--recipe", "laptop-search"])
-    games = [game for split in eval_splits(config) for game in games_of(config, split)]
-    model, tokenizer = load_model(str(runs / "start"))
-    demonstrator = Demonstrator(tokenizer, seed=0, env="search", context=config.context)
-    questions = places(games, demonstrator)
-    plain = logprobs_at(model, questions)
-    found, shifts = {"start": [summary(plain)]}, shifted(model, games, demonstrator, plain)
+    games = [game for split in eval_splits(config) for game in games_of(config, split)[:most]]
+    found, shifts = {"start": []}, []
+    for start in starts_of(runs):
+        model, tokenizer = load_model(str(start))
+        demonstrator = Demonstrator(tokenizer, seed=0, env="search", context=config.context)
+        questions = places(games, demonstrator)
+        plain = logprobs_at(model, questions)
+        found["start"].append(summary(plain))
+        shifts.append(shifted(model, games, demonstrator, plain))
     for run in sorted(runs.glob("*-seed*")):
         if (run / "policy").is_dir():
             model, _ = load_model(str(run / "policy"))
             found.setdefault(arm_of(run.name), []).append(summary(logprobs_at(model, questions)))
             print(f"{run} done", flush=True)
-    return found, shifts
+    return found, {skill: np.mean([each[skill] for each in shifts], axis=0).round(4).tolist() for skill in SKILLS}
 
 
 def table(found: dict[str, list[list[float]]], shifts: dict[str, list[list[float]]]) -> str:
@@ -144,11 +155,13 @@ def main(argv: list[str] | None = None) -> str:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "search-sparse", help="where compare.py left them")
+    parser.add_argument("--games", type=int, help="questions of each split (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS / "two-searches.jsonl", help="NAME.jsonl")
     args = parser.parse_args(argv)
-    found, shifts = measure(args.runs)
+    found, shifts = measure(args.runs, args.games)
     text = table(found, shifts)
-    result = {"name": args.runs.name, "commit": commit(), "start": fingerprint(args.runs / "start"), "shown": SHOWN}
+    starts = [fingerprint(start) for start in starts_of(args.runs)]
+    result = {"name": args.runs.name, "commit": commit(), "start": starts, "shown": SHOWN}
     add(args.results, result | {"policies": found, "shifted": shifts})
     tables = [f"## {r['name']}\n\n{table(r['policies'], r['shifted'])}\n" for r in read(args.results)]
     args.results.with_suffix(".md").write_text("\n".join(tables))

@@ -141,6 +141,24 @@ def test_the_command_reads_every_policy_of_a_comparison(tmp_path, demonstrator, 
     assert page.startswith(f"## {tmp_path.name}\n\n| policy |") and shown.rpartition(" done\n")[2] in page
 
 
+def test_starts_of_several_trainings_stand_side_by_side(tmp_path, demonstrator, monkeypatch):
+    tokenizer = demonstrator.tokenizer
+    for seed, name in enumerate(("start0", "start1", "opid-start0-seed0/policy", "opid-start1-seed0/policy")):
+        save_policy(tiny_model(len(tokenizer), seed=seed, width=48), tokenizer, tmp_path / name)
+    games = SearchEnv(prompt="compact").tasks("valid_seen")[:6]
+    monkeypatch.setattr(two_searches, "games_of", lambda config, split: games)
+    found, shifts = two_searches.measure(tmp_path, 4)
+    assert {arm: len(policies) for arm, policies in found.items()} == {"start": 2, "opid": 2}
+    assert found["start"][0] != found["start"][1]
+    both = []
+    for seed in (0, 1):
+        model = tiny_model(len(tokenizer), seed=seed, width=48)
+        twice = [*games[:4], *games[:4]]  # of either split
+        plain = logprobs_at(model, places(twice, demonstrator))
+        both.append(shifted(model, twice, demonstrator, plain)["says nothing"])
+    assert shifts["says nothing"] == pytest.approx(np.mean(both, axis=0), abs=2e-4)
+
+
 def test_a_folder_without_a_comparison_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no folder `start`"):
         two_searches.main(["--runs", str(tmp_path)])
