@@ -1,6 +1,7 @@
 """Methods against one another: python lab/experiments/compare.py --methods grpo opid sdar --seeds 10
 
-With a pretrained model: --model cold:smollm2 --recipe laptop-smollm2 (what is not named here goes to every run).
+With a pretrained model: --model cold:smollm2 --recipe laptop-smollm2 (what is not named here goes to every run). From
+folders of one's own, one a training: --model runs/plain-search-seed{}.
 Without a --recipe every run has the laptop's.
 
 An arm is a method by its defaults (--methods), or a variant named in lab/experiments/arms.toml (--arms opid-k0 ...).
@@ -264,7 +265,8 @@ def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny", trai
         for training, start in enumerate(starts):
             if not start.is_dir():
                 made.write_text(told)
-                pair = untrained(training) if quick else load_model(model, env=config.env, training=training)
+                of_it = model.replace("{}", str(training))
+                pair = untrained(training) if quick else load_model(of_it, env=config.env, training=training)
                 write_whole(start, partial(save_policy, *pair))
     return starts
 
@@ -307,8 +309,8 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
         parser.error(f"--seeds is {args.seeds}, must be 1 or more")
     if args.trainings < 1:
         parser.error(f"--trainings is {args.trainings}, must be 1 or more")
-    if args.trainings > 1 and args.model != "tiny" and not args.model.startswith(PREFIX):
-        parser.error(f"--trainings {args.trainings}: {args.model} is not trained here, so there is one of it")
+    if args.trainings > 1 and args.model != "tiny" and not args.model.startswith(PREFIX) and "{}" not in args.model:
+        parser.error(f"--trainings {args.trainings}: there is one of {args.model}. Write {{}} for the training's number")
     if args.final_games < 0:
         parser.error(f"--final-games is {args.final_games}, must be 0 or more")
     if args.first_seed < 0:
