@@ -426,6 +426,16 @@ def test_runs_start_from_the_named_model_and_no_other(tmp_path, monkeypatch, lla
         compare.prepare(tmp_path, True, QUICK.split(), "some/model")
 
 
+def test_folders_of_ones_own_are_named_by_training(tmp_path, monkeypatch, llama, tokenizer, capsys):
+    asked = []
+    monkeypatch.setattr(compare, "load_model", lambda name, **k: asked.append(name) or (llama, tokenizer))
+    compare.prepare(tmp_path, False, QUICK.split(), "own-seed{}", trainings=2)
+    assert asked == ["own-seed0", "own-seed1"]
+    with pytest.raises(SystemExit):
+        compare.main(["--methods", "opid", "--trainings", "2", "--model", "own"])
+    assert "there is one of own. Write {} for the training's number" in capsys.readouterr().err
+
+
 def test_each_training_of_the_starting_model_has_runs_of_its_own(tmp_path, monkeypatch, llama, tokenizer):
     asked = []
     monkeypatch.setattr(compare, "load_model", lambda name, training, **k: asked.append(training) or (llama, tokenizer))
