@@ -28,9 +28,10 @@ from tiny.warmstart import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 WORDS = len(tiny_tokenizer())
-# width 192, two layers, MLP 480, tied words: q k v o, gate up down, two norms; and the last norm
-LINEAR = 2 * (4 * 192**2 + 3 * 192 * 480)
-TINY = WORDS * 192 + LINEAR + 2 * 2 * 192 + 192
+LAYERS = 3  # of the laptop's model
+# width 192, MLP 480, tied words: q k v o, gate up down, two norms; and the last norm
+LINEAR = LAYERS * (4 * 192**2 + 3 * 192 * 480)
+TINY = WORDS * 192 + LINEAR + LAYERS * 2 * 192 + 192
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
 DEEP = LlamaConfig(vocab_size=WORDS, num_hidden_layers=6, tie_word_embeddings=True, eos_token_id=None, **SIZES)
 
@@ -47,7 +48,7 @@ def test_the_exact_parts_by_hand():
     rollout, update = parts("rollout"), parts("update")
     assert rollout["weights"] == rollout["reference"] == update["gradients"] == 4 * TINY
     assert rollout["optimizer"] == 8 * TINY
-    token = 2 * 2 * 192 * 4  # K and V, two layers, float32
+    token = 2 * LAYERS * 192 * 4  # K and V, float32
     assert rollout["keys, values"] == 32 * 1024 * token  # 32768 tokens of --rollout-budget
     assert parts("rollout", tasks=2, rollouts=3)["keys, values"] == 6 * 1024 * token  # no more than there are
     assert parts("rollout", tasks=2, rollouts=3, processes=2)["keys, values"] == 3 * 1024 * token
@@ -64,7 +65,7 @@ def test_frozen_models_hold_what_their_flag_says():
     assert parts("scoring", algo="grpo", kl=0.0)["reference"] == 0  # read by nobody
     lora = parts("update", lora_rank=4)
     assert "reference" not in lora or lora["reference"] == 0
-    assert lora["optimizer"] == 2 * 4 * 2 * 4 * (4 * (192 + 192) + 3 * (192 + 480))  # A and B of seven linear layers
+    assert lora["optimizer"] == 2 * 4 * LAYERS * 4 * (4 * (192 + 192) + 3 * (192 + 480))  # A and B of seven linear layers
     assert parts("scoring", algo="opd", teacher="tiny")["teacher"] == 4 * TINY
 
 
@@ -363,11 +364,11 @@ def test_operations_by_hand():
     assert count.work.moved == 4 * (12 + 15) + 2 * 4 * 10 + 2 * 8 + 4 * 12 + 4 * 7 * 12
 
 
-def test_a_step_and_an_update_of_two_layers_by_hand():
+def test_a_step_and_an_update_by_hand():
     rows, length = 4, 50
     passes = Passes(laptop(), load_config("tiny"))
     step = passes.reading(rows, length, 1, room=1).work
-    weights, attention = LINEAR + WORDS * 192, 2 * 2 * 192 * length  # of a row: q k and p v, both layers
+    weights, attention = LINEAR + WORDS * 192, LAYERS * 2 * 192 * length  # of a row: q k and p v
     assert step.products == pytest.approx(rows * 2 * weights, rel=1e-3)  # and rotary embeddings
     assert step.attention == rows * 2 * attention
     assert step.weights == pytest.approx(4 * weights + rows * 4 * attention, rel=1e-3)  # keys and values are read

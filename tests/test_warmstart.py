@@ -11,6 +11,7 @@ from envs.alfworld.engine import load_game
 from lm.answers import parse_skills
 from tiny.alfworld import hindsight, hint, novice, reciter, watch
 from tiny.demonstrations import demonstrations
+from tiny.loading import load_config, load_model
 from tiny.plays import EMPTY_WORDS, one_flaw, script
 from tiny.supervised import DECISIVE, demonstration_loss, shuffled_batches, token_weights
 from tiny.warmstart import (
@@ -26,10 +27,12 @@ from tiny.warmstart import (
     tiny_tokenizer,
     warm_start,
     warm_started,
+    weights_of,
     without_comments,
 )
 
 ENVS = ("alfworld", "search", "webshop")
+SHIPPED = (("alfworld", 3), ("alfworld", 2), ("search", 2), ("webshop", 2))  # of ALFWorld's the benches have the second
 
 
 def play(game, seed: int, flaws: set[str], **habits):
@@ -219,27 +222,32 @@ def test_the_curriculum_begins_with_judgements_and_loses_nothing(demonstrator, g
 # ---- the weights that come with the code -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env", ENVS)
-def test_the_weights_are_those_that_the_code_would_make(env):
+@pytest.mark.parametrize("env, layers", SHIPPED)
+def test_the_weights_are_those_that_the_code_would_make(env, layers):
     """Making them takes minutes; that they depend on nothing else is what test_coldstart.py shows of the key."""
-    told = made_of(WEIGHTS / f"{env}.safetensors")
-    assert told["key"] == key_of(env, tiny_tokenizer(env)), f"python -m tiny.warmstart {env} makes them anew"
+    key = key_of(env, tiny_tokenizer(env), layers=layers)
+    assert made_of(weights_of(env, layers))["key"] == key, f"python -m tiny.warmstart {env} makes them anew"
 
 
-@pytest.mark.parametrize("env", ENVS)
-def test_the_weights_have_learnt_their_demonstrations(env):
+def test_every_file_of_weights_is_somebodys():
+    assert {weights_of(env, layers) for env, layers in SHIPPED} == set(WEIGHTS.iterdir())
+
+
+@pytest.mark.parametrize("env, layers", SHIPPED)
+def test_the_weights_have_learnt_their_demonstrations(env, layers):
     """The loss on the first games is that of the end of training, or one that learning by heart explains."""
-    model, tokenizer = warm_started(env)
+    model, tokenizer = warm_started(env, layers=layers)
+    assert model.config.num_hidden_layers == layers
     demonstrator = TinyDemonstrator(tokenizer, 0, env)
     sequences = demonstrations(demonstrator, games=8, plays=1)
     with torch.no_grad():
         loss = demonstration_loss(model, sequences, OTHER_TOKENS).item()
-    assert loss == pytest.approx(float(made_of(WEIGHTS / f"{env}.safetensors")["loss"]), rel=0.4)
+    assert loss == pytest.approx(float(made_of(weights_of(env, layers))["loss"]), rel=0.4)
 
 
-@pytest.mark.parametrize("env", ENVS)
-def test_the_model_tells_skills_of_its_task_from_others(env):
-    model, tokenizer = warm_started(env)
+@pytest.mark.parametrize("env, layers", SHIPPED)
+def test_the_model_tells_skills_of_its_task_from_others(env, layers):
+    model, tokenizer = warm_started(env, layers=layers)
     demonstrator = TinyDemonstrator(tokenizer, 7, env)  # other novices, other words
     yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     right = []
@@ -261,12 +269,23 @@ def made(monkeypatch) -> list[tuple[str, int]]:
     """The file and the seed of each training, in whose place the shipped weights are copied."""
     made = []
 
-    def make(env, file, tokenizer, key, seed):
+    def make(env, file, tokenizer, key, seed, layers):
         made.append((file.name, seed))
-        file.write_bytes((WEIGHTS / f"{env}.safetensors").read_bytes())
+        file.write_bytes(weights_of(env, layers).read_bytes())
 
     monkeypatch.setattr(tiny.warmstart, "make", make)
     return made
+
+
+def test_three_layers_go_on_with_fresh_games(tmp_path, monkeypatch):
+    learnt, games = [], script("alfworld").games
+    monkeypatch.setattr(tiny.warmstart, "warm_start", lambda model, played, seed, **k: learnt.append((played, seed)) or 0)
+    monkeypatch.setattr("tiny.alfworld.GAMES", 2)
+    monkeypatch.setattr("tiny.alfworld.FRESH", 3)
+    monkeypatch.setattr(TinyDemonstrator, "sequences", lambda self, game: [game])
+    for layers in (3, 2):
+        tiny.warmstart.make("alfworld", tmp_path / "weights", tiny_tokenizer(), "key", 0, layers)
+    assert learnt == [(games(2) * 3, 0), (games(5)[2:], 1), (games(2) * 3, 0)]
 
 
 def test_after_a_change_the_weights_are_made_anew_once(tmp_path, monkeypatch, made):
@@ -277,6 +296,12 @@ def test_after_a_change_the_weights_are_made_anew_once(tmp_path, monkeypatch, ma
         model, _ = warm_started("alfworld", tmp_path)
     assert len(made) == 1 and made[0][0].startswith("tiny-alfworld-") and made[0][1] == 0
     assert all(torch.equal(a, b) for a, b in zip(shipped.parameters(), model.parameters(), strict=True))
+
+
+def test_a_model_is_as_deep_as_its_name_says():
+    for name, layers in (("tiny", 3), ("tiny-2", 2)):
+        assert load_model(name)[0].config.num_hidden_layers == load_config(name).num_hidden_layers == layers
+    assert load_config("tiny", "search").num_hidden_layers == 2  # as the script says
 
 
 def test_each_seed_has_weights_of_its_own(tmp_path, made):

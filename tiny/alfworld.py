@@ -16,7 +16,9 @@ from envs.alfworld.expert import TOOLS, Explorer, kind_of
 from envs.alfworld.rooms import DATA, FACTS, likely_places
 from tiny.plays import SLIP, Play, advised_steps
 
+LAYERS = 3
 GAMES, PLAYS = 1900, 3
+FRESH = 3800
 FLAWS = {"forget": 0.5}
 ALONE_TURNS = 14
 HINTED = 0.25

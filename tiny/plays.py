@@ -63,8 +63,10 @@ class Adviser(Protocol):
 class Script(Protocol):
     """The demonstrations of one environment: tiny/NAME.py for envs/NAME.py."""
 
+    LAYERS: int  # of the tiny model
     GAMES: int  # train games that demonstrations come from, at most
     PLAYS: int  # times that each is played in each way
+    FRESH: int  # further games, which a tiny model of more than two layers learns after these, each played once
     FLAWS: dict[str, float]  # flaw -> chance that a novice has it, and no other
     ALONE_TURNS: int  # of a novice's episode that are learnt; lost ones go on and on
     HINTED: float  # share of steps with a hint, in hinted play

@@ -18,7 +18,9 @@ from envs.search.facts import HOPS, TITLES, facts
 from envs.search.text import shown_passages, words
 from tiny.plays import Play, advised_steps, watch
 
+LAYERS = 2
 GAMES, PLAYS = 2000, 4
+FRESH = 0
 FLAWS = {"first doc": 0.45, "whole question": 0.55}
 ALONE_TURNS = MAX_STEPS = 5  # two searches and the answer, and room for two slips
 HINTED = 0.4

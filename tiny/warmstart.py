@@ -37,6 +37,7 @@ LEARNING_RATE, BATCH_TOKENS = 3e-3, 1024
 OTHER_TOKENS = 0.25  # weight of tokens that are not responses: they teach copying early, where responses alone do not
 KEY_GAMES = 12  # whose demonstrations stand for all of them in the key of the weights
 SEED = 0  # of the warm start: runs of all seeds begin with the same weights
+LAYERS = 2  # of the benches' models: their keys and files do not name it, and they see no fresh games
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -165,7 +166,7 @@ def curriculum(
     return batches
 
 
-def key_of(env: str, tokenizer, seed: int = SEED) -> str:
+def key_of(env: str, tokenizer, seed: int = SEED, layers: int = LAYERS) -> str:
     """What the weights depend on, in 12 digits: the seed, the words, the demonstrations (the ids of the first games':
     all of them take minutes), and the code, less comments, that makes and trains the model."""
     demonstrator = TinyDemonstrator(tokenizer, seed, env)
@@ -179,6 +180,7 @@ def key_of(env: str, tokenizer, seed: int = SEED) -> str:
     code = [without_comments(inspect.getsource(function)) for function in code]
     settings = [LEARNING_RATE, BATCH_TOKENS, OTHER_TOKENS, DECISIVE]
     settings += [source.GAMES, source.PLAYS, source.JUDGED, source.JUDGED_FIRST]
+    settings += [layers, source.FRESH] if layers != LAYERS else []
     key = repr((env, seed, sorted(tokenizer.get_vocab().items()), learnt, code, settings))
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
@@ -193,12 +195,17 @@ def without_comments(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def make(env: str, file: Path, tokenizer, key: str, seed: int = SEED) -> None:
-    """Train, and leave one file of bfloat16 weights (2 MB), with what they depend on and their last loss."""
-    model, demonstrator = tiny_model(len(tokenizer), seed), TinyDemonstrator(tokenizer, seed, env)
-    judged = judgements(demonstrator)
-    first = demonstrator.script.JUDGED_FIRST
-    loss = warm_start(model, demonstrations(demonstrator), seed, judged=judged, first=first)
+def make(env: str, file: Path, tokenizer, key: str, seed: int = SEED, layers: int = LAYERS) -> None:
+    """Train, and leave one file of bfloat16 weights (2 to 3 MB), with what they depend on and their last loss."""
+    model, demonstrator = tiny_model(len(tokenizer), seed, layers=layers), TinyDemonstrator(tokenizer, seed, env)
+    source, judged = demonstrator.script, judgements(demonstrator)
+    loss = warm_start(model, demonstrations(demonstrator), seed, judged=judged, first=source.JUDGED_FIRST)
+    if layers != LAYERS and source.FRESH:  # once more, the rate from its peak again
+        demonstrator = TinyDemonstrator(tokenizer, seed + 1, env)
+        games = source.games(source.GAMES + source.FRESH)[source.GAMES :]
+        judged = [s for game in games for s in demonstrator.judging(demonstrator.play(game, set()))]
+        played = [s for game in games for s in demonstrator.sequences(game)]
+        loss = warm_start(model, played, seed + 1, judged=judged)
     state = {name: p.bfloat16() for name, p in model.state_dict().items() if name != "lm_head.weight"}  # tied
     metadata = {"format": "pt", "key": key, "loss": f"{loss:.4f}"}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -211,12 +218,17 @@ def made_of(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-def warm_started(env: str = "alfworld", cache: str | Path = "cache", seed: int = SEED):
+def weights_of(env: str, layers: int) -> Path:
+    """The file of weights that comes with the code."""
+    return WEIGHTS / (f"{env}.safetensors" if layers == LAYERS else f"{env}-{layers}.safetensors")
+
+
+def warm_started(env: str = "alfworld", cache: str | Path = "cache", seed: int = SEED, layers: int | None = None):
     """-> (model, tokenizer), in float32: the weights that come with the code, as long as they are what it would make.
     After a change of demonstrations or training, and for another seed of both, they are made on first use, and kept in
-    `cache`."""
-    tokenizer = tiny_tokenizer(env)
-    key, file = key_of(env, tokenizer, seed), WEIGHTS / f"{env}.safetensors"
+    `cache`. `layers` None: as many as the environment's script says."""
+    tokenizer, layers = tiny_tokenizer(env), layers or script(env).LAYERS
+    key, file = key_of(env, tokenizer, seed, layers), weights_of(env, layers)
     if not (file.is_file() and made_of(file)["key"] == key):
         file = Path(cache) / f"tiny-{env}-{key}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -224,8 +236,8 @@ def warm_started(env: str = "alfworld", cache: str | Path = "cache", seed: int =
             if not file.is_file():
                 why = f"seed {seed} of the tiny model" if seed else "the tiny model's words or demonstrations changed"
                 print(f"{why}: it is trained anew, 10 to 20 minutes ({file})", flush=True)
-                make(env, file, tokenizer, key, seed)
-    model = tiny_model(len(tokenizer), seed)
+                make(env, file, tokenizer, key, seed, layers)
+    model = tiny_model(len(tokenizer), seed, layers=layers)
     model.load_state_dict(load_file(file), strict=False)
     return model, tokenizer
 
@@ -233,8 +245,8 @@ def warm_started(env: str = "alfworld", cache: str | Path = "cache", seed: int =
 def main() -> None:
     """python -m tiny.warmstart [ENVIRONMENT ...]: makes the weights of the code, ten to twenty minutes each."""
     for env in sys.argv[1:] or ENVIRONMENTS:
-        tokenizer = tiny_tokenizer(env)
-        make(env, WEIGHTS / f"{env}.safetensors", tokenizer, key_of(env, tokenizer))
+        tokenizer, layers = tiny_tokenizer(env), script(env).LAYERS
+        make(env, weights_of(env, layers), tokenizer, key_of(env, tokenizer, layers=layers), layers=layers)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from envs.webshop.compact import SEARCH, shown
 from envs.webshop.expert import ENTRY, TITLE, Shopper, read_goal
 from tiny.plays import Play, advised_steps, watch
 
+LAYERS = 2
 GAMES, PLAYS = 1400, 3
+FRESH = 0
 FLAWS = {"first hit": 0.45, "forgets option": 0.4}
 ALONE_TURNS = 12
 MAX_STEPS = 15

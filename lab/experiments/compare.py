@@ -57,7 +57,7 @@ from lm.loading import remove, save_policy, write_whole
 from runlog.checkpoints import saved
 from runlog.metrics import read_lines
 from tiny.coldstart import PREFIX
-from tiny.loading import load_model
+from tiny.loading import TINY, load_model
 
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
 QUICK += " --mini-batch 8 --eval-every 1 --skill-tokens 8"
@@ -309,7 +309,7 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
         parser.error(f"--seeds is {args.seeds}, must be 1 or more")
     if args.trainings < 1:
         parser.error(f"--trainings is {args.trainings}, must be 1 or more")
-    if args.trainings > 1 and args.model != "tiny" and not args.model.startswith(PREFIX) and "{}" not in args.model:
+    if args.trainings > 1 and not (args.model in TINY or args.model.startswith(PREFIX) or "{}" in args.model):
         parser.error(f"--trainings {args.trainings}: there is one of {args.model}. Write {{}} for the training's number")
     if args.final_games < 0:
         parser.error(f"--final-games is {args.final_games}, must be 0 or more")
