@@ -65,7 +65,7 @@ def test_frozen_models_hold_what_their_flag_says():
     assert parts("scoring", algo="grpo", kl=0.0)["reference"] == 0  # read by nobody
     lora = parts("update", lora_rank=4)
     assert "reference" not in lora or lora["reference"] == 0
-    assert lora["optimizer"] == 2 * 4 * LAYERS * 4 * (4 * (192 + 192) + 3 * (192 + 480))  # A and B of seven linear layers
+    assert lora["optimizer"] == 2 * 4 * LAYERS * 4 * (4 * (192 + 192) + 3 * (192 + 480))  # A and B, seven times
     assert parts("scoring", algo="opd", teacher="tiny")["teacher"] == 4 * TINY
 
 

@@ -279,7 +279,8 @@ def made(monkeypatch) -> list[tuple[str, int]]:
 
 def test_three_layers_go_on_with_fresh_games(tmp_path, monkeypatch):
     learnt, games = [], script("alfworld").games
-    monkeypatch.setattr(tiny.warmstart, "warm_start", lambda model, played, seed, **k: learnt.append((played, seed)) or 0)
+    keep = lambda model, played, seed, **k: learnt.append((played, seed)) or 0
+    monkeypatch.setattr(tiny.warmstart, "warm_start", keep)
     monkeypatch.setattr("tiny.alfworld.GAMES", 2)
     monkeypatch.setattr("tiny.alfworld.FRESH", 3)
     monkeypatch.setattr(TinyDemonstrator, "sequences", lambda self, game: [game])

@@ -310,7 +310,7 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     if args.trainings < 1:
         parser.error(f"--trainings is {args.trainings}, must be 1 or more")
     if args.trainings > 1 and not (args.model in TINY or args.model.startswith(PREFIX) or "{}" in args.model):
-        parser.error(f"--trainings {args.trainings}: there is one of {args.model}. Write {{}} for the training's number")
+        parser.error(f"--trainings {args.trainings}: there is one {args.model}. Write {{}} for a training's number")
     if args.final_games < 0:
         parser.error(f"--final-games is {args.final_games}, must be 0 or more")
     if args.first_seed < 0:

@@ -433,7 +433,7 @@ def test_folders_of_ones_own_are_named_by_training(tmp_path, monkeypatch, llama,
     assert asked == ["own-seed0", "own-seed1"]
     with pytest.raises(SystemExit):
         compare.main(["--methods", "opid", "--trainings", "2", "--model", "own"])
-    assert "there is one of own. Write {} for the training's number" in capsys.readouterr().err
+    assert "there is one own. Write {} for a training's number" in capsys.readouterr().err
 
 
 def test_each_training_of_the_starting_model_has_runs_of_its_own(tmp_path, monkeypatch, llama, tokenizer):
