@@ -21,6 +21,7 @@ from lm.precision import mixed_precision
 from lm.writers import import_writer
 from router import LEVELS, RULES
 from tiny.coldstart import PREFIX
+from tiny.loading import TINY
 
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
@@ -235,13 +236,15 @@ class Config:
                 "with them, and give its folder to --model"
             )
         read_options(self.env, self.env_options)
-        if self.model == "tiny" and (unknown := new_words(self.env, self.env_options)):
-            raise ValueError(f"--model tiny knows only the words of generated {self.env} data: no other {unknown[0]}")
-        if self.model == "tiny" and self.prompt != "compact":
+        if self.model in TINY and (unknown := new_words(self.env, self.env_options)):
+            raise ValueError(
+                f"--model {self.model} knows only the words of generated {self.env} data: not {unknown[0]}"
+            )
+        if self.model in TINY and self.prompt != "compact":
             raise ValueError(
                 "--model tiny knows only the words of --prompt compact: leave it out, or take another --model"
             )
-        if self.model == "tiny" and not (VARIANTS.parent / "tiny" / f"{self.env}.py").is_file():
+        if self.model in TINY and not (VARIANTS.parent / "tiny" / f"{self.env}.py").is_file():
             raise ValueError(f"the tiny model knows no words of --env {self.env}: give --model")
         if self.prompt == "official" and self.max_new_tokens < OFFICIAL_ANSWER:
             raise ValueError(
@@ -482,8 +485,8 @@ def settings_to_save(config: Config, date: str) -> dict:
 def default_recipe(model: str, env: str) -> str:
     """The recipe for flags that are not given: the laptop's for its own models, else the paper's run of `env`."""
     base = about_policy(model).get("base", model)
-    if base == "tiny" or base.startswith(PREFIX):
-        usual = "laptop" if base == "tiny" else "laptop-smollm2"
+    if base in TINY or base.startswith(PREFIX):
+        usual = "laptop" if base in TINY else "laptop-smollm2"
         own = f"{usual}-{env}"
     else:
         usual, own = "alfworld-qwen2.5-3b", f"{env}-qwen2.5-3b"

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TWICE = (".modules_to_save.weight", ".original_module.weight")  # what peft saves again of resized embeddings
-NO_HUB = ("tiny", "smollm2")  # names of models that come from no hub
+NO_HUB = ("tiny", "tiny-2", "smollm2")  # names of models that come from no hub
 NO_PEFT = "needs peft: pip install peft"
 FEW = 0.01  # of the weights: no more than that may go without adapters and without a word
 

@@ -432,7 +432,7 @@ def test_phases_by_hand(monkeypatch):
     # 700 tokens an episode: five in the 4096 of a micro-batch
     assert planned.phases["rescore"] == pytest.approx(10 * 6 * (2 * 700 + 1242) / (5 * 700))
     assert planned.phases["update"] == pytest.approx(100 * 6 * 700 / (5 * 700))
-    assert planned.run == pytest.approx(60 * planned.iteration + 7 * planned.evaluation)
+    assert planned.run == pytest.approx(30 * planned.iteration + 7 * planned.evaluation)
 
 
 def test_evaluations_by_hand():

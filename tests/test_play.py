@@ -290,7 +290,7 @@ def test_every_token_of_ones_answers_stands_above_its_a_skill(typed, monkeypatch
         shifts[level] = skill_advantage(under, old, ~old.isnan())
     for t, guidances in enumerate(path):
         expected += [shift for g in guidances for shift in shifts[g.level][t, : len(y[t])].tolist()]
-    assert len(expected) == sum(map(len, y)) and max(map(abs, expected)) > 0.5
+    assert len(expected) == sum(map(len, y)) and max(map(abs, expected)) > 0.1
     assert judged(printed) == pytest.approx(expected, abs=6e-3)
     if not typed_skill:
         assert "step skill 2: for wateringcan look in drawer" in printed
