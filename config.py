@@ -21,7 +21,7 @@ from lm.precision import mixed_precision
 from lm.writers import import_writer
 from router import LEVELS, RULES
 from tiny.coldstart import PREFIX
-from tiny.loading import TINY
+from tiny.plays import TINY
 
 POSITIVE = (
     *("iterations", "tasks", "rollouts", "max_steps", "max_new_tokens", "context_limit", "skill_tokens", "epochs"),
@@ -238,11 +238,11 @@ class Config:
         read_options(self.env, self.env_options)
         if self.model in TINY and (unknown := new_words(self.env, self.env_options)):
             raise ValueError(
-                f"--model {self.model} knows only the words of generated {self.env} data: not {unknown[0]}"
+                f"--model {self.model} knows only the words of generated {self.env} data: no other {unknown[0]}"
             )
         if self.model in TINY and self.prompt != "compact":
             raise ValueError(
-                "--model tiny knows only the words of --prompt compact: leave it out, or take another --model"
+                f"--model {self.model} knows only the words of --prompt compact: leave it out, or take another --model"
             )
         if self.model in TINY and not (VARIANTS.parent / "tiny" / f"{self.env}.py").is_file():
             raise ValueError(f"the tiny model knows no words of --env {self.env}: give --model")

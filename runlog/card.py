@@ -25,11 +25,12 @@ from lm.adapters import base_of
 from lm.loading import SMOLLM2_HUB, about_policy, policy_in, read_json
 from runlog.metrics import read_lines
 from tiny.coldstart import PREFIX
+from tiny.plays import TINY
 
 CARD = "README.md"
 # Of the models that recipes name, as the Hub spells it. Others say it in a card of their own, or it is left out.
 APACHE = {"license": "apache-2.0"}
-LICENCES = dict.fromkeys(("tiny", "tiny-2", SMOLLM2_HUB, "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"), APACHE)
+LICENCES = dict.fromkeys((*TINY, SMOLLM2_HUB, "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"), APACHE)
 LICENCES |= dict.fromkeys(("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"), APACHE)
 LICENCES["Qwen/Qwen2.5-3B-Instruct"] = {"license": "other", "license_name": "qwen-research"}
 ORIGIN = ("base_model", "license", "license_name", "license_link")  # what a card says of where its model comes from
@@ -216,7 +217,7 @@ def origin_of(model: str) -> dict[str, str]:
     adapted = base_of(model) if Path(model).is_dir() else None  # of a name on the Hub it would ask the Hub
     source = (adapted or about_policy(model).get("base", model)).removeprefix(PREFIX)
     base = SMOLLM2_HUB if source == "smollm2" else source
-    if base in ("tiny", "tiny-2") or not (base in LICENCES or on_hub(base)):
+    if base in TINY or not (base in LICENCES or on_hub(base)):
         return LICENCES.get(base, own)
     return {"base_model": base} | (LICENCES.get(base) or own)
 

@@ -272,7 +272,9 @@ def judged(printed: str) -> list[float]:
     return [float(n) for line in lines if re.fullmatch(r" +([+-]\d+\.\d\d ?| )+", line) for n in line.split()]
 
 
-@pytest.mark.parametrize("typed_skill", [None, "for wateringcan first look in drawer"])
+@pytest.mark.parametrize(
+    "typed_skill", [None, "for wateringcan first look in shelf or countertop then take wateringcan"]
+)
 def test_every_token_of_ones_answers_stands_above_its_a_skill(typed, monkeypatch, typed_skill):
     steps = {1: "for wateringcan look in drawer", 3: "for wateringcan go to garbagecan"}
     answer = '{"episode_summary": "s", "episode_skill": "look in every drawer", "step_skills": {"1": "%s", "3": "%s"}}'
@@ -290,7 +292,7 @@ def test_every_token_of_ones_answers_stands_above_its_a_skill(typed, monkeypatch
         shifts[level] = skill_advantage(under, old, ~old.isnan())
     for t, guidances in enumerate(path):
         expected += [shift for g in guidances for shift in shifts[g.level][t, : len(y[t])].tolist()]
-    assert len(expected) == sum(map(len, y)) and max(map(abs, expected)) > 0.1
+    assert len(expected) == sum(map(len, y)) and max(map(abs, expected)) > 0.5
     assert judged(printed) == pytest.approx(expected, abs=6e-3)
     if not typed_skill:
         assert "step skill 2: for wateringcan look in drawer" in printed

@@ -7,10 +7,8 @@ import torch
 import lm.loading
 from lm.obstacles import fuse_norms
 from tiny.coldstart import PREFIX, cold_started
-from tiny.plays import script
+from tiny.plays import TINY, script
 from tiny.warmstart import tiny_model, tiny_tokenizer, warm_started
-
-TINY = {"tiny": None, "tiny-2": 2}  # name -> layers, None: as the environment's script says
 
 
 def load_model(name: str, *, env: str = "alfworld", dtype: str = "float32", training: int = 0):

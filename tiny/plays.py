@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from data import Skills
 
+TINY = {"tiny": None, "tiny-2": 2}  # name of a tiny model -> its layers, None: as the environment's script says
 SLIP = 0.12  # chance, a step, of a command that nobody wanted: so that demonstrations show how to recover from one
 STEP_SKILLS = 3  # at most, in a demonstration of hindsight
 EMPTY_WORDS = ["first", "then", "one", "and", "now", "never", "for", "it"]  # of skills that say nothing

@@ -172,8 +172,7 @@ def key_of(env: str, tokenizer, seed: int = SEED, layers: int = LAYERS) -> str:
     demonstrator = TinyDemonstrator(tokenizer, seed, env)
     source = demonstrator.script
     games = source.games(KEY_GAMES)
-    judged = [s for game in games for s in demonstrator.judging(demonstrator.play(game, set()))]
-    played = [s for game in games for s in demonstrator.sequences(game)]
+    judged, played = once(demonstrator, games)
     learnt = [(s.ids, s.responses, sorted(getattr(s, "decisive", ()))) for s in [*judged, *played]]
     code = [tiny_model, optimizers, warm_start, curriculum, judgements, demonstrations]
     code += [teach, demonstration_loss, token_weights, shuffled_batches, micro_batches]
@@ -183,6 +182,12 @@ def key_of(env: str, tokenizer, seed: int = SEED, layers: int = LAYERS) -> str:
     settings += [layers, source.FRESH] if layers != LAYERS else []
     key = repr((env, seed, sorted(tokenizer.get_vocab().items()), learnt, code, settings))
     return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def once(demonstrator: TinyDemonstrator, games: list) -> tuple[list[Sequence], list[Sequence]]:
+    """-> (judgements, plays) of each game, asked and played once."""
+    judged = [s for game in games for s in demonstrator.judging(demonstrator.play(game, set()))]
+    return judged, [s for game in games for s in demonstrator.sequences(game)]
 
 
 def without_comments(source: str) -> str:
@@ -203,8 +208,7 @@ def make(env: str, file: Path, tokenizer, key: str, seed: int = SEED, layers: in
     if layers != LAYERS and source.FRESH:  # once more, the rate from its peak again
         demonstrator = TinyDemonstrator(tokenizer, seed + 1, env)
         games = source.games(source.GAMES + source.FRESH)[source.GAMES :]
-        judged = [s for game in games for s in demonstrator.judging(demonstrator.play(game, set()))]
-        played = [s for game in games for s in demonstrator.sequences(game)]
+        judged, played = once(demonstrator, games)
         loss = warm_start(model, played, seed + 1, judged=judged)
     state = {name: p.bfloat16() for name, p in model.state_dict().items() if name != "lm_head.weight"}  # tied
     metadata = {"format": "pt", "key": key, "loss": f"{loss:.4f}"}
@@ -235,7 +239,7 @@ def warm_started(env: str = "alfworld", cache: str | Path = "cache", seed: int =
         with FileLock(f"{file}.lock"):  # another process may be making them
             if not file.is_file():
                 why = f"seed {seed} of the tiny model" if seed else "the tiny model's words or demonstrations changed"
-                print(f"{why}: it is trained anew, 10 to 20 minutes ({file})", flush=True)
+                print(f"{why}: it is trained anew, 10 to 50 minutes ({file})", flush=True)
                 make(env, file, tokenizer, key, seed, layers)
     model = tiny_model(len(tokenizer), seed, layers=layers)
     model.load_state_dict(load_file(file), strict=False)
@@ -243,7 +247,7 @@ def warm_started(env: str = "alfworld", cache: str | Path = "cache", seed: int =
 
 
 def main() -> None:
-    """python -m tiny.warmstart [ENVIRONMENT ...]: makes the weights of the code, ten to twenty minutes each."""
+    """python -m tiny.warmstart [ENVIRONMENT ...]: makes the weights of the code, ten to fifty minutes each."""
     for env in sys.argv[1:] or ENVIRONMENTS:
         tokenizer, layers = tiny_tokenizer(env), script(env).LAYERS
         make(env, weights_of(env, layers), tokenizer, key_of(env, tokenizer, layers=layers), layers=layers)

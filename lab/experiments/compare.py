@@ -57,7 +57,8 @@ from lm.loading import remove, save_policy, write_whole
 from runlog.checkpoints import saved
 from runlog.metrics import read_lines
 from tiny.coldstart import PREFIX
-from tiny.loading import TINY, load_model
+from tiny.loading import load_model
+from tiny.plays import TINY
 
 QUICK = "--iterations 2 --tasks 2 --rollouts 2 --max-steps 3 --max-new-tokens 4 --train-games 4 --eval-games 2"
 QUICK += " --mini-batch 8 --eval-every 1 --skill-tokens 8"
