@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Generator
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,11 +38,14 @@ class Work:
     products: float = 0.0
     attention: float = 0.0
 
+    def __iter__(self) -> Iterator[float]:
+        return iter(vars(self).values())
+
     def __add__(self, other: Work) -> Work:
-        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Work(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def __mul__(self, times: float) -> Work:
-        return Work(*(times * mine for mine in astuple(self)))
+        return Work(*(times * mine for mine in self))
 
 
 class Count(TorchDispatchMode):
@@ -146,7 +149,7 @@ class Shells:
         stages = [self._stages(work, architecture) for architecture in self.counted]
         if len(stages) == 2:
             stages = [[two + self.more * (three - two) for two, three in zip(*stages, strict=True)]]
-        size = len(astuple(Work()))
+        size = len([*Work()])
         *peaks, kept, cache = stages[0][:-size]
         return max(peaks), kept, cache, Work(*stages[0][-size:])
 
@@ -154,7 +157,7 @@ class Shells:
         model = shell(architecture, *self.options)
         with _without_data(model), Count([*model.parameters(), *model.buffers()]) as count:
             work(model, count)
-            return [*count.peaks, count.kept, count.cache, *astuple(count.work)]
+            return [*count.peaks, count.kept, count.cache, *count.work]
 
 
 def bytes_of(model: nn.Module, *, trained: bool = False) -> int:
