@@ -43,19 +43,20 @@ class Shape:
     scored: int
 
 
+# What this process has counted, by architecture and types of the weights: name of a pass -> Pass
+_COUNTED: dict[tuple, tuple[Shells, dict[str, Pass]]] = {}
+
+
 class Passes:
-    """The passes of one run; each is counted once, when it is first asked for.
+    """The passes of one run; each is counted once in a process, for all runs of such weights."""
 
-    `before`: those of the same run with other settings. What they have counted counts on, where the weights are alike.
-    """
-
-    def __init__(self, config: Config, architecture, before: Passes | None = None):
-        weights = (config.dtype, config.lora_rank, config.mixed_precision)
-        self.config, self._weights, self._counted = config, weights, {}
-        if before and before._weights == weights:
-            self._shells, self._counted = before._shells, before._counted
-        else:
-            self._shells = Shells(architecture, config.dtype, config.lora_rank)
+    def __init__(self, config: Config, architecture):
+        self.config = config
+        model = repr(architecture.to_dict() | {"_name_or_path": ""}), architecture._attn_implementation
+        key = (type(architecture), *model, config.dtype, config.lora_rank, config.mixed_precision)
+        if key not in _COUNTED:
+            _COUNTED[key] = Shells(architecture, config.dtype, config.lora_rank), {}
+        self._shells, self._counted = _COUNTED[key]
 
     def sampling(self, rows: int, length: int) -> Pass:
         """`rows` x `length` keys and values, with the largest piece of a context being read, or one more token."""

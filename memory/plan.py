@@ -51,30 +51,17 @@ class Plan:
     """The phases of a run on one of `processes`, each with its peak. `libraries`: bytes of the process before it has a
     model, which count on a CPU; None: planned for a GPU. Raises ValueError where there is no such model."""
 
-    def __init__(
-        self,
-        config: Config,
-        architecture=None,
-        *,
-        processes: int = 1,
-        libraries: float | None = None,
-        before: Passes | None = None,  # of the same run with other settings: what they have counted counts on
-    ):
+    def __init__(self, config: Config, architecture=None, *, processes: int = 1, libraries: float | None = None):
         self.config, self.processes, self.libraries, self.gpu = config, processes, libraries, libraries is None
         self.architecture = architecture or architecture_of(config.model, config.env)
         self.model = shell(self.architecture, config.dtype, config.lora_rank)
-        self.passes = Passes(config, self.architecture, before)
+        self.passes = Passes(config, self.architecture)
         self.phases = [phase for phase in self._phases() if phase]
 
     def changed(self, changes: dict) -> Plan:
         """That of the same run with other settings. Raises ValueError where it cannot have them."""
-        return Plan(
-            replace(self.config, **changes),
-            self.architecture,
-            processes=self.processes,
-            libraries=self.libraries,
-            before=self.passes,
-        )
+        config = replace(self.config, **changes)
+        return Plan(config, self.architecture, processes=self.processes, libraries=self.libraries)
 
     @property
     def largest(self) -> Phase:

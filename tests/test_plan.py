@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
+import memory
 import train
 from config import every_setting, flag, parse_args, variant_of
 from lm.cache import CachedConversations
@@ -34,6 +35,7 @@ LINEAR = LAYERS * (4 * 192**2 + 3 * 192 * 480)
 TINY = WORDS * 192 + LINEAR + LAYERS * 2 * 192 + 192
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
 DEEP = LlamaConfig(vocab_size=WORDS, num_hidden_layers=6, tie_word_embeddings=True, eos_token_id=None, **SIZES)
+SHALLOW = LlamaConfig(vocab_size=WORDS, num_hidden_layers=1, **SIZES)
 
 
 def parts(phase: str, processes: int = 1, **changes) -> dict[str, float]:
@@ -204,10 +206,15 @@ def test_fit_lowers_budgets_before_anything_slower_and_no_more_than_it_must():
     assert "--offload" not in fit(Plan(plan.config, libraries=0.0), 1)[1]  # there is no other memory than a CPU's
 
 
-def test_a_plan_that_counts_on_is_the_plan_made_anew():
-    plan = Plan(laptop(rollout_budget=131072))
-    for changes in ({"token_budget": 1024}, {"gradient_checkpointing": True}, {"lora_rank": 2}):
-        assert plan.changed(changes).phases == Plan(replace(plan.config, **changes)).phases
+def test_a_plan_that_counts_on_is_the_plan_made_anew(monkeypatch):
+    """Whatever differs: what was counted before is that of another pass, of other weights, or of other types."""
+    settings = [{}, {"token_budget": 1024}, {"gradient_checkpointing": True}, {"lora_rank": 2}]
+    settings += [{"dtype": "bfloat16"}, {"mixed_precision": "bf16"}]
+    runs = [(laptop(**each), SHALLOW) for each in settings] + [(laptop(), LlamaConfig(vocab_size=WORDS, num_hidden_layers=2, **SIZES))]
+    counting_on = [Plan(*run).phases for run in runs]
+    for run, phases in zip(runs, counting_on, strict=True):
+        monkeypatch.setattr(memory.passes, "_COUNTED", {})
+        assert Plan(*run).phases == phases
 
 
 @pytest.mark.parametrize(
