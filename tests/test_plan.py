@@ -210,7 +210,8 @@ def test_a_plan_that_counts_on_is_the_plan_made_anew(monkeypatch):
     """Whatever differs: what was counted before is that of another pass, of other weights, or of other types."""
     settings = [{}, {"token_budget": 1024}, {"gradient_checkpointing": True}, {"lora_rank": 2}]
     settings += [{"dtype": "bfloat16"}, {"mixed_precision": "bf16"}]
-    runs = [(laptop(**each), SHALLOW) for each in settings] + [(laptop(), LlamaConfig(vocab_size=WORDS, num_hidden_layers=2, **SIZES))]
+    runs = [(laptop(**each), SHALLOW) for each in settings]
+    runs += [(laptop(), LlamaConfig(vocab_size=WORDS, num_hidden_layers=2, **SIZES))]
     counting_on = [Plan(*run).phases for run in runs]
     for run, phases in zip(runs, counting_on, strict=True):
         monkeypatch.setattr(memory.passes, "_COUNTED", {})
