@@ -20,6 +20,7 @@ those reported was chosen by.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -40,7 +41,7 @@ from config import Config, parse_args, variant_of
 from evaluate import eval_splits, games_of
 from lab.experiments.children import Children
 from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, flags_of, on_the_laptop, settings
-from lab.experiments.stored import add, differing, find, read
+from lab.experiments.stored import add, alone, differing, find, read
 from lab.experiments.tables import (
     LONGER,
     by_episodes,
@@ -120,10 +121,21 @@ def is_there(job: Job) -> bool:
     return True
 
 
+def check_folder(job: Job) -> None:
+    """Raises ValueError where a run of other settings was begun in the job's folder: train.py might go on with it."""
+    begun, own = Path(job.config.out, "config.json"), settings(job.config)
+    if begun.is_file():
+        found = {name: value for name, value in json.loads(begun.read_text()).items() if name in own}
+        if others := differing(found, own):
+            told = f"{begun.parent} holds a run with other settings of {', '.join(others)}"
+            raise ValueError(f"{told}: use another --runs")
+
+
 def launch(job: Job, children: Children, final_games: int = 0) -> None:
     """Train in a process of its own, and let the policy play `final_games` of each split in another one. Raises
     RuntimeError with the end of its output where one fails."""
     commands = [["train.py", *flags_of(job.config.to_dict())]]
+    Path(job.config.out, FINAL).unlink(missing_ok=True)
     if final_games:
         commands += [["evaluate.py", "--model", f"{job.config.out}/policy", "--eval-games", str(final_games)]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -136,9 +148,11 @@ def launch(job: Job, children: Children, final_games: int = 0) -> None:
 
 
 def store(job: Job, version: str) -> None:
-    """The result of a finished run, which then keeps one checkpoint."""
+    """The result of a finished run, which then keeps one checkpoint. Raises RuntimeError for one that is not whole."""
     folder = Path(job.config.out)
     metrics, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl")
+    if len(metrics) != job.config.iterations:
+        raise RuntimeError(f"{folder} has {len(metrics)} iterations of {job.config.iterations}")
     points = [e["iteration"] + 1 for e in evaluations]
     result = {
         "name": job.name,
@@ -188,6 +202,8 @@ def run_all(jobs: list[Job], launch: Callable[[Job], None], at_once: int = 2) ->
     raised at the end."""
     version = commit()
     missing = [job for job in jobs if not is_there(job)]
+    for job in missing:
+        check_folder(job)
 
     def make(job: Job) -> None:
         launch(job)
@@ -200,22 +216,14 @@ def run_all(jobs: list[Job], launch: Callable[[Job], None], at_once: int = 2) ->
         future.result()
 
 
-def read_results(jobs: list[Job]) -> dict[str, list[dict]]:
-    """Arm -> the results of its seeds, of those runs that are there."""
-    results: dict[str, list[dict]] = {}
-    for job in jobs:
-        if is_there(job):
-            results.setdefault(job.arm, []).append(find(job.results, job.name))
-    return results
-
-
 def stored(results: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
     """Arm -> the results of all its runs that a file holds, whoever made them; no `arms`: of all that there are."""
     found: dict[str, list[dict]] = {arm: [] for arm in arms}
     for line in read(results):
         if "curve" in line and (not arms or arm_of(line["name"]) in found):  # others are no runs of a comparison
             found.setdefault(arm_of(line["name"]), []).append(line)
-    return {arm: runs for arm, runs in found.items() if runs}
+    in_order = lambda run: (training_of(run), run["config"]["seed"])  # not in that of their ends
+    return {arm: sorted(runs, key=in_order) for arm, runs in found.items() if runs}
 
 
 def told_by(table: Path) -> tuple[list[str], str]:
@@ -249,6 +257,9 @@ def check_alike(found: dict[str, list[dict]]) -> None:
                 raise ValueError(f"{run['name']} and {first['name']} have other settings of {', '.join(others)}")
             if others := [name for name in differing(runs[0]["config"], run["config"]) if name != "seed"]:
                 raise ValueError(f"{run['name']} and {runs[0]['name']} have other settings of {', '.join(others)}")
+        begun = {(training_of(run), run["config"]["seed"]): run["name"] for run in runs}
+        if twice := [run["name"] for run in runs if run["name"] not in begun.values()]:
+            raise ValueError(f"{twice[0]} has the starting weights and the seed of another run of {arm}")
 
 
 def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny", trainings: int = 1) -> list[Path]:
@@ -352,6 +363,7 @@ def main(argv: list[str] | None = None) -> str:
     runs = (args.runs or ROOT / "runs" / args.results.stem).absolute()
     seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.quick else 10)))
     with lm.one_line("compare.py"):
+        told_by(args.results.with_suffix(".md"))  # a table that could not be made again is refused before hours of runs
         starts = prepare(runs, args.quick, flags, args.model, args.trainings)
         jobs = jobs_of(arms, seeds, flags, starts, args.results, runs)
     children = Children()
@@ -359,8 +371,10 @@ def main(argv: list[str] | None = None) -> str:
         with children.stopped_by_signals():
             run_all(jobs, lambda job: launch(job, children, args.final_games), args.at_once)
     finally:  # one run that failed leaves the others' table
-        found = read_results(jobs)
-        text = report(found, args.baseline, args.results) if found else ""
+        with alone(args.results.parent):  # another comparison may be writing the same table
+            beside, _ = told_by(args.results.with_suffix(".md"))
+            found = stored(args.results, [*beside, *arms])
+            text = report(found, args.baseline, args.results) if found else ""
     return text
 
 

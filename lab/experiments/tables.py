@@ -36,8 +36,8 @@ class Run:
     seed: int
     unit: int  # the training; where all runs of the tables have the same one, the seed
     success: np.ndarray  # (points,) at each evaluation
-    end: float  # of the final games, where all runs of the tables have as many; else the last of `success`
-    final_games: int | None  # None: `end` is of the last evaluation
+    end: float  # of the final games, where all runs of the tables have the same; else the last of `success`
+    games: str | None  # the numbers of its final games, split by split; None: it has none
     cost: dict[str, np.ndarray]  # (points,) what was used so far; EPISODES alone where a run of the tables has no other
     splits: list[str]
     tables: list[str]  # success by type before and after training, as evaluate.py prints it; older results have none
@@ -50,24 +50,29 @@ Difference = Callable[[Run, Run], float]  # of our run and theirs
 def runs_of(results: dict[str, list[dict]]) -> Runs:
     """Arm -> its results, as compare.py stores them."""
     lines = [result for arm in results.values() for result in arm]
-    games = {line["final"]["games"] if "final" in line else None for line in lines}
-    final_games = games.pop() if len(games) == 1 else None
+    alike = len({games_of(line) for line in lines}) == 1
     costs = all("sampled" in point for line in lines for point in line["curve"])
     several = len({training_of(line) for line in lines}) > 1
 
     def run(line: dict) -> Run:
         splits, training, seed = splits_of(line), training_of(line), line["config"]["seed"]
         success = np.array([mean_of(point, splits) for point in line["curve"]])
-        end = mean_of(line["final"], splits) if final_games else float(success[-1])
+        games = games_of(line)
+        end = mean_of(line["final"], splits) if games and alike else float(success[-1])
         cost = costs_of(line) if costs else {EPISODES: episodes_of(line)}
         unit, tables = training if several else seed, line.get("tables", [])
-        return Run(training, seed, unit, success, end, final_games, cost, splits, tables)
+        return Run(training, seed, unit, success, end, games, cost, splits, tables)
 
     return {arm: [run(line) for line in own] for arm, own in results.items()}
 
 
 def training_of(result: dict) -> int:
     return result.get("training", 0)
+
+
+def games_of(result: dict) -> str | None:
+    """'347 + 507' final games of two splits."""
+    return " + ".join(map(str, result["final"]["games"].values())) if "final" in result else None
 
 
 def splits_of(result: dict) -> list[str]:
@@ -127,12 +132,9 @@ def differences(runs: Runs, other: str, difference: Difference) -> dict[str, np.
 
 
 def success_at(run: Run, kind: str, spent: float) -> float:
-    """Success when a run had cost that much, linear between its evaluations; after its end that of its end, before its
-    first evaluation NaN."""
-    cost = run.cost[kind]
-    if spent > cost[-1] or np.isclose(spent, cost[-1]):
-        return run.end
-    return float(np.interp(spent, cost, run.success, left=np.nan))
+    """In the evaluations, when a run had cost that much: linear between them, the last one after its end, before the
+    first one NaN."""
+    return float(np.interp(spent, run.cost[kind], run.success, left=np.nan))
 
 
 def mean_until(run: Run, kind: str, spent: float) -> float:
@@ -150,8 +152,16 @@ def at_the_end(ours: Run, theirs: Run) -> float:
 
 
 def at_equal(kind: str) -> Difference:
-    """Ours when it has used up what theirs used in all, minus the end of theirs."""
-    return lambda ours, theirs: success_at(ours, kind, theirs.cost[kind][-1]) - theirs.end
+    """Ours when it has used up what theirs used in all, minus the end of theirs. Both play the same games: the final
+    ones where ours had ended by then, else those of the evaluations."""
+
+    def difference(ours: Run, theirs: Run) -> float:
+        spent, whole = theirs.cost[kind][-1], ours.cost[kind][-1]
+        if spent > whole or np.isclose(spent, whole):
+            return at_the_end(ours, theirs)
+        return success_at(ours, kind, spent) - float(theirs.success[-1])
+
+    return difference
 
 
 def over_training(kind: str) -> Difference:
@@ -197,8 +207,9 @@ def compared(values: dict[str, np.ndarray]) -> dict[str, list[str]]:
 
 def ends(runs: Runs, baseline: str) -> str:
     """One row an arm: where it ends, and how far it is ahead of the baseline at equal cost of each kind."""
-    kinds, games = kinds_of(runs), next(iter(runs.values()))[0].final_games
-    head = ["arm", units_title(runs), f"end of {games} games, %" if games else "end, %"]
+    kinds, games = kinds_of(runs), games_played(runs)
+    end = f"end of {next(iter(games))} games, %" if len(games) == 1 and None not in games else "end, %"
+    head = ["arm", units_title(runs), end]
     rows = {arm: [units_of(runs, arm), with_interval(estimate(ends_of(own)))] for arm, own in runs.items()}
     columns = [(f"ahead of {baseline} at equal {kind}", kind, at_equal(kind)) for kind in kinds]
     if TOKENS in kinds:
@@ -233,6 +244,11 @@ def kinds_of(runs: Runs) -> list[str]:
     return list(next(iter(runs.values()))[0].cost)
 
 
+def games_played(runs: Runs) -> set[str | None]:
+    """In the end, as `Run.games`."""
+    return {run.games for own in runs.values() for run in own}
+
+
 def by_training(runs: Runs) -> bool:
     """Whether the unit is the training of the starting model, and not the seed."""
     return len({run.training for own in runs.values() for run in own}) > 1
@@ -254,6 +270,8 @@ def notes(runs: Runs, baseline: str, some_cheaper: bool) -> list[str]:
     unit = "training of the starting model, its seeds averaged first" if by_training(runs) else "seed"
     lines = [f"The unit is the {unit}. In brackets: 95% t intervals over units, none under {FEWEST} of them."]
     lines.append("Ahead: in points, from runs of one training and seed. p: paired t test; after Holm, over a column.")
+    if len(games_played(runs)) > 1:
+        lines.append("Ends are of the last evaluation: not all runs played the same games after it.")
     if TOKENS in kinds_of(runs):
         lines.append(f"Equal cost: an arm when it had used what {baseline}'s run used in all, its skills included.")
     if some_cheaper:
@@ -329,13 +347,13 @@ def read_table(text: str) -> dict[str, dict[str, float]]:
 
 
 def read_shares(text: str) -> dict[str, float]:
-    """What evaluate.py printed -> "games" of a split, and its success by split."""
+    """What evaluate.py printed -> "games" by split, and success by split."""
     lines = text.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("split "))
     column = lines[head].split().index("All")
     rows = [line.split() for line in lines[head + 1 :] if line and not line.startswith("WARNING")]
     shares = {row[0]: round(float(row[column]) / 100, 4) for row in rows}
-    return {"games": int(rows[0][-1]), **shares}
+    return {"games": {row[0]: int(row[-1]) for row in rows}, **shares}
 
 
 def draw(runs: Runs, path: Path) -> None:

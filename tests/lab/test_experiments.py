@@ -17,7 +17,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from lab.experiments import compare
-from lab.experiments.compare import QUICK, is_there, jobs_of, read_arms, read_results, run_all
+from lab.experiments.compare import QUICK, check_folder, is_there, jobs_of, read_arms, run_all, stored
 from lab.experiments.estimates import bootstrap_interval, estimate, holm
 from lab.experiments.runs import arm_of
 from lab.experiments.stored import OLD, add, differing, find, read
@@ -25,6 +25,7 @@ from lab.experiments.tables import (
     EPISODES,
     SECONDS,
     TOKENS,
+    at_equal,
     by_episodes,
     by_type,
     by_unit,
@@ -131,13 +132,13 @@ def test_results_are_stored_once_and_tabulated(jobs):
     run_all(jobs, launch=lambda job: (made.append(job.name), pretend(job)))
     assert sorted(made) == ["grpo-seed0", "grpo-seed1", "opid-seed0", "opid-seed1"]
     assert [path.name for job in jobs for path in Path(job.config.out, "checkpoints").iterdir()] == ["000001.pt"] * 4
-    found = read_results(jobs)
-    stored = found["opid"][1]
-    assert (stored["seconds"], stored["episodes"], stored["train"]) == (4.0, 8, [0.5, 0.5])
-    assert [point["iteration"] for point in stored["curve"]] == [0, 2]
-    assert (stored["training"], stored["curve"][0]["sampled"], stored["curve"][1]["sampled"]) == (0, 0, 30)
-    assert stored["signal"] == {"advantage/skill_abs": [0.1235, 0.1235]}
-    assert (stored["phases"], stored["tokens"]) == ({"rollout": 3.0, "update": 1.0}, {"sampled": 30})
+    found = stored(jobs[0].results, PLAIN)
+    line = next(run for run in found["opid"] if run["config"]["seed"] == 1)
+    assert (line["seconds"], line["episodes"], line["train"]) == (4.0, 8, [0.5, 0.5])
+    assert [point["iteration"] for point in line["curve"]] == [0, 2]
+    assert (line["training"], line["curve"][0]["sampled"], line["curve"][1]["sampled"]) == (0, 0, 30)
+    assert line["signal"] == {"advantage/skill_abs": [0.1235, 0.1235]}
+    assert (line["phases"], line["tokens"]) == ({"rollout": 3.0, "update": 1.0}, {"sampled": 30})
     runs = runs_of(found)
     assert [run.end for run in runs["grpo"]] == pytest.approx([40, 45])  # seed 0: 40 40, seed 1: 50 40
     assert [row.split(" | ")[:6] for row in ends(runs, "grpo").splitlines()[2:4]] == [
@@ -191,12 +192,24 @@ def test_a_placebo_pays_for_no_writer():
 
 
 def test_success_at_equal_cost_by_hand():
-    final = {"games": 1000, "seen": 0.7, "unseen": 0.9}
-    run = run_of(0, 0.1, 0.3, 0.7, cost=(60, 40, 8, 3), final=final)  # 100 tokens between evaluations
+    run = run_of(0, 0.1, 0.3, 0.7, cost=(60, 40, 8, 3))  # 100 tokens between evaluations
     assert [success_at(run, TOKENS, spent) for spent in (0, 100, 150)] == pytest.approx([10, 30, 50])
-    assert [success_at(run, TOKENS, spent) for spent in (200, 999)] == pytest.approx([80, 80])  # its end
+    assert [success_at(run, TOKENS, spent) for spent in (200, 999)] == pytest.approx([70, 70])  # it stays there
     late = dataclasses.replace(run, cost={TOKENS: run.cost[TOKENS][1:]}, success=run.success[1:])
     assert np.isnan(success_at(late, TOKENS, 50)) and success_at(late, TOKENS, 150) == pytest.approx(50)
+
+
+def test_a_lead_is_of_one_set_of_games():
+    """GRPO that plays on is GRPO until then: no lead, though the final games are harder. Where an arm has ended, too,
+    the final games count."""
+    final = {"games": {"seen": 500, "unseen": 500}, "seen": 0.2, "unseen": 0.2}
+    short = made(0, 0.1, 0.3, cost=(100, 0, 8, 0), algo="grpo", final=final)
+    longer = made(0, 0.1, 0.3, 0.7, cost=(100, 0, 8, 0), algo="grpo", final=final | {"seen": 0.9, "unseen": 0.9})
+    equal = made(0, 0.1, 0.4, cost=(100, 0, 8, 0), final=final | {"seen": 0.3, "unseen": 0.3})
+    runs = runs_of({"grpo": [short], "grpo-longer": [longer], "opid": [equal]})
+    for kind in (EPISODES, TOKENS, SECONDS):
+        ahead = differences(runs, "grpo", at_equal(kind))
+        assert ahead["grpo-longer"] == pytest.approx([0]) and ahead["opid"] == pytest.approx([10])
 
 
 def test_mean_over_training_at_equal_cost_by_hand():
@@ -303,13 +316,16 @@ def test_one_older_run_among_them_leaves_out_what_it_does_not_tell():
 
 
 def test_ends_are_of_the_final_games_where_all_runs_have_them():
-    final = {"games": 1000, "seen": 0.6, "unseen": 0.4}
+    final = {"games": {"seen": 300, "unseen": 500}, "seen": 0.6, "unseen": 0.4}
     found = {"grpo": [made(0, 0.1, 0.2, final=final)], "opid": [made(0, 0.1, 0.3, final=final)]}
-    head, _, row, *_ = ends(runs_of(found), "grpo").splitlines()
-    assert head.startswith("| arm | seeds | end of 1000 games, % |") and row.startswith("| grpo | 1 | 50.0 [-] |")
-    for other in (found["opid"][0] | {"final": final | {"games": 500}}, made(0, 0.1, 0.3)):
-        head, _, row, *_ = ends(runs_of(found | {"opid": [other]}), "grpo").splitlines()
+    head, _, row, *rest = ends(runs_of(found), "grpo").splitlines()
+    assert head.startswith("| arm | seeds | end of 300 + 500 games, % |") and row.startswith("| grpo | 1 | 50.0 [-] |")
+    assert "last evaluation" not in "".join(rest)
+    fewer = final | {"games": {"seen": 300, "unseen": 400}}  # of the second split alone
+    for other in (found["opid"][0] | {"final": fewer}, made(0, 0.1, 0.3)):
+        head, _, row, *rest = ends(runs_of(found | {"opid": [other]}), "grpo").splitlines()
         assert head.startswith("| arm | seeds | end, % |") and row.startswith("| grpo | 1 | 20.0 [-] |")
+        assert "Ends are of the last evaluation: not all runs played the same games after it." in rest
 
 
 def test_leads_over_the_controls_by_hand():
@@ -330,7 +346,7 @@ def test_an_arm_that_plays_longer_is_a_control_by_its_end(jobs, tmp_path):
     assert leads(runs, "grpo").splitlines()[0] == "| ahead at the end | of grpo-longer | p (Holm) |"
     assert leads(runs, "grpo").splitlines()[4] == "| opid | 20.0 [-] | - |"
     run_all(jobs, launch=pretend)
-    found = read_results(jobs)
+    found = stored(jobs[0].results, PLAIN)
     longer = [run | {"config": run["config"] | {"iterations": 9}} for run in found.pop("opid")]
     compare.check_alike(found | {"grpo-longer": longer})
     with pytest.raises(ValueError, match="other settings of iterations"):
@@ -470,7 +486,8 @@ def test_the_cost_of_training_by_hand():
 
 def test_what_evaluate_printed_by_hand():
     printed = f"loading\n{TABLE}\nWARNING: 60% of the responses are cut off"
-    assert read_shares(printed) == {"games": 4, "valid_seen": 0.55, "valid_unseen": 0.3}
+    games = {"valid_seen": 4, "valid_unseen": 4}
+    assert read_shares(printed) == {"games": games, "valid_seen": 0.55, "valid_unseen": 0.3}
 
 
 def test_data_from_outside_goes_to_a_model_that_knows_its_words(tmp_path, monkeypatch, llama, tokenizer):
@@ -495,7 +512,7 @@ def test_data_from_outside_goes_to_a_model_that_knows_its_words(tmp_path, monkey
 )
 def test_what_must_not_be_compared_is_not_put_into_one_table(changes, message, jobs, tmp_path):
     run_all(jobs, launch=pretend)
-    found = read_results(jobs)
+    found = stored(jobs[0].results, PLAIN)
     compare.check_alike(found)
     run = found["opid"][1]
     run |= {name: changes.pop(name) for name in ("start", "training") if name in changes}
@@ -506,7 +523,7 @@ def test_what_must_not_be_compared_is_not_put_into_one_table(changes, message, j
 
 def test_each_training_of_the_starting_model_has_its_own_weights(jobs):
     run_all(jobs, launch=pretend)
-    found = read_results(jobs)
+    found = stored(jobs[0].results, PLAIN)
     for runs in found.values():  # seed 1 of both arms is of another training
         runs[1] |= {"training": 1, "start": "second"}
     compare.check_alike(found)
@@ -687,6 +704,44 @@ def test_a_failed_run_leaves_the_table_of_the_others(tmp_path, monkeypatch):
     assert "| grpo | 1 |" in (tmp_path / "bench.md").read_text()
 
 
+def test_a_later_comparison_leaves_other_arms_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "launch", lambda job, *_: pretend(job))
+    folders = ["--results", str(tmp_path / "bench.jsonl"), "--runs", str(tmp_path / "runs")]
+    for method in ("grpo", "opid"):
+        text = compare.main(["--quick", "--seeds", "1", "--methods", method, *folders])
+    assert [row.split(" | ")[0] for row in text.splitlines()[2:4]] == ["| grpo", "| opid"]
+
+
+def test_a_run_of_other_settings_in_the_folder_is_not_taken_over(jobs, tmp_path):
+    """--resume would go on with another learning rate, and store it under this one."""
+    begun = Path(jobs[0].config.out)
+    begun.mkdir(parents=True)
+    begun.joinpath("config.json").write_text(json.dumps(jobs[0].config.to_dict()))
+    check_folder(jobs[0])
+    jobs[0].config.learning_rate *= 2
+    with pytest.raises(ValueError, match="grpo-seed0 holds a run with other settings of learning_rate"):
+        run_all(jobs[:1], launch=pretend)
+
+
+def test_a_run_that_is_not_whole_is_not_stored(jobs):
+    def launch(job):
+        pretend(job)
+        job.config.iterations += 1
+
+    with pytest.raises(RuntimeError, match="grpo-seed0 has 2 iterations of 3"):
+        run_all(jobs[:1], launch=launch)
+    assert not jobs[0].results.exists()
+
+
+def test_a_run_counts_once(jobs):
+    """grpo-seed0 and grpo-start0-seed0 are one run by their weights and their seed."""
+    run_all(jobs, launch=pretend)
+    found = stored(jobs[0].results, PLAIN)
+    again = found["grpo"][0] | {"name": "grpo-start0-seed0"}
+    with pytest.raises(ValueError, match="has the starting weights and the seed of another run of grpo"):
+        compare.check_alike(found | {"grpo": [*found["grpo"], again]})
+
+
 def test_bootstrap_leaves_out_what_is_not_defined():
     scores = np.array([[np.nan], [0.2], [0.4]])
     low, high = bootstrap_interval(lambda s: s.mean(), scores, samples=200)
@@ -737,5 +792,6 @@ def test_quick_comparison_from_end_to_end(tmp_path):
     result = find(file, "grpo-seed0")
     assert [point["iteration"] for point in result["curve"]] == [0, 1, 2]
     assert result["episodes"] == 8
-    assert result["final"]["games"] == 3 and result["final"].keys() == {"games", "valid_seen", "valid_unseen"}
+    assert result["final"]["games"] == {"valid_seen": 3, "valid_unseen": 3}
+    assert result["final"].keys() == {"games", "valid_seen", "valid_unseen"}
     assert (tmp_path / "bench.png").stat().st_size > 1000
