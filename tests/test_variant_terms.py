@@ -19,7 +19,7 @@ from variants.gigpo import state_groups, step_relative_advantage
 from variants.opid_contrast import other_routes
 from variants.rlsd import rescale
 from variants.sdar import gated_pull, only_teacher
-from variants.sdpo import clipped_ratio, peer_of, transcript
+from variants.sdpo import clipped_ratio, peer_of, transcript, turn_ends
 from variants.skill_sd import weighted_k3
 
 NAN = float("nan")
@@ -231,7 +231,7 @@ def test_sdpo_is_the_releases_loss(alpha, is_clip, topk):
 
 @pytest.mark.parametrize("is_clip", [2.0, None])
 def test_sdpo_through_two_models_is_the_releases_loss(is_clip, llama, qwen):
-    """Three steps, the second of a trajectory without a peer, whose tokens count in our mean alone."""
+    """Three episodes of one step, the second without a peer: its tokens count in our mean alone."""
     h, h_hat, y = [[5, 6, 7], [5, 9], [8, 7, 6]], [[5, 20, 6, 7], None, [8, 21, 7, 6]], [[3, 4], [9, 3, 3], [11]]
     row_of = lambda model, context, answer: model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
     steps = [Step((), "", context, answer, "", "", True) for context, answer in zip(h, y, strict=True)]
@@ -242,7 +242,8 @@ def test_sdpo_through_two_models_is_the_releases_loss(is_clip, llama, qwen):
         student[row, :size] = row_of(llama, h[row], answer).log_softmax(-1)
         teacher[row, :size] = row_of(qwen, seen, answer).detach().log_softmax(-1)
         old[row, :size] = student[row, :size].detach().gather(-1, torch.tensor(answer)[:, None])[:, 0] - 0.5
-    batch = Batch([Trajectory("", 0, steps, True)], [None], [[()] * 3], {"episode": h_hat}, old, None, {})
+    played = [Trajectory("", 0, [step], True) for step in steps]
+    batch = Batch(played, [None] * 3, [[()]] * 3, {"episode": h_hat}, old, None, {})
     batch.advantages = SimpleNamespace(total=torch.zeros(3, 3))
     config = laptop(algo="sdpo", is_clip=is_clip)
     assert (config.divergence, config.jsd_beta, config.kl) == ("jsd", 0.5, 0)
@@ -262,14 +263,28 @@ def test_sdpo_through_two_models_is_the_releases_loss(is_clip, llama, qwen):
     assert terms["loss/distill"].count_nonzero() == 3 and terms["loss/policy"].count_nonzero() == 0
     theirs = gradient(released * 3)
     assert (gradient(losses.sum()) - theirs).norm() < 1e-3 * theirs.norm()
+    batch.trajectories[:] = [Trajectory("", 0, steps, True)]  # as turns of one episode: the first one's end is left out
+    _, of_turns = variant_of("sdpo").loss(run, pack(h, y, packed=False), batch)
+    kept = torch.tensor([1, 0, 0, 0, 0, 1])
+    assert torch.equal(of_turns["loss/distill"], terms["loss/distill"] * kept)
+
+
+def test_the_end_of_a_turn_counts_in_the_last_turn_alone():
+    steps = [Step((), "", [1], [2] * length, "", "", True) for length in (2, 3, 1, 3)]
+    played = [Trajectory("", 0, steps[:3], True), Trajectory("", 0, steps[3:], True)]
+    old = torch.tensor([[-1, -1, NAN], [-1, -1, -1], [-1, NAN, NAN], [-1, -1, -1]])
+    batch = Batch(played, [None] * 2, [[()] * 3, [()]], {}, old, None, {})
+    assert turn_ends(batch).int().tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
 
 
 def test_a_solution_is_the_first_other_one_of_the_group():
     ends = [(0, False), (0, True), (0, True), (1, True), (1, False), (2, False), (2, False)]  # group, success
-    played = [Trajectory("", group, [], success) for group, success in ends]
+    steps = [Step((), "", [1], [2], "look", "look", True)]
+    played = [Trajectory("", group, steps, success) for group, success in ends]
+    played.insert(0, Trajectory("", 0, [], True))  # a solution with nothing to show
     found = [peer_of(played, at) for at in range(len(played))]
     sources = [next((i for i, other in enumerate(played) if other is peer), None) for peer in found]
-    assert sources == [1, 2, 1, None, 3, None, None]
+    assert sources == [2, 2, 3, 2, None, 4, None, None]
 
 
 def test_a_solution_is_shown_by_its_valid_actions():

@@ -521,6 +521,7 @@ def test_skills_of_other_tasks_need_another_task(algo, run):
         ("opid-full", {"scorer": "old"}, "--scorer must be one of reference, not 'old'"),
         ("sdpo", {"lora_rank": 4}, "has no teacher that moves: --teacher-rate 0"),
         ("sdpo", {"is_clip": 0.0}, "--is-clip must be positive"),
+        ("sdpo", {"rollouts": 1}, "--rollouts must be at least 2"),
         ("sdpo", {"routing": "step"}, "--routing step guides no step"),
         ("sdpo", {"teacher_rate": 1.5}, "--teacher-rate must be between 0 and 1"),
         ("opid-oracle", {"env": "search"}, "there is none for --env search"),

@@ -4,7 +4,8 @@
 
 The loss has no A_ep and no KL term: the outcome only says which rollout is a solution. h^ is h with the actions of the
 first other success of the group, where OPID's episode skill stands. A rollout without such a peer teaches nothing. A
-success is no teacher of itself.
+success is no teacher of itself. The token that ends a turn counts in an episode's last turn alone: before it the
+teacher reads the solution on to the next action, and would teach not to stop.
 
 Release (lasgroup/SDPO, 0e6d510): core_algos.py, compute_self_distillation_loss, in place of the policy's loss
 (dp_actor.py, update_policy); ray_trainer.py, _get_solution; defaults of config/actor/actor.yaml (alpha 0.5, is_clip 2,
@@ -46,6 +47,8 @@ class Settings(opid_full.Settings):
         if self.teacher_rate:
             self.frozen_dtype = "float32"  # bfloat16 would round small moves away
         super().__post_init__()
+        if self.rollouts < 2:
+            raise ValueError(f"--algo {self.algo} needs another episode of the task: --rollouts must be at least 2")
         if self.is_clip is not None and self.is_clip <= 0:
             raise ValueError(f"--is-clip must be positive, not {self.is_clip}")
         if self.lora_rank and self.teacher_rate:
@@ -75,14 +78,14 @@ def peer_skills(run: Run[Settings], trajectories: list[Trajectory]) -> tuple[lis
 
 
 def peer_of(trajectories: list[Trajectory], at: int) -> Trajectory | None:
-    """The first other success in the group of trajectory `at`; None where there is none."""
-    others = trajectories[:at] + trajectories[at + 1 :]
-    return next((other for other in others if other.success and other.group == trajectories[at].group), None)
+    """The first other success in the group of trajectory `at` that has actions to show; None where there is none."""
+    group, others = trajectories[at].group, trajectories[:at] + trajectories[at + 1 :]
+    return next((other for other in others if other.success and other.group == group and transcript(other)), None)
 
 
 def transcript(trajectory: Trajectory) -> str:
     """What it did, in words that the tiny model knows, too. Thoughts and observations are left out, and actions that
-    could not be parsed: they changed nothing."""
+    are not valid: not in the prompt's form, though some of them may have been carried out."""
     actions = [step.action for step in trajectory.steps if step.valid]
     return f"first {' then '.join(actions)}" if actions else ""
 
@@ -107,9 +110,17 @@ def sdpo_loss(run: Run[Settings], micro: list[Sequence], batch: Batch) -> tuple[
     states, new, at = states_and_logprobs(run.policy, micro, config.temperature)  # (n, H), (n,)
     losses, terms = grpo_loss(new, at, batch, config)  # 0, like A and beta
     exact = distance_to_scorer(run, batch, "episode", states, at)  # (n,) 0 without a peer
+    exact = exact.masked_fill(turn_ends(batch)[at].to(exact.device), 0.0)
     if config.is_clip is not None:
         exact = exact * clipped_ratio(new, batch.old_logprobs[at].to(new.device), config.is_clip)
     return losses + exact, terms | {"loss/distill": exact}
+
+
+def turn_ends(batch: Batch) -> Tensor:
+    """The last token of each turn, but of an episode's last turn. -> (B, R) bool"""
+    more = [step is not trajectory.steps[-1] for trajectory in batch.trajectories for step in trajectory.steps]
+    columns, last = torch.arange(batch.mask.shape[1]), batch.mask.sum(dim=1) - 1  # (R,), (B,)
+    return (columns == last[:, None]) & torch.tensor(more)[:, None]
 
 
 def clipped_ratio(new: Tensor, old: Tensor, most: float) -> Tensor:
