@@ -275,6 +275,8 @@ def test_the_end_of_a_turn_counts_in_the_last_turn_alone():
     old = torch.tensor([[-1, -1, NAN], [-1, -1, -1], [-1, NAN, NAN], [-1, -1, -1]])
     batch = Batch(played, [None] * 2, [[()] * 3, [()]], {}, old, None, {})
     assert turn_ends(batch).int().tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    nobody = Batch([], [], [], {}, torch.zeros(0, 0), None, {})  # a process without an episode
+    assert turn_ends(nobody).shape == (0, 0)
 
 
 def test_a_solution_is_the_first_other_one_of_the_group():

@@ -2,8 +2,9 @@
 
     E over y ~ pi of grad log pi(y) (log pi(y | h^) - log pi(y | h))  =  -grad KL(pi(. | h) || pi(. | h^))
 
-So lambda A_skill on sampled tokens, and lambda times this KL in the loss, have the same gradient on average. The loss
-has it without the noise of sampling. The frozen scorer reads h^ again in each loss, so nothing is stored.
+So lambda A_skill on sampled tokens, and lambda times this KL in the loss, have the same gradient on average, for a h^
+that does not depend on y: a hindsight skill does. The loss has it without the noise of sampling. The frozen scorer
+reads h^ again in each loss, so nothing is stored.
 
 Shapes: n tokens of a micro-batch of the policy's, m of one of the scorer's, H hidden size.
 """

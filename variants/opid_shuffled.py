@@ -28,8 +28,8 @@ def shuffled_skills(run: Run, trajectories: list[Trajectory]) -> tuple[list[Skil
 def exchanged(
     run: Run, trajectories: list[Trajectory], written: list[Skills | None], sources: Callable[..., list[int]]
 ) -> list[Skills | None]:
-    """For each trajectory what was written of another one, drawn from its `sources(trajectories, at, having)`; None
-    where there are none."""
+    """For each trajectory, also one that has no skills of its own, what was written of another one, drawn from its
+    `sources(trajectories, at, having)`; None where there are none."""
     having = [own is not None for own in written]
     found = [sources(trajectories, at, having) for at in range(len(trajectories))]
     return [written[run.rng.choice(source)] if source else None for source in found]

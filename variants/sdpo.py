@@ -120,7 +120,7 @@ def turn_ends(batch: Batch) -> Tensor:
     """The last token of each turn, but of an episode's last turn. -> (B, R) bool"""
     more = [step is not trajectory.steps[-1] for trajectory in batch.trajectories for step in trajectory.steps]
     columns, last = torch.arange(batch.mask.shape[1]), batch.mask.sum(dim=1) - 1  # (R,), (B,)
-    return (columns == last[:, None]) & torch.tensor(more)[:, None]
+    return (columns == last[:, None]) & torch.tensor(more, dtype=torch.bool)[:, None]
 
 
 def clipped_ratio(new: Tensor, old: Tensor, most: float) -> Tensor:

@@ -9,10 +9,11 @@
     PULL          how much is the pull towards the frozen scorer? No skill at all (0 in the first iteration)
     PERMUTED      does it matter which token is praised? A_skill in random order within each response
     SKILL_ONLY    what do skills teach alone? No outcome
-    CENTRED       is it the mean of A_skill that ruins? A_skill less its mean over the batch
+    CENTRED       is it the mean of A_skill that ruins? A_skill less its mean over the batch, level by level
     CLIPPED       or is it a few large shifts? A_skill of a token between -0.5 and 0.5 nats
 
-Notation as in variants/__init__.py.
+FACTS, OTHERS_FACTS and PEER are for pretrained models: the tiny one knows few of their words. Notation as in
+variants/__init__.py.
 """
 
 from __future__ import annotations
@@ -34,8 +35,33 @@ from train import OPID, outcomes
 from variants.opid_shift import reference_logprobs
 from variants.opid_shuffled import Settings as ShuffledSettings
 from variants.opid_shuffled import exchanged, other_tasks
+from variants.sdpo import turn_ends
 
 Written = tuple[list[Skills | None], dict[str, float]]  # of each trajectory, and metrics
+
+# ---- what they share -------------------------------------------------------------------------------------------------
+
+
+def shifts_of(batch: Batch) -> dict[str, Tensor]:
+    """A_skill by level, as OPID has it. -> (B, R) each"""
+    return {level: skill_advantage(s, batch.old_logprobs, batch.mask) for level, s in batch.skill_logprobs.items()}
+
+
+def summed(run: Run, batch: Batch, outcome: Tensor, shifts: dict[str, Tensor]) -> Advantages:
+    """A = `outcome` + lambda A_skill."""
+    weights = {"episode": run.config.episode_weight, "step": run.config.step_weight}
+    shown = sum_of_scored(shifts, batch.skill_logprobs, batch.mask)  # (B, R)
+    return Advantages(combine(outcome, shifts, weights, batch.mask), outcome, shown)
+
+
+def words_alone(run: Run, batch: Batch) -> Advantages:
+    """OPID's without A_skill at the ends of turns. A policy that was never taught what such contexts are for reads
+    their lists of commands on, where it should stop, whatever they say: without this up to 85% of all |A_skill| of
+    FACTS lies there. As in variants/sdpo.py."""
+    ends = turn_ends(batch)  # (B, R)
+    shifts = {level: shift.masked_fill(ends, 0.0) for level, shift in shifts_of(batch).items()}
+    return summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
+
 
 # ---- facts in place of skills ----------------------------------------------------------------------------------------
 
@@ -104,8 +130,8 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-FACTS = replace(OPID, skills=own_facts, settings=Unwritten)
-OTHERS_FACTS = replace(OPID, skills=others_facts, settings=OthersUnwritten)
+FACTS = replace(OPID, skills=own_facts, advantages=words_alone, settings=Unwritten)
+OTHERS_FACTS = replace(OPID, skills=others_facts, advantages=words_alone, settings=OthersUnwritten)
 
 
 # ---- other skills ----------------------------------------------------------------------------------------------------
@@ -179,7 +205,7 @@ def moved(skills: dict[int, str], steps: int, rng: random.Random) -> dict[int, s
     return dict(zip(rng.sample(range(steps), len(skills)), skills.values(), strict=True))
 
 
-PEER = replace(OPID, skills=peers, settings=PeerSettings)
+PEER = replace(OPID, skills=peers, advantages=words_alone, settings=PeerSettings)
 BLIND = replace(OPID, skills=blind_skills)
 SAME_TYPE = replace(OPID, skills=same_type_skills, settings=ShuffledSettings)
 RANDOM_STEPS = replace(OPID, skills=at_random_steps)
@@ -209,18 +235,6 @@ def pull(run: Run, batch: Batch) -> Advantages:
     shift = skill_advantage(reference_logprobs(run, batch), batch.old_logprobs, mask)  # (B, R)
     total = combine(outcome, {"episode": shift}, {"episode": run.config.episode_weight}, mask)  # (B, R)
     return Advantages(total, outcome, shift.masked_fill(~mask, float("nan")))
-
-
-def shifts_of(batch: Batch) -> dict[str, Tensor]:
-    """A_skill by level, as OPID has it. -> (B, R) each"""
-    return {level: skill_advantage(s, batch.old_logprobs, batch.mask) for level, s in batch.skill_logprobs.items()}
-
-
-def summed(run: Run, batch: Batch, outcome: Tensor, shifts: dict[str, Tensor]) -> Advantages:
-    """A = `outcome` + lambda A_skill."""
-    weights = {"episode": run.config.episode_weight, "step": run.config.step_weight}
-    shown = sum_of_scored(shifts, batch.skill_logprobs, batch.mask)  # (B, R)
-    return Advantages(combine(outcome, shifts, weights, batch.mask), outcome, shown)
 
 
 def permuted_skill(run: Run, batch: Batch) -> Advantages:
@@ -253,8 +267,9 @@ def centred_skill(run: Run, batch: Batch) -> Advantages:
 
 
 def centred(shift: Tensor, skill_logprobs: Tensor) -> Tensor:
-    """A_skill of a level less its mean over the tokens that it was scored on. Under the policy's own scores that mean
-    is -KL(pi(. | h) || pi(. | h^)): every sampled token is blamed on average. (B, R), (B, R) -> (B, R)"""
+    """A_skill of a level less its mean over the tokens that it was scored on. For a skill that does not depend on y,
+    under the policy's own scores, that mean is -KL(pi(. | h) || pi(. | h^)): every sampled token is blamed on average.
+    (B, R), (B, R) -> (B, R)"""
     scored = ~skill_logprobs.isnan()  # (B, R)
     return torch.where(scored, shift - shift[scored].mean(), 0.0) if scored.any() else shift
 

@@ -11,8 +11,7 @@ configured scorer scores A_skill, all by train.py. Then each step is held agains
 Reported for all guided steps, those of each level, and those of groups without an outcome signal (all rollouts equal),
 where the skills are all that there is:
 
-    AUC        P(A_skill, mean over a step's tokens, is higher on a good step than on another one); of words alone:
-               without the token that ends the turn, which a skill that lists commands may blame in any step
+    AUC        P(A_skill, mean over a step's tokens, is higher on a good step than on another one)
     agreement  share of steps where A_skill and A_ep have the same sign, of those where neither is 0
     |A|        mean size a token in nats (A_skill) and of A_ep
 
@@ -67,7 +66,6 @@ class Guided:
     silent: bool  # all rollouts of its task had the same outcome
     good: bool | None  # None: nobody knows what a good player would have done
     skill: float  # A_skill, mean over the step's tokens
-    words: float  # the same without the last token, which ends the turn
     size: float  # |A_skill|, mean over the step's tokens
     tokens: int
     outcome: float  # A_ep
@@ -165,8 +163,8 @@ def guided_steps(config: Config, batch: Batch) -> list[Guided]:
             shift = shift[~shift.isnan()]  # (tokens,)
             if len(shift):
                 level = "+".join(g.level for g in guidance if g.level in config.levels) or "none"
-                means = shift.mean().item(), (shift[:-1] if len(shift) > 1 else shift).mean().item()
-                means, group = (*means, shift.abs().mean().item()), trajectory.group
+                means = shift.mean().item(), shift.abs().mean().item()
+                group = trajectory.group
                 steps.append(
                     Guided(level, group, silent[group], good, *means, len(shift), batch.advantages.outcome[b].item())
                 )
@@ -177,25 +175,20 @@ def guided_steps(config: Config, batch: Batch) -> list[Guided]:
 # ---- what is said about it ------------------------------------------------------------------------------------------
 
 
-Score = Callable[[Guided], float]
-
-
-def auc(steps: list[Guided], score: Score = lambda step: step.skill) -> float:
-    """P(the score of a good step > that of another step), ties counted half; NaN without both kinds."""
-    good, bad = (np.array([score(s) for s in steps if s.good is kind]) for kind in (True, False))  # (n,), (m,)
+def auc(steps: list[Guided]) -> float:
+    """P(A_skill of a good step > that of another step), ties counted half; NaN without both kinds."""
+    good, bad = (np.array([s.skill for s in steps if s.good is kind]) for kind in (True, False))  # (n,), (m,)
     return probability_of_superiority(good, bad) if len(good) and len(bad) else math.nan
 
 
-def auc_interval(
-    steps: list[Guided], score: Score = lambda step: step.skill, samples: int = 200
-) -> tuple[float, float]:
+def auc_interval(steps: list[Guided], samples: int = 200) -> tuple[float, float]:
     """95% bootstrap interval; whole task groups are drawn, as steps of one game are no independent samples."""
     by_group: dict[int, list[Guided]] = {}
     for step in steps:
         by_group.setdefault(step.group, []).append(step)
 
     def statistic(groups: np.ndarray) -> float:
-        return auc([step for group in groups for step in by_group[group]], score)
+        return auc([step for group in groups for step in by_group[group]])
 
     return bootstrap_interval(statistic, np.array(list(by_group)), samples=samples) if steps else (math.nan, math.nan)
 
@@ -205,17 +198,13 @@ def describe(steps: list[Guided]) -> dict[str, float | None]:
     judged = [s.good for s in steps if s.good is not None]
     agree = [s.skill * s.outcome > 0 for s in steps if s.skill and abs(s.outcome) > ROUNDING]
     tokens = sum(s.tokens for s in steps)
-    words: Score = lambda step: step.words
-    (low, high), (words_low, words_high) = auc_interval(steps), auc_interval(steps, words)
+    low, high = auc_interval(steps)
     numbers = {
         "steps": len(steps),
         "good": np.mean(judged) if judged else math.nan,
         "auc": auc(steps),
         "auc_low": low,
         "auc_high": high,
-        "words_auc": auc(steps, words),
-        "words_low": words_low,
-        "words_high": words_high,
         "agreement": np.mean(agree) if agree else math.nan,
         "skill_abs": sum(s.size * s.tokens for s in steps) / tokens if tokens else math.nan,
         "outcome_abs": sum(abs(s.outcome) * s.tokens for s in steps) / tokens if tokens else math.nan,
@@ -236,16 +225,13 @@ def rounded(numbers: dict[str, float | None]) -> dict[str, float | None]:
 
 
 def table(result: dict) -> str:
-    head = ["guided steps", "number", "good steps, %", "AUC", "95%", "of words alone", "95%", "agreement, %"]
-    head += ["|A_skill|", "|A_ep|"]
+    head = ["guided steps", "number", "good steps, %", "AUC", "95%", "agreement, %", "|A_skill|", "|A_ep|"]
     rows = []
     for name, numbers in result["rows"].items():
         n = {key: math.nan if value is None else value for key, value in numbers.items()}
         good = n.get("good", n.get("on_plan", math.nan))  # older lines were of ALFWorld alone
         cells = [name, f"{n['steps']:.0f}", f"{100 * good:.1f}", f"{n['auc']:.3f}"]
-        words = [n.get(f"words_{name}", math.nan) for name in ("auc", "low", "high")]  # older lines have none
-        cells += [f"[{n['auc_low']:.3f}, {n['auc_high']:.3f}]", f"{words[0]:.3f}", f"[{words[1]:.3f}, {words[2]:.3f}]"]
-        cells += [f"{100 * n['agreement']:.1f}"]
+        cells += [f"[{n['auc_low']:.3f}, {n['auc_high']:.3f}]", f"{100 * n['agreement']:.1f}"]
         cells += [f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]
         rows.append([cell.replace("nan", "-") for cell in cells])
     shares = f"success {100 * result['success']:.1f}%, groups without outcome signal {100 * result['silent']:.1f}%"

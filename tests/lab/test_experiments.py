@@ -389,7 +389,13 @@ def test_arms_are_runs_of_their_own(jobs, tmp_path):
     a = {job.arm: job.config for job in made}
     assert a["opid"].step_weight == a["opid-episode-alone"].step_weight == 0.2
     assert a["opid-lambda-0.3"].step_weight == 0.3  # the arm's own flags come last
-    assert a["opid"].skill_writer == "reference" and a["opid-scorer-old-writer-policy"].skill_writer == "policy"
+    assert a["opid"].skill_writer == "reference" and a["opid-policy-0.1"].skill_writer == "policy"
+
+
+def test_each_arm_has_stored_runs():
+    """An arm without any has nothing that supports it."""
+    named = {arm_of(line["name"]) for file in compare.RESULTS.glob("*.jsonl") for line in read(file) if "curve" in line}
+    assert read_arms().keys() <= named
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import Config, flag, parse_args, variant_of
-from data import Advantages, Batch, Guidance, Step, Trajectory
+from data import Step, Trajectory
 from envs.alfworld import AlfworldEnv, words
 from envs.alfworld.engine import FastEngine, load_game
 from envs.alfworld.expert import shortest_plan
@@ -25,7 +25,6 @@ from lab.experiments.skill_signal import (
     auc_interval,
     batch_of,
     describe,
-    guided_steps,
     on_shortest_plan,
     rows_of,
     table,
@@ -34,12 +33,11 @@ from lab.experiments.stored import read
 from lm.loading import save_policy
 from lm.scoring import response_logprobs
 from runlog.start import start as start_run
-from tests.settings import laptop
 from tiny.loading import load_model
 from tiny.warmstart import tiny_model
 from train import train
 
-STEP = Guided("step", 0, False, True, 0.0, 0.0, 0.0, 1, 1.0)
+STEP = Guided("step", 0, False, True, 0.0, 0.0, 1, 1.0)
 
 
 def steps_of(good, bad, **changes):
@@ -72,17 +70,16 @@ def test_auc_interval_draws_whole_groups():
 
 def test_description_by_hand():
     steps = [
-        Guided("step", 0, False, True, 0.2, 0.3, 0.3, 2, 1.0),
-        Guided("step", 0, False, False, -0.1, -0.1, 0.1, 1, 2.0),
-        Guided("episode", 1, True, True, -0.4, 0.1, 0.6, 1, 0.0),  # no outcome: no sign to agree with
-        Guided("episode", 2, False, None, -0.5, -0.5, 0.5, 4, -1.0),
+        Guided("step", 0, False, True, 0.2, 0.3, 2, 1.0),
+        Guided("step", 0, False, False, -0.1, 0.1, 1, 2.0),
+        Guided("episode", 1, True, True, -0.4, 0.6, 1, 0.0),  # no outcome: no sign to agree with
+        Guided("episode", 2, False, None, -0.5, 0.5, 4, -1.0),
     ]
     rows = rows_of(steps)
     assert list(rows) == ["all", "episode", "step", "no outcome signal", "outcome signal"]
     everything = rows["all"]
     assert everything["good"] == pytest.approx(2 / 3)
     assert everything["auc"] == 0.5  # 0.2 > -0.1 > -0.4
-    assert everything["words_auc"] == 1.0  # 0.3, 0.1 > -0.1
     assert everything["agreement"] == pytest.approx(2 / 3)  # the first and the last
     assert everything["skill_abs"] == pytest.approx((2 * 0.3 + 0.1 + 0.6 + 4 * 0.5) / 8)
     assert everything["outcome_abs"] == pytest.approx((2 * 1 + 2 + 0 + 4) / 8)
@@ -168,18 +165,6 @@ def start(tmp_path, tokenizer):
 
 SMALL = {"prompt": "compact", "tasks": 2, "rollouts": 2, "max_steps": 3, "max_new_tokens": 4, "train_games": 4}
 FLAGS = [text for name, value in SMALL.items() for text in (flag(name), str(value))]
-
-
-def test_of_words_alone_is_without_the_end_of_the_turn(monkeypatch):
-    monkeypatch.setattr(skill_signal, "judge", lambda config: lambda trajectory: [True, False])
-    steps = [Step((), "", [1], [2] * length, "", "", True) for length in (3, 1)]
-    guidance = (Guidance("episode", "look"),)
-    batch = Batch([Trajectory("", 0, steps, True)], [None], [[guidance, guidance]], {}, torch.zeros(2, 3), None, {})
-    skill = torch.tensor([[0.5, 0.1, -3.0], [0.2, math.nan, math.nan]])
-    batch.advantages = Advantages(torch.zeros(2, 3), torch.zeros(2), skill)
-    found = guided_steps(laptop(), batch)
-    assert [step.skill for step in found] == pytest.approx([-0.8, 0.2])
-    assert [step.words for step in found] == pytest.approx([0.3, 0.2])  # of one token it is that
 
 
 def test_signal_from_end_to_end(start, tmp_path):
