@@ -56,7 +56,7 @@ def summed(run: Run, batch: Batch, outcome: Tensor, shifts: dict[str, Tensor]) -
 
 def words_alone(run: Run, batch: Batch) -> Advantages:
     """OPID's without A_skill at the ends of turns. A policy that was never taught what such contexts are for reads
-    their lists of commands on, where it should stop, whatever they say: without this up to 85% of all |A_skill| of
+    their lists of commands on, where it should stop, whatever they say: without this up to 88% of all |A_skill| of
     FACTS lies there. As in variants/sdpo.py."""
     ends = turn_ends(batch)  # (B, R)
     shifts = {level: shift.masked_fill(ends, 0.0) for level, shift in shifts_of(batch).items()}
