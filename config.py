@@ -259,6 +259,8 @@ class Config:
             raise ValueError("--offload is for one card: with --shard every card holds its part of all of it")
         if self.tasks < self.least_tasks:
             raise ValueError(f"--algo {self.algo} takes skills from other tasks: --tasks must be at least 2")
+        if self.rollouts < self.least_rollouts:
+            raise ValueError(f"--algo {self.algo} needs another episode of the task: --rollouts must be at least 2")
         self._check_writer()
         self._check_routing()
 
@@ -336,6 +338,11 @@ class Config:
     @property
     def least_tasks(self) -> int:
         """The fewest tasks that each process must play in an iteration."""
+        return 1
+
+    @property
+    def least_rollouts(self) -> int:
+        """The fewest episodes of a task."""
         return 1
 
     def check_model(self, model) -> None:

@@ -47,12 +47,14 @@ class Settings(opid_full.Settings):
         if self.teacher_rate:
             self.frozen_dtype = "float32"  # bfloat16 would round small moves away
         super().__post_init__()
-        if self.rollouts < 2:
-            raise ValueError(f"--algo {self.algo} needs another episode of the task: --rollouts must be at least 2")
         if self.is_clip is not None and self.is_clip <= 0:
             raise ValueError(f"--is-clip must be positive, not {self.is_clip}")
         if self.lora_rank and self.teacher_rate:
             raise ValueError(f"--algo {self.algo} with --lora-rank has no teacher that moves: --teacher-rate 0")
+
+    @property
+    def least_rollouts(self) -> int:
+        return 2
 
     @property
     def kept_models(self) -> int:

@@ -20,7 +20,6 @@ those reported was chosen by.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -54,7 +53,7 @@ from lab.experiments.tables import (
     runs_of,
     training_of,
 )
-from lm.loading import remove, save_policy, write_whole
+from lm.loading import read_json, remove, save_policy, write_whole
 from runlog.checkpoints import saved
 from runlog.metrics import read_lines
 from tiny.coldstart import PREFIX
@@ -125,7 +124,7 @@ def check_folder(job: Job) -> None:
     """Raises ValueError where a run of other settings was begun in the job's folder: train.py might go on with it."""
     begun, own = Path(job.config.out, "config.json"), settings(job.config)
     if begun.is_file():
-        found = {name: value for name, value in json.loads(begun.read_text()).items() if name in own}
+        found = {name: value for name, value in read_json(begun).items() if name in own}
         if others := differing(found, own):
             told = f"{begun.parent} holds a run with other settings of {', '.join(others)}"
             raise ValueError(f"{told}: use another --runs")
@@ -222,8 +221,12 @@ def stored(results: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
     for line in read(results):
         if "curve" in line and (not arms or arm_of(line["name"]) in found):  # others are no runs of a comparison
             found.setdefault(arm_of(line["name"]), []).append(line)
-    in_order = lambda run: (training_of(run), run["config"]["seed"])  # not in that of their ends
-    return {arm: sorted(runs, key=in_order) for arm, runs in found.items() if runs}
+    return {arm: sorted(runs, key=pair_of) for arm, runs in found.items() if runs}  # not in the order of their ends
+
+
+def pair_of(result: dict) -> tuple[int, int]:
+    """By what runs of two arms are compared: the training of the starting model, and the seed."""
+    return training_of(result), result["config"]["seed"]
 
 
 def told_by(table: Path) -> tuple[list[str], str]:
@@ -245,7 +248,7 @@ def check_alike(found: dict[str, list[dict]]) -> None:
     of_training: dict[int, dict] = {}  # training -> a run of it
     of_start: dict[str, dict] = {}  # fingerprint -> a run from it
     for arm, runs in found.items():
-        bench = set(BENCH) - ({"iterations", "eval_every"} if arm == LONGER else set())
+        bench, seen = set(BENCH) - ({"iterations", "eval_every"} if arm == LONGER else set()), set()
         for run in runs:
             same = of_training.setdefault(training_of(run), run)
             if run["start"] != same["start"]:
@@ -257,9 +260,9 @@ def check_alike(found: dict[str, list[dict]]) -> None:
                 raise ValueError(f"{run['name']} and {first['name']} have other settings of {', '.join(others)}")
             if others := [name for name in differing(runs[0]["config"], run["config"]) if name != "seed"]:
                 raise ValueError(f"{run['name']} and {runs[0]['name']} have other settings of {', '.join(others)}")
-        begun = {(training_of(run), run["config"]["seed"]): run["name"] for run in runs}
-        if twice := [run["name"] for run in runs if run["name"] not in begun.values()]:
-            raise ValueError(f"{twice[0]} has the starting weights and the seed of another run of {arm}")
+            if pair_of(run) in seen:
+                raise ValueError(f"{run['name']} has the starting weights and the seed of another run of {arm}")
+            seen.add(pair_of(run))
 
 
 def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny", trainings: int = 1) -> list[Path]:

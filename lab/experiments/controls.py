@@ -139,10 +139,9 @@ OTHERS_FACTS = replace(OPID, skills=others_facts, advantages=words_alone, settin
 
 @dataclass
 class PeerSettings(Unwritten):
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rollouts < 2:
-            raise ValueError(f"--algo {self.algo} needs another episode of the task: --rollouts must be at least 2")
+    @property
+    def least_rollouts(self) -> int:
+        return 2
 
 
 def peers(run: Run, trajectories: list[Trajectory]) -> Written:
