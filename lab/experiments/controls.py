@@ -5,9 +5,10 @@
     PEER          is a success of the same task better than a lesson? Its transcript (SDPO, arXiv 2601.20802)
     BLIND         what does hindsight add? The writer reads the task, and not what happened
     SAME_TYPE     is a skill about the task, or about its type? One of another task of the type
-    RANDOM_STEPS  does it matter which step a step skill stands at? At random ones
+    RANDOM_STEPS  does it matter which step a step skill stands at? At random ones, none at its own
     PULL          how much is the pull towards the frozen scorer? No skill at all (0 in the first iteration)
     PERMUTED      does it matter which token is praised? A_skill in random order within each response
+    AVERAGED      or is it enough to praise a response? Its mean A_skill at all its tokens
     SKILL_ONLY    what do skills teach alone? No outcome
     CENTRED       is it the mean of A_skill that ruins? A_skill less its mean over the batch, level by level
     CLIPPED       or is it a few large shifts? A_skill of a token between -0.5 and 0.5 nats
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,10 +29,10 @@ from torch import Tensor
 
 from advantage import combine, skill_advantage, sum_of_scored
 from config import OWN, Config
-from data import Advantages, Batch, Skills, Trajectory
+from data import Advantages, Batch, Level, Skills, Trajectory
 from runlog.start import Run
 from skills import GENERAL_TEMPLATE, own_skills, write_skills
-from train import OPID, outcomes
+from train import OPID, Variant, outcomes
 from variants.opid_shift import reference_logprobs
 from variants.opid_shuffled import Settings as ShuffledSettings
 from variants.opid_shuffled import exchanged, other_tasks
@@ -55,12 +56,13 @@ def summed(run: Run, batch: Batch, outcome: Tensor, shifts: dict[str, Tensor]) -
 
 
 def words_alone(run: Run, batch: Batch) -> Advantages:
-    """OPID's without A_skill at the ends of turns. A policy that was never taught what such contexts are for reads
-    their lists of commands on, where it should stop, whatever they say: without this up to 88% of all |A_skill| of
-    FACTS lies there. As in variants/sdpo.py."""
+    """OPID's without A_skill at the ends of turns, where it is NaN. A policy that was never taught what such contexts
+    are for reads their lists of commands on, where it should stop, whatever they say: without this up to 88% of all
+    |A_skill| of FACTS lies there. As in variants/sdpo.py."""
     ends = turn_ends(batch)  # (B, R)
     shifts = {level: shift.masked_fill(ends, 0.0) for level, shift in shifts_of(batch).items()}
-    return summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
+    advantages = summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
+    return replace(advantages, skill=advantages.skill.masked_fill(ends, float("nan")))
 
 
 # ---- facts in place of skills ----------------------------------------------------------------------------------------
@@ -200,8 +202,11 @@ def at_random_steps(run: Run, trajectories: list[Trajectory]) -> Written:
 
 
 def moved(skills: dict[int, str], steps: int, rng: random.Random) -> dict[int, str]:
-    """The same texts at as many of `steps` steps, drawn at random: their own may be among them."""
-    return dict(zip(rng.sample(range(steps), len(skills)), skills.values(), strict=True))
+    """The same texts at as many of `steps` steps, drawn at random; where there are two or more, none at its own."""
+    while True:
+        drawn = rng.sample(range(steps), len(skills))
+        if steps < 2 or all(new != old for new, old in zip(drawn, skills, strict=True)):
+            return dict(zip(drawn, skills.values(), strict=True))
 
 
 PEER = replace(OPID, skills=peers, advantages=words_alone, settings=PeerSettings)
@@ -236,17 +241,18 @@ def pull(run: Run, batch: Batch) -> Advantages:
     return Advantages(total, outcome, shift.masked_fill(~mask, float("nan")))
 
 
-def permuted_skill(run: Run, batch: Batch) -> Advantages:
-    shifts = {level: permuted(shift, batch.mask, run.rng) for level, shift in shifts_of(batch).items()}
-    return summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
-
-
 def permuted(shift: Tensor, mask: Tensor, rng: random.Random) -> Tensor:
     """The values of each response in random order, the responses as they were. (B, R), (B, R) -> (B, R)"""
     mixed = shift.clone()
     for row, length in enumerate(mask.sum(1).tolist()):
         mixed[row, :length] = shift[row, rng.sample(range(length), length)]
     return mixed
+
+
+def averaged(shift: Tensor, mask: Tensor) -> Tensor:
+    """The mean of each response at all its tokens. (B, R), (B, R) -> (B, R)"""
+    mean = (shift * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # (B,)
+    return torch.where(mask, mean[:, None], 0.0)
 
 
 def skill_alone(run: Run, batch: Batch) -> Advantages:
@@ -256,13 +262,7 @@ def skill_alone(run: Run, batch: Batch) -> Advantages:
 
 
 PULL = replace(OPID, skills=no_skills, advantages=pull, settings=PullSettings)
-PERMUTED = replace(OPID, advantages=permuted_skill)
 SKILL_ONLY = replace(OPID, advantages=skill_alone)
-
-
-def centred_skill(run: Run, batch: Batch) -> Advantages:
-    shifts = {level: centred(shift, batch.skill_logprobs[level]) for level, shift in shifts_of(batch).items()}
-    return summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
 
 
 def centred(shift: Tensor, skill_logprobs: Tensor) -> Tensor:
@@ -273,10 +273,17 @@ def centred(shift: Tensor, skill_logprobs: Tensor) -> Tensor:
     return torch.where(scored, shift - shift[scored].mean(), 0.0) if scored.any() else shift
 
 
-def clipped_skill(run: Run, batch: Batch) -> Advantages:
-    shifts = {level: shift.clamp(-CLIP, CLIP) for level, shift in shifts_of(batch).items()}
-    return summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
+def with_shifts(change: Callable[[Run, Batch, Level, Tensor], Tensor]) -> Variant:
+    """OPID with another A_skill of each level: `change` of its own. (B, R) -> (B, R)"""
+
+    def advantages(run: Run, batch: Batch) -> Advantages:
+        shifts = {level: change(run, batch, level, shift) for level, shift in shifts_of(batch).items()}
+        return summed(run, batch, outcomes(run.config, batch.trajectories), shifts)
+
+    return replace(OPID, advantages=advantages)
 
 
-CENTRED = replace(OPID, advantages=centred_skill)
-CLIPPED = replace(OPID, advantages=clipped_skill)
+PERMUTED = with_shifts(lambda run, batch, level, shift: permuted(shift, batch.mask, run.rng))
+AVERAGED = with_shifts(lambda run, batch, level, shift: averaged(shift, batch.mask))
+CENTRED = with_shifts(lambda run, batch, level, shift: centred(shift, batch.skill_logprobs[level]))
+CLIPPED = with_shifts(lambda run, batch, level, shift: shift.clamp(-CLIP, CLIP))

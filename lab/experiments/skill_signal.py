@@ -12,8 +12,11 @@ Reported for all guided steps, those of each level, and those of groups without 
 where the skills are all that there is:
 
     AUC        P(A_skill, mean over a step's tokens, is higher on a good step than on another one)
+    in a turn  the same, of steps of the same turn: a context may favour all first turns, good or bad
     agreement  share of steps where A_skill and A_ep have the same sign, of those where neither is 0
     |A|        mean size a token in nats (A_skill) and of A_ep
+
+With --against ALGO the same episodes are scored under its contexts, too, and the differences of both are told.
 
 The numbers are a line of lab/results/skill-signal.jsonl, and all lines' tables are in skill-signal.md. Flags of
 train.py are taken, too, such as --env search --tasks 64 --algo lab.experiments.controls:FACTS; without a --recipe or
@@ -63,6 +66,7 @@ class Guided:
 
     level: str  # "episode" or "step"; with --routing additive also "episode+step"; of a method without skills "none"
     group: int
+    turn: int  # of its episode
     silent: bool  # all rollouts of its task had the same outcome
     good: bool | None  # None: nobody knows what a good player would have done
     skill: float  # A_skill, mean over the step's tokens
@@ -158,16 +162,14 @@ def guided_steps(config: Config, batch: Batch) -> list[Guided]:
     marks, silent = judge(config), silent_of(batch.trajectories)
     steps, b = [], 0
     for trajectory, guidances in zip(batch.trajectories, batch.routes, strict=True):
-        for good, guidance in zip(marks(trajectory), guidances, strict=True):
+        for turn, (good, guidance) in enumerate(zip(marks(trajectory), guidances, strict=True)):
             shift = batch.advantages.skill[b]  # (R,)
             shift = shift[~shift.isnan()]  # (tokens,)
             if len(shift):
                 level = "+".join(g.level for g in guidance if g.level in config.levels) or "none"
                 means = shift.mean().item(), shift.abs().mean().item()
-                group = trajectory.group
-                steps.append(
-                    Guided(level, group, silent[group], good, *means, len(shift), batch.advantages.outcome[b].item())
-                )
+                group, outcome = trajectory.group, batch.advantages.outcome[b].item()
+                steps.append(Guided(level, group, turn, silent[group], good, *means, len(shift), outcome))
             b += 1
     return steps
 
@@ -177,20 +179,45 @@ def guided_steps(config: Config, batch: Batch) -> list[Guided]:
 
 def auc(steps: list[Guided]) -> float:
     """P(A_skill of a good step > that of another step), ties counted half; NaN without both kinds."""
-    good, bad = (np.array([s.skill for s in steps if s.good is kind]) for kind in (True, False))  # (n,), (m,)
-    return probability_of_superiority(good, bad) if len(good) and len(bad) else math.nan
+    return auc_in_a_turn([replace(step, turn=0) for step in steps])
 
 
-def auc_interval(steps: list[Guided], samples: int = 200) -> tuple[float, float]:
-    """95% bootstrap interval; whole task groups are drawn, as steps of one game are no independent samples."""
-    by_group: dict[int, list[Guided]] = {}
-    for step in steps:
-        by_group.setdefault(step.group, []).append(step)
+def auc_in_a_turn(steps: list[Guided]) -> float:
+    """The same, over all pairs of steps of the same turn."""
+    won = pairs = 0.0
+    for turn in {step.turn for step in steps}:
+        good, bad = (
+            np.array([s.skill for s in steps if s.turn == turn and s.good is kind]) for kind in (True, False)
+        )  # (n,), (m,)
+        if len(good) and len(bad):
+            won += len(good) * len(bad) * probability_of_superiority(good, bad)
+            pairs += len(good) * len(bad)
+    return won / pairs if pairs else math.nan
+
+
+def interval(measure: Callable[..., float], *scored: list[Guided], samples: int = 200) -> tuple[float, float]:
+    """95% bootstrap interval of `measure(*scored)`; whole task groups are drawn, as steps of one game are no
+    independent samples, and the same ones from each list."""
+    by_group: list[dict[int, list[Guided]]] = [{} for _ in scored]
+    for steps, of_group in zip(scored, by_group, strict=True):
+        for step in steps:
+            of_group.setdefault(step.group, []).append(step)
+    every = np.array(sorted({group for of_group in by_group for group in of_group}))
 
     def statistic(groups: np.ndarray) -> float:
-        return auc([step for group in groups for step in by_group[group]])
+        return measure(*([step for group in groups for step in of.get(group, [])] for of in by_group))
 
-    return bootstrap_interval(statistic, np.array(list(by_group)), samples=samples) if steps else (math.nan, math.nan)
+    return bootstrap_interval(statistic, every, samples=samples) if len(every) else (math.nan, math.nan)
+
+
+def differences(own: list[Guided], other: list[Guided]) -> dict[str, float]:
+    """By how much the AUC of `own` is above that of `other`, in the same episodes."""
+    found = {}
+    for name, measure in {"auc": auc, "auc_turn": auc_in_a_turn}.items():
+        above = partial(lambda measure, a, b: measure(a) - measure(b), measure)
+        found[name] = above(own, other)
+        found[f"{name}_low"], found[f"{name}_high"] = interval(above, own, other)
+    return found
 
 
 def describe(steps: list[Guided]) -> dict[str, float | None]:
@@ -198,17 +225,25 @@ def describe(steps: list[Guided]) -> dict[str, float | None]:
     judged = [s.good for s in steps if s.good is not None]
     agree = [s.skill * s.outcome > 0 for s in steps if s.skill and abs(s.outcome) > ROUNDING]
     tokens = sum(s.tokens for s in steps)
-    low, high = auc_interval(steps)
+    low, high = interval(auc, steps)
+    turn_low, turn_high = interval(auc_in_a_turn, steps)
     numbers = {
         "steps": len(steps),
         "good": np.mean(judged) if judged else math.nan,
         "auc": auc(steps),
         "auc_low": low,
         "auc_high": high,
+        "auc_turn": auc_in_a_turn(steps),
+        "auc_turn_low": turn_low,
+        "auc_turn_high": turn_high,
         "agreement": np.mean(agree) if agree else math.nan,
         "skill_abs": sum(s.size * s.tokens for s in steps) / tokens if tokens else math.nan,
         "outcome_abs": sum(abs(s.outcome) * s.tokens for s in steps) / tokens if tokens else math.nan,
     }
+    return known(numbers)
+
+
+def known(numbers: dict[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else float(value) for name, value in numbers.items()}
 
 
@@ -224,18 +259,31 @@ def rounded(numbers: dict[str, float | None]) -> dict[str, float | None]:
     return {name: None if value is None else float(f"{value:.4g}") for name, value in numbers.items()}
 
 
+def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in numbers.items()}
+
+
 def table(result: dict) -> str:
-    head = ["guided steps", "number", "good steps, %", "AUC", "95%", "agreement, %", "|A_skill|", "|A_ep|"]
+    kinds = {"auc": "AUC"} | ({"auc_turn": "in a turn"} if "auc_turn" in result["rows"]["all"] else {})  # older: none
+    head = ["guided steps", "number", "good steps, %", *(text for name in kinds.values() for text in (name, "95%"))]
+    head += ["agreement, %", "|A_skill|", "|A_ep|"]
     rows = []
     for name, numbers in result["rows"].items():
-        n = {key: math.nan if value is None else value for key, value in numbers.items()}
+        n = with_nan(numbers)
         good = n.get("good", n.get("on_plan", math.nan))  # older lines were of ALFWorld alone
-        cells = [name, f"{n['steps']:.0f}", f"{100 * good:.1f}", f"{n['auc']:.3f}"]
-        cells += [f"[{n['auc_low']:.3f}, {n['auc_high']:.3f}]", f"{100 * n['agreement']:.1f}"]
-        cells += [f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]
+        cells = [name, f"{n['steps']:.0f}", f"{100 * good:.1f}"]
+        for kind in kinds:
+            value, low, high = (n[f"{kind}{end}"] for end in ("", "_low", "_high"))
+            cells += [f"{value:.3f}", f"[{low:.3f}, {high:.3f}]"]
+        cells += [f"{100 * n['agreement']:.1f}", f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]
         rows.append([cell.replace("nan", "-") for cell in cells])
     shares = f"success {100 * result['success']:.1f}%, groups without outcome signal {100 * result['silent']:.1f}%"
-    return f"{result['name']}: {shares} of {result['groups']}\n\n" + markdown(head, rows)
+    text = f"{result['name']}: {shares} of {result['groups']}\n\n" + markdown(head, rows)
+    for algo, numbers in result.get("against", {}).items():
+        n = with_nan(numbers)
+        told = [f"{n[kind]:+.3f} [{n[kind + '_low']:.3f}, {n[kind + '_high']:.3f}]" for kind in ("auc", "auc_turn")]
+        text += f"\n\nIts AUC less that of {algo}: {told[0]}, in a turn {told[1]}"
+    return text
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -243,12 +291,25 @@ def main(argv: list[str] | None = None) -> str:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--run", type=Path, help="run folder whose newest checkpoint plays (default: the warm start)")
+    parser.add_argument("--against", metavar="ALGO", help="another method, whose contexts score the same episodes")
     parser.add_argument("--results", type=Path, default=RESULTS / "skill-signal.jsonl", help="NAME.jsonl")
     parser.add_argument("--name", help="of the line (default: the run folder's, else start)")
     args, flags = parser.parse_known_args(argv)
     recipe = default_recipe("tiny", CommandLine.read(flags).env or "alfworld")
-    config = config_of(args.run, flags) if args.run else parse_args(on_the_laptop(flags, recipe))
+
+    def parse(flags: list[str]) -> Config:
+        return config_of(args.run, flags) if args.run else parse_args(on_the_laptop(flags, recipe))
+
+    config = parse(flags)
     batch = batch_of(config, args.run)
+    steps = guided_steps(config, batch)
+    compared = {}
+    if args.against:
+        other = parse([*flags, "--algo", args.against])
+        again = batch_of(other, args.run)
+        if [step.response for step in again.steps] != [step.response for step in batch.steps]:
+            raise RuntimeError(f"--algo {args.against} plays other episodes")
+        compared["against"] = {args.against: rounded(known(differences(steps, guided_steps(other, again))))}
     silent = silent_of(batch.trajectories)
     result = {
         "name": args.name or (args.run.name if args.run else "start"),
@@ -257,7 +318,8 @@ def main(argv: list[str] | None = None) -> str:
         "success": float(np.mean([t.success for t in batch.trajectories])),
         "groups": len(silent),
         "silent": sum(silent.values()) / len(silent),
-        "rows": rows_of(guided_steps(config, batch)),
+        "rows": rows_of(steps),
+        **compared,
     }
     add(args.results, result | {"rows": {name: rounded(numbers) for name, numbers in result["rows"].items()}})
     args.results.with_suffix(".md").write_text("\n\n".join(map(table, read(args.results))) + "\n")

@@ -24,7 +24,8 @@ from skills import GENERAL_TEMPLATE, analysis_prompt
 from tests.settings import laptop
 
 NAMES = ("FACTS", "OTHERS_FACTS", "PEER", "BLIND", "SAME_TYPE", "RANDOM_STEPS", "PULL", "PERMUTED", "SKILL_ONLY")
-NAMES += ("CENTRED", "CLIPPED")
+NAMES += ("AVERAGED", "CENTRED", "CLIPPED")
+SOME = ("FACTS", "OTHERS_FACTS", "PEER", "SAME_TYPE")  # guide not every token
 SMALL = {"tasks": 2, "rollouts": 2, "max_steps": 3, "max_new_tokens": 4, "train_games": 4, "eval_games": 1}
 SMALL |= {"iterations": 1, "mini_batch": 8, "learning_rate": 1e-3, "eval_every": 0, "save_every": 1}
 SMALL |= {"scorer": "reference", "invalid_penalty": 1.0}
@@ -75,7 +76,7 @@ def test_every_control_trains_and_goes_on_without_an_episode(name, random_tiny, 
     train_module.train(run := start(config), replace(variant, play=play))
     first, *_, last = 2 * metrics_of(config)
     assert all(value == value for value in (first | last).values())  # no NaN
-    assert last["grad_norm"] > 0 and (first["guided/tokens"] == 1) == (name not in ("PEER", "SAME_TYPE"))
+    assert last["grad_norm"] > 0 and (first["guided/tokens"] < 1) == (name in SOME)
     assert first["guided/tokens"] > 0 < last["advantage/skill_abs"]
     assert ("skills/parse_rate" in first) == (name not in ("FACTS", "OTHERS_FACTS", "PEER", "PULL"))
     if name == "PULL":  # the policy starts where its reference stays
@@ -215,7 +216,9 @@ def test_step_skills_move_to_random_steps():
         found = moved(skills, 4, random.Random(seed))
         assert sorted(found.values()) == ["a", "b"]
         places.add(tuple(found))
-    assert places == {(i, j) for i in range(4) for j in range(4) if i != j}
+    assert places == {(i, j) for i in range(4) for j in range(4) if i != j and i != 1 and j != 3}
+    assert moved({0: "a", 1: "b"}, 2, random.Random(0)) == {1: "a", 0: "b"}
+    assert moved({0: "a"}, 1, random.Random(0)) == {0: "a"} and moved({}, 1, random.Random(0)) == {}
 
 
 # ---- other advantages ------------------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ def test_the_skill_advantage_in_another_order():
     for seed in range(100):
         run = stub()
         run.rng = random.Random(seed)
-        found = controls.permuted_skill(run, batch_of())
+        found = controls.PERMUTED.advantages(run, batch_of())
         assert torch.allclose(found.skill.nansum(1), SHIFT.nansum(1))
         assert torch.equal(found.skill.isnan(), SHIFT.isnan())
         weights = torch.tensor([[0.5], [0.25]])
@@ -265,6 +268,21 @@ def test_permuting_leaves_what_it_was_given():
     assert sorted(mixed[0, :3].tolist()) == [0, 1, 2] and mixed[0, 3] == 3 and torch.equal(mixed[1], shift[1])
 
 
+def test_ends_of_turns_count_for_nothing_but_the_last():
+    rollout = played(("x", "x"), ("y", "y"))  # its turns have three tokens and two
+    batch = replace(batch_of(), trajectories=[rollout])
+    found = controls.words_alone(stub(), batch)
+    assert torch.allclose(found.skill, torch.tensor([[0.0, -2.0, NAN], [-2.0, 0.5, NAN]]), equal_nan=True)
+    assert found.total.tolist() == [[0.0, -1.0, 0.0], [-0.5, 0.125, 0.0]]  # A_ep is 0 in a group of one
+
+
+def test_the_mean_of_a_response_at_all_its_tokens():
+    found = controls.AVERAGED.advantages(stub(), batch_of())
+    means = torch.tensor([[-1 / 3] * 3, [-0.75, -0.75, NAN]])  # of SHIFT
+    assert torch.allclose(found.skill, means, equal_nan=True)
+    assert torch.allclose(found.total, torch.tensor([[1 / 3] * 3, [-0.6875, -0.6875, 0.0]]))
+
+
 def test_centring_takes_the_mean_of_what_was_scored():
     shift = torch.tensor([[-3.0, 1.0, 0.0], [0.0, -1.0, 0.0]])
     scores = torch.tensor([[-4.0, 0.0, NAN], [NAN, -2.0, NAN]])  # three tokens, whose shifts have the mean -1
@@ -274,7 +292,7 @@ def test_centring_takes_the_mean_of_what_was_scored():
 
 def test_clipping_bounds_each_token():
     """A_ep is 0.5 and -0.5, lambda is 0.5 under the episode skill and 0.25 under the step skill."""
-    found = controls.clipped_skill(stub(), batch_of())
+    found = controls.CLIPPED.advantages(stub(), batch_of())
     assert found.total.tolist() == [[0.5, 0.5 - 0.25, 0.5 + 0.25], [-0.5 - 0.125, -0.5 + 0.125, 0.0]]
 
 

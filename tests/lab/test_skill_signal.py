@@ -22,9 +22,11 @@ from lab.experiments.skill_signal import (
     Guided,
     as_advised,
     auc,
-    auc_interval,
+    auc_in_a_turn,
     batch_of,
     describe,
+    differences,
+    interval,
     on_shortest_plan,
     rows_of,
     table,
@@ -37,7 +39,7 @@ from tiny.loading import load_model
 from tiny.warmstart import tiny_model
 from train import train
 
-STEP = Guided("step", 0, False, True, 0.0, 0.0, 1, 1.0)
+STEP = Guided("step", 0, 0, False, True, 0.0, 0.0, 1, 1.0)
 
 
 def steps_of(good, bad, **changes):
@@ -52,6 +54,25 @@ def test_auc_by_hand():
     assert math.isnan(auc([replace(STEP, good=None)]))
 
 
+def test_auc_in_a_turn_by_hand():
+    """First turns are praised, and most of them are good: that alone is no order within a turn."""
+    first = steps_of([2.0, 3.0], [2.5], turn=0)
+    last = steps_of([], [0.0], turn=1)
+    assert auc(first + last) == (2 + 1) / 4 and auc_in_a_turn(first + last) == 1 / 2
+    both = first + steps_of([1.0], [0.0], turn=1)  # three pairs of one turn
+    assert auc_in_a_turn(both) == pytest.approx(2 / 3)
+    assert math.isnan(auc_in_a_turn(steps_of([1.0], [], turn=0) + last))
+
+
+def test_differences_are_of_the_same_groups():
+    """Whatever groups are drawn: an order that is right in all of them is 1 above one that is wrong in all of them."""
+    own, other = ([s for g in range(4) for s in steps_of([x], [0.5], group=g)] for x in (1.0, 0.0))
+    assert set(differences(own, other).values()) == {1}
+    # both are right where the other is: in any draw nothing is between them, though each has an interval
+    mixed = own[:4] + other[4:]
+    assert set(differences(mixed, mixed).values()) == {0} and interval(auc, mixed)[0] < auc(mixed)
+
+
 def test_ranks_and_pairs_say_the_same():
     ours, theirs = np.random.default_rng(0).integers(0, 9, size=(2, 50)).astype(float)
     difference = ours[:, None] - theirs  # (ours, theirs)
@@ -62,24 +83,25 @@ def test_ranks_and_pairs_say_the_same():
 def test_auc_interval_draws_whole_groups():
     """Each group alone is perfect, so every draw is."""
     apart = [step for group in range(5) for step in steps_of([1.0], [0.0], group=group)]
-    assert auc_interval(apart, samples=20) == (1, 1)
+    assert interval(auc, apart, samples=20) == (1, 1)
     wrong = [step for group in range(5) for step in steps_of([0.0], [1.0], group=group + 5)]
-    low, high = auc_interval(apart + wrong, samples=100)
+    low, high = interval(auc, apart + wrong, samples=100)
     assert low < auc(apart + wrong) == 0.5 < high
 
 
 def test_description_by_hand():
     steps = [
-        Guided("step", 0, False, True, 0.2, 0.3, 2, 1.0),
-        Guided("step", 0, False, False, -0.1, 0.1, 1, 2.0),
-        Guided("episode", 1, True, True, -0.4, 0.6, 1, 0.0),  # no outcome: no sign to agree with
-        Guided("episode", 2, False, None, -0.5, 0.5, 4, -1.0),
+        Guided("step", 0, 0, False, True, 0.2, 0.3, 2, 1.0),
+        Guided("step", 0, 1, False, False, -0.1, 0.1, 1, 2.0),
+        Guided("episode", 1, 0, True, True, -0.4, 0.6, 1, 0.0),  # no outcome: no sign to agree with
+        Guided("episode", 2, 0, False, None, -0.5, 0.5, 4, -1.0),
     ]
     rows = rows_of(steps)
     assert list(rows) == ["all", "episode", "step", "no outcome signal", "outcome signal"]
     everything = rows["all"]
     assert everything["good"] == pytest.approx(2 / 3)
     assert everything["auc"] == 0.5  # 0.2 > -0.1 > -0.4
+    assert everything["auc_turn"] is None  # each turn has only good ones, or others
     assert everything["agreement"] == pytest.approx(2 / 3)  # the first and the last
     assert everything["skill_abs"] == pytest.approx((2 * 0.3 + 0.1 + 0.6 + 4 * 0.5) / 8)
     assert everything["outcome_abs"] == pytest.approx((2 * 1 + 2 + 0 + 4) / 8)
@@ -177,7 +199,24 @@ def test_signal_from_end_to_end(start, tmp_path):
     rows = result["rows"]
     assert rows["all"]["steps"] == rows["no outcome signal"]["steps"] == 2 * 2 * 3
     assert rows["all"]["skill_abs"] > 0 == rows["all"]["outcome_abs"]
+    assert "against" not in result
     assert text.splitlines()[0] == "start: success 0.0%, groups without outcome signal 100.0% of 2"
+
+
+def test_two_methods_score_the_same_episodes(start, tmp_path, monkeypatch):
+    def judged(config):
+        return lambda t: [(turn + t.group) % 2 == 0 for turn in range(len(t.steps))]
+
+    monkeypatch.setattr(skill_signal, "judge", judged)  # an untrained model makes no good step
+    argv = [*FLAGS, "--model", str(start), "--algo", "opid-oracle", "--results", str(tmp_path / "signal.jsonl")]
+    text = skill_signal.main([*argv, "--against", "opid-oracle"])
+    (result,) = read(tmp_path / "signal.jsonl")
+    assert set(result["against"]["opid-oracle"].values()) == {0}
+    assert text.endswith("Its AUC less that of opid-oracle: +0.000 [0.000, 0.000], in a turn +0.000 [0.000, 0.000]")
+    skill_signal.main([*argv, "--against", "opid-placebo"])
+    (again,) = read(tmp_path / "signal.jsonl")
+    assert again["rows"] == result["rows"] and again["config"]["algo"] == "opid-oracle"
+    assert again["against"]["opid-placebo"]["auc"] != 0
 
 
 @pytest.mark.parametrize(("name", "kinds"), [("FACTS", {"episode", "step"}), ("PULL", {"none"})])
