@@ -15,9 +15,13 @@ RESULTS = ROOT / "lab" / "results"
 
 
 def commit() -> str:
-    """The code's version, for the result files."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
+    """The code's version, for the result files; -dirty where anything but these was changed since."""
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!lab/results")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
+
+
+def git(*command: str) -> str:
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def on_the_laptop(flags: list[str], recipe: str = "laptop") -> list[str]:

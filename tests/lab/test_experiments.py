@@ -17,6 +17,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from lab.experiments import compare
+from lab.experiments import runs as stored_runs
 from lab.experiments.compare import QUICK, check_folder, is_there, jobs_of, read_arms, run_all, stored
 from lab.experiments.estimates import bootstrap_interval, estimate, holm
 from lab.experiments.runs import arm_of
@@ -536,6 +537,22 @@ def test_each_training_of_the_starting_model_has_its_own_weights(jobs):
     found["opid"][1]["start"] = "third"
     with pytest.raises(ValueError, match="opid-seed1 and grpo-seed1 are from other starting weights"):
         compare.check_alike(found)
+
+
+def test_new_results_are_no_change_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_runs, "ROOT", tmp_path)
+    assert stored_runs.commit() == "unknown"
+    code, results = tmp_path / "code.py", tmp_path / "lab/results/bench.jsonl"
+    results.parent.mkdir(parents=True)
+    for file in (code, results):
+        file.write_text("one")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "c"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    version = stored_runs.commit()
+    results.write_text("two")
+    assert stored_runs.commit() == version != "unknown" and "dirty" not in version
+    code.write_text("two")
+    assert stored_runs.commit() == f"{version}-dirty"
 
 
 def test_a_name_tells_the_arm():
