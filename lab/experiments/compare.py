@@ -44,6 +44,7 @@ from lab.experiments.stored import add, alone, differing, find, read
 from lab.experiments.tables import (
     LONGER,
     by_episodes,
+    by_run,
     by_type,
     costs,
     draw,
@@ -388,7 +389,8 @@ def report(found: dict[str, list[dict]], baseline: str, results: Path) -> str:
         raise ValueError(f"{results} holds no result of these arms")
     check_alike(found)
     runs = runs_of(found)
-    parts = [ends(runs, baseline), costs(runs, baseline), leads(runs, baseline), by_episodes(runs), by_type(runs)]
+    parts = [ends(runs, baseline), costs(runs, baseline), leads(runs, baseline)]
+    parts += [by_run(runs), by_episodes(runs), by_type(runs)]
     text = "\n\n".join(part for part in parts if part)
     results.with_suffix(".md").write_text(text + "\n")
     draw(runs, results.with_suffix(".png"))

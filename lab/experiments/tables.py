@@ -319,6 +319,19 @@ def by_episodes(runs: Runs) -> str:
     return markdown(["success after episodes, %", *(f"{episodes:.0f}" for episodes in played)], rows)
 
 
+def by_run(runs: Runs) -> str:
+    """Where each run ends: one row an arm, the seeds of one training side by side. Where seeds are the units: none."""
+    if not by_training(runs):
+        return ""
+    trainings = sorted({run.training for own in runs.values() for run in own})
+    rows = []
+    for arm, own in runs.items():
+        ends = {(run.training, run.seed): show(run.end) for run in sorted(own, key=lambda run: run.seed)}
+        cells = [" / ".join(end for (of, _), end in ends.items() if of == training) for training in trainings]
+        rows.append([arm, *(cell or "-" for cell in cells)])
+    return markdown(["end of each run, %", *(f"start {training}" for training in trainings)], rows)
+
+
 def by_type(runs: Runs) -> str:
     """Success by task type, mean over units, split by split: one row before training, and one an arm at its end."""
     lines = [run for own in runs.values() for run in own if run.tables]

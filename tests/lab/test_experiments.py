@@ -28,6 +28,7 @@ from lab.experiments.tables import (
     TOKENS,
     at_equal,
     by_episodes,
+    by_run,
     by_type,
     by_unit,
     costs,
@@ -364,6 +365,18 @@ def test_success_by_episodes_tells_each_of_few_units():
         "| opid | 20.0, 20.0 | 50.0, 60.0 |",
         "| sdar | 10.0 | 20.0 |",
     ]
+
+
+def test_every_run_is_told_where_trainings_are_the_units():
+    opid = [made(seed, 0, 0.1 * seed + 0.2 * k, training=k) for k, seed in ((0, 2), (0, 1), (1, 1), (1, 2))]
+    found = {"grpo": [made(1, 0, 0.3, training=1), made(1, 0, 0.4, training=2)], "opid": opid}
+    assert by_run(runs_of(found)).splitlines() == [
+        "| end of each run, % | start 0 | start 1 | start 2 |",
+        "|---|---|---|---|",
+        "| grpo | - | 30.0 | 40.0 |",
+        "| opid | 10.0 / 20.0 | 30.0 / 40.0 | - |",
+    ]
+    assert by_run(runs_of(bench())) == ""
 
 
 def test_a_figure_has_a_panel_for_each_kind_of_cost(tmp_path, monkeypatch):
