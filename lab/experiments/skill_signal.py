@@ -177,22 +177,24 @@ def guided_steps(config: Config, batch: Batch) -> list[Guided]:
 # ---- what is said about it ------------------------------------------------------------------------------------------
 
 
-def auc(steps: list[Guided]) -> float:
-    """P(A_skill of a good step > that of another step), ties counted half; NaN without both kinds."""
-    return auc_in_a_turn([replace(step, turn=0) for step in steps])
-
-
-def auc_in_a_turn(steps: list[Guided]) -> float:
-    """The same, over all pairs of steps of the same turn."""
+def auc(steps: list[Guided], kind_of: Callable[[Guided], int] = lambda step: 0) -> float:
+    """P(A_skill of a good step > that of another step), ties counted half, over all pairs of one kind; NaN without a
+    pair."""
     won = pairs = 0.0
-    for turn in {step.turn for step in steps}:
-        good, bad = (
-            np.array([s.skill for s in steps if s.turn == turn and s.good is kind]) for kind in (True, False)
-        )  # (n,), (m,)
+    for kind in {kind_of(step) for step in steps}:
+        of_kind = [step for step in steps if kind_of(step) == kind]
+        good, bad = (np.array([s.skill for s in of_kind if s.good is mark]) for mark in (True, False))  # (n,), (m,)
         if len(good) and len(bad):
             won += len(good) * len(bad) * probability_of_superiority(good, bad)
             pairs += len(good) * len(bad)
     return won / pairs if pairs else math.nan
+
+
+def auc_in_a_turn(steps: list[Guided]) -> float:
+    return auc(steps, lambda step: step.turn)
+
+
+MEASURES = {"auc": auc, "auc_turn": auc_in_a_turn}
 
 
 def interval(measure: Callable[..., float], *scored: list[Guided], samples: int = 200) -> tuple[float, float]:
@@ -210,14 +212,19 @@ def interval(measure: Callable[..., float], *scored: list[Guided], samples: int 
     return bootstrap_interval(statistic, every, samples=samples) if len(every) else (math.nan, math.nan)
 
 
+def estimates(measures: dict[str, Callable[..., float]], *scored: list[Guided]) -> dict[str, float]:
+    """Each measure under its name, and the bounds of its interval."""
+    found = {}
+    for name, measure in measures.items():
+        found[name] = measure(*scored)
+        found[f"{name}_low"], found[f"{name}_high"] = interval(measure, *scored)
+    return found
+
+
 def differences(own: list[Guided], other: list[Guided]) -> dict[str, float]:
     """By how much the AUC of `own` is above that of `other`, in the same episodes."""
-    found = {}
-    for name, measure in {"auc": auc, "auc_turn": auc_in_a_turn}.items():
-        above = partial(lambda measure, a, b: measure(a) - measure(b), measure)
-        found[name] = above(own, other)
-        found[f"{name}_low"], found[f"{name}_high"] = interval(above, own, other)
-    return found
+    above = {name: lambda a, b, measure=measure: measure(a) - measure(b) for name, measure in MEASURES.items()}
+    return estimates(above, own, other)
 
 
 def describe(steps: list[Guided]) -> dict[str, float | None]:
@@ -225,17 +232,10 @@ def describe(steps: list[Guided]) -> dict[str, float | None]:
     judged = [s.good for s in steps if s.good is not None]
     agree = [s.skill * s.outcome > 0 for s in steps if s.skill and abs(s.outcome) > ROUNDING]
     tokens = sum(s.tokens for s in steps)
-    low, high = interval(auc, steps)
-    turn_low, turn_high = interval(auc_in_a_turn, steps)
     numbers = {
         "steps": len(steps),
         "good": np.mean(judged) if judged else math.nan,
-        "auc": auc(steps),
-        "auc_low": low,
-        "auc_high": high,
-        "auc_turn": auc_in_a_turn(steps),
-        "auc_turn_low": turn_low,
-        "auc_turn_high": turn_high,
+        **estimates(MEASURES, steps),
         "agreement": np.mean(agree) if agree else math.nan,
         "skill_abs": sum(s.size * s.tokens for s in steps) / tokens if tokens else math.nan,
         "outcome_abs": sum(abs(s.outcome) * s.tokens for s in steps) / tokens if tokens else math.nan,
@@ -281,7 +281,7 @@ def table(result: dict) -> str:
     text = f"{result['name']}: {shares} of {result['groups']}\n\n" + markdown(head, rows)
     for algo, numbers in result.get("against", {}).items():
         n = with_nan(numbers)
-        told = [f"{n[kind]:+.3f} [{n[kind + '_low']:.3f}, {n[kind + '_high']:.3f}]" for kind in ("auc", "auc_turn")]
+        told = [f"{n[kind]:+.3f} [{n[f'{kind}_low']:.3f}, {n[f'{kind}_high']:.3f}]" for kind in MEASURES]
         text += f"\n\nIts AUC less that of {algo}: {told[0]}, in a turn {told[1]}"
     return text
 

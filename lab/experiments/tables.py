@@ -326,8 +326,8 @@ def by_run(runs: Runs) -> str:
     trainings = sorted({run.training for own in runs.values() for run in own})
     rows = []
     for arm, own in runs.items():
-        ends = {(run.training, run.seed): show(run.end) for run in sorted(own, key=lambda run: run.seed)}
-        cells = [" / ".join(end for (of, _), end in ends.items() if of == training) for training in trainings]
+        in_order = sorted(own, key=lambda run: run.seed)
+        cells = [" / ".join(show(run.end) for run in in_order if run.training == training) for training in trainings]
         rows.append([arm, *(cell or "-" for cell in cells)])
     return markdown(["end of each run, %", *(f"start {training}" for training in trainings)], rows)
 
