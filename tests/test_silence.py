@@ -203,8 +203,8 @@ def alarms(run: dict) -> list[int]:
 
 
 def test_of_all_stored_runs_those_that_fall_are_told_early_and_hardly_another():
-    """Those where the policy scores itself at a lambda of 0.1, centred or not, are all told. Of others only such as
-    fall, held out, to 10% or less, and six in their last iterations. Each iteration is looked at."""
+    """Those where the policy scores itself at a lambda of 0.1, centred or not, are all told. Of others such as fall,
+    held out, to 10% or less; not all that do. Each iteration is looked at."""
     found, lowest = {}, {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         for run in read(path):
@@ -216,9 +216,13 @@ def test_of_all_stored_runs_those_that_fall_are_told_early_and_hardly_another():
     assert len(falls) >= 10 and all(20 <= iterations[0] <= 42 for iterations in falls.values())
     told = {name: iterations for name, iterations in found.items() if iterations}
     assert len(found) >= 30  # six more fall, or drop by a quarter or more, in their last iterations
-    late = {"opid-policy-0.03-start1-seed0": 118, "opid-policy-0.001-start2-seed0": 119}
-    late |= {"opid-permuted-start2-seed0": 119, "opid-permuted-start1-seed1": 119}
-    late |= {"opid-averaged-start1-seed1": 116, "opid-policy-0.03-start3-seed1": 117}
-    assert {name: iterations[0] for name, iterations in told.items() if iterations[0] > 100} == late
-    early = told.keys() - late.keys()
-    assert len(early) >= 10 and max(lowest[name] for name in early) <= 10
+    late = {"opid-policy-0.03-start1-seed0": [118], "opid-policy-0.001-start2-seed0": [119]}
+    late |= {"opid-permuted-start2-seed0": [119], "opid-permuted-start1-seed1": [119]}
+    late |= {"opid-averaged-start1-seed1": [116, 117, 118, 119], "opid-policy-0.03-start3-seed1": [117, 118, 119]}
+    assert {name: iterations for name, iterations in told.items() if iterations[0] > 100} == late
+    first = {"opid-skill-only-start0-seed0": 23, "opid-skill-only-start1-seed0": 28, "opid-permuted-start1-seed0": 74}
+    first |= {"opid-skill-only-start0-seed1": 25, "opid-skill-only-start1-seed1": 33, "opid-start1-seed1": 51}
+    first |= {"opid-skill-only-start3-seed1": 25, "opid-averaged-start1-seed0": 73, "opid-averaged-start4-seed0": 56}
+    first |= {"opid-permuted-start2-seed1": 50, "opid-permuted-start4-seed1": 80, "opid-policy-0.03-start2-seed1": 43}
+    assert {name: told[name][0] for name in told.keys() - late.keys()} == first
+    assert max(lowest[name] for name in first) <= 10
