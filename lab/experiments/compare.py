@@ -8,7 +8,8 @@ An arm is a method by its defaults (--methods), or a variant named in lab/experi
 
 Every run starts from the same weights, warm-started or those of --model; runs of one seed meet the same tasks in the
 same iteration, and all play the same number of episodes. --trainings N does this from each of N starting models, which
-differ in the seed of their own training: that is what results depend on most. --at-once runs at a time, one thread
+differ in the seed of their own training: that is what results depend on most. Made on another kind of processor they
+are others: add new ones by --first-training. --at-once runs at a time, one thread
 each. A finished run is one line of lab/results/NAME.jsonl (config, commit, curve, seconds), and is never made again;
 its folder, with the final policy and the last checkpoint, stays under runs/NAME. A comparison that is stopped (Ctrl-C,
 SIGTERM) stops its runs, too, and goes on from their checkpoints. Seeds are 0 to N - 1, all of them reported: NAME.md
@@ -25,7 +26,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -93,15 +94,15 @@ def read_arms() -> dict[str, str]:
 
 
 def jobs_of(
-    arms: dict[str, str], seeds: Iterable[int], flags: list[str], starts: list[Path], results: Path, runs: Path
+    arms: dict[str, str], seeds: Iterable[int], flags: list[str], starts: dict[int, Path], results: Path, runs: Path
 ) -> list[Job]:
     """Seed by seed, and within it start by start, so that a comparison stopped early holds all arms on the same ones.
-    An arm's flags override `flags`, which go to every run."""
-    jobs, weights = [], [fingerprint(start) for start in starts]
+    `starts`: training -> its folder. An arm's flags override `flags`, which go to every run."""
+    jobs, weights = [], {training: fingerprint(start) for training, start in starts.items()}
     for seed in seeds:
-        for training, start in enumerate(starts):
+        for training, start in starts.items():
             for arm, own in arms.items():
-                name = f"{arm}-start{training}-seed{seed}" if len(starts) > 1 else f"{arm}-seed{seed}"
+                name = f"{arm}-seed{seed}" if list(starts) == [0] else f"{arm}-start{training}-seed{seed}"
                 fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", str(runs / name)]
                 config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"], for_several=True)
                 jobs.append(Job(name, arm, seed, training, config, results, weights[training]))
@@ -266,19 +267,21 @@ def check_alike(found: dict[str, list[dict]]) -> None:
             seen.add(pair_of(run))
 
 
-def prepare(runs: Path, quick: bool, flags: list[str], model: str = "tiny", trainings: int = 1) -> list[Path]:
-    """The folders of the weights that runs start from, one a training of them; and games, so that no two runs generate
-    them at once. Raises ValueError where a folder was made from another model, or for another environment."""
+def prepare(
+    runs: Path, quick: bool, flags: list[str], model: str = "tiny", trainings: Sequence[int] = (0,)
+) -> dict[int, Path]:
+    """Training -> the folder of the weights that runs start from; and games, so that no two runs generate them at once.
+    Raises ValueError where a folder was made from another model, or for another environment."""
     config = parse_args([*on_the_laptop(flags), "--model", model])
     for split in ("train", *eval_splits(config)):
         games_of(config, split)
     made, told = runs / "start.txt", f"{model} for {config.env}{', untrained' if quick else ''}"
-    starts = [runs / (f"start{training}" if trainings > 1 else "start") for training in range(trainings)]
+    starts = {training: runs / ("start" if list(trainings) == [0] else f"start{training}") for training in trainings}
     runs.mkdir(parents=True, exist_ok=True)
     with FileLock(runs / "start.lock"):  # another comparison may be making it
-        if any(start.is_dir() for start in starts) and made.is_file() and made.read_text() != told:
+        if any(start.is_dir() for start in starts.values()) and made.is_file() and made.read_text() != told:
             raise ValueError(f"{runs} holds runs from {made.read_text()}, not from {told}: use another --runs")
-        for training, start in enumerate(starts):
+        for training, start in starts.items():
             if not start.is_dir():
                 made.write_text(told)
                 of_it = model.replace("{}", str(training))
@@ -304,7 +307,8 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--arms", nargs="+", default=[], help="variants of lab/experiments/arms.toml")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 10, with --quick 2)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
-    parser.add_argument("--trainings", type=int, default=1, help="starting models, of seeds 0 to N - 1 (default: 1)")
+    parser.add_argument("--trainings", type=int, default=1, help="number of starting models (default: 1)")
+    parser.add_argument("--first-training", type=int, default=0, help="the seed of the first of them (default: 0)")
     parser.add_argument("--final-games", type=int, default=0, help="of each split, played in the end (default: none)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--baseline", help="the method or arm that others are compared with (default: grpo)")
@@ -325,8 +329,11 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
         parser.error(f"--seeds is {args.seeds}, must be 1 or more")
     if args.trainings < 1:
         parser.error(f"--trainings is {args.trainings}, must be 1 or more")
-    if args.trainings > 1 and not (args.model in TINY or args.model.startswith(PREFIX) or "{}" in args.model):
-        parser.error(f"--trainings {args.trainings}: there is one {args.model}. Write {{}} for a training's number")
+    if args.first_training < 0:
+        parser.error(f"--first-training is {args.first_training}, must be 0 or more")
+    several = args.model in TINY or args.model.startswith(PREFIX) or "{}" in args.model
+    if args.trainings + args.first_training > 1 and not several:
+        parser.error(f"there is one training of {args.model}: write {{}} for its number")
     if args.final_games < 0:
         parser.error(f"--final-games is {args.final_games}, must be 0 or more")
     if args.first_seed < 0:
@@ -368,7 +375,8 @@ def main(argv: list[str] | None = None) -> str:
     seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.quick else 10)))
     with lm.one_line("compare.py"):
         told_by(args.results.with_suffix(".md"))  # a table that could not be made again is refused before hours of runs
-        starts = prepare(runs, args.quick, flags, args.model, args.trainings)
+        trainings = range(args.first_training, args.first_training + args.trainings)
+        starts = prepare(runs, args.quick, flags, args.model, trainings)
         jobs = jobs_of(arms, seeds, flags, starts, args.results, runs)
     children = Children()
     try:

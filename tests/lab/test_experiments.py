@@ -95,7 +95,7 @@ def test_bootstrap_keeps_the_splits_of_a_run_together():
 
 @pytest.fixture
 def jobs(tmp_path):
-    return jobs_of(PLAIN, range(2), QUICK.split(), [tmp_path / "start"], tmp_path / "bench.jsonl", tmp_path / "runs")
+    return jobs_of(PLAIN, range(2), QUICK.split(), {0: tmp_path / "start"}, tmp_path / "bench.jsonl", tmp_path / "runs")
 
 
 TABLE = """split          Pick   Pick2     All     95% interval  games
@@ -397,7 +397,7 @@ def test_a_figure_has_a_panel_for_each_kind_of_cost(tmp_path, monkeypatch):
 
 def test_arms_are_runs_of_their_own(jobs, tmp_path):
     arms = PLAIN | read_arms()
-    folders = [tmp_path / "start"], tmp_path / "bench.jsonl", tmp_path / "runs"
+    folders = {0: tmp_path / "start"}, tmp_path / "bench.jsonl", tmp_path / "runs"
     made = jobs_of(arms, [0], [*QUICK.split(), "--step-weight", "0.2", "--skill-writer", "reference"], *folders)
     assert len({json.dumps(compare.settings(job.config)) for job in made}) == len(arms)
     a = {job.arm: job.config for job in made}
@@ -420,6 +420,7 @@ def test_each_arm_has_stored_runs():
         ([], "name what is compared: --methods, --arms or both"),
         (["--results", "folder"], "folder is no file NAME.jsonl"),
         (["--trainings", "0"], "--trainings is 0, must be 1 or more"),
+        (["--first-training", "-1"], "--first-training is -1, must be 0 or more"),
         (["--final-games", "-1"], "--final-games is -1, must be 0 or more"),
         (["--first-seed", "-1"], "--first-seed is -1, must be 0 or more"),
         (["--seeds", "2", "--seed", "1"], "--seed differs from run to run"),
@@ -451,7 +452,7 @@ def test_runs_start_from_the_named_model_and_no_other(tmp_path, monkeypatch, lla
     asked = []
     monkeypatch.setattr(compare, "load_model", lambda name, **k: asked.append(name) or (llama, tokenizer))
     for _ in range(2):
-        (start,) = compare.prepare(tmp_path, False, QUICK.split(), "some/model")
+        (start,) = compare.prepare(tmp_path, False, QUICK.split(), "some/model").values()
     assert asked == ["some/model"]  # once
     assert (start / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="holds runs from some/model for alfworld, not from tiny"):
@@ -465,18 +466,19 @@ def test_runs_start_from_the_named_model_and_no_other(tmp_path, monkeypatch, lla
 def test_folders_of_ones_own_are_named_by_training(tmp_path, monkeypatch, llama, tokenizer, capsys):
     asked = []
     monkeypatch.setattr(compare, "load_model", lambda name, **k: asked.append(name) or (llama, tokenizer))
-    compare.prepare(tmp_path, False, QUICK.split(), "own-seed{}", trainings=2)
+    compare.prepare(tmp_path, False, QUICK.split(), "own-seed{}", trainings=[0, 1])
     assert asked == ["own-seed0", "own-seed1"]
-    with pytest.raises(SystemExit):
-        compare.main(["--methods", "opid", "--trainings", "2", "--model", "own"])
-    assert "there is one own. Write {} for a training's number" in capsys.readouterr().err
+    for several in ("--trainings", "2"), ("--first-training", "1"):
+        with pytest.raises(SystemExit):
+            compare.main(["--methods", "opid", *several, "--model", "own"])
+        assert "there is one training of own: write {} for its number" in capsys.readouterr().err
 
 
 def test_each_training_of_the_starting_model_has_runs_of_its_own(tmp_path, monkeypatch, llama, tokenizer):
     asked = []
     monkeypatch.setattr(compare, "load_model", lambda name, training, **k: asked.append(training) or (llama, tokenizer))
-    starts = compare.prepare(tmp_path, False, QUICK.split(), "tiny", trainings=2)
-    assert (asked, [start.name for start in starts]) == ([0, 1], ["start0", "start1"])
+    starts = compare.prepare(tmp_path, False, QUICK.split(), "tiny", trainings=[0, 1])
+    assert (asked, [start.name for start in starts.values()]) == ([0, 1], ["start0", "start1"])
     (starts[1] / "model.safetensors").write_bytes(b"others")
     made = jobs_of(
         {"a": "--algo grpo", "b": "--algo opid"}, [3, 4], QUICK.split(), starts, tmp_path / "bench.jsonl", tmp_path
@@ -489,6 +491,14 @@ def test_each_training_of_the_starting_model_has_runs_of_its_own(tmp_path, monke
     assert made[0].start == made[1].start != made[2].start == made[3].start
     assert [Path(job.config.model).name for job in made[1:3]] == ["start0", "start1"]
     assert {compare.arm_of(job.name) for job in made} == {"a", "b"}
+
+
+def test_starting_models_may_be_added_to_those_of_before(tmp_path, monkeypatch, llama, tokenizer):
+    asked = []
+    monkeypatch.setattr(compare, "load_model", lambda name, training, **k: asked.append(training) or (llama, tokenizer))
+    starts = compare.prepare(tmp_path, False, QUICK.split(), "tiny", trainings=[7])
+    (made,) = jobs_of({"a": "--algo grpo"}, [9], QUICK.split(), starts, tmp_path / "bench.jsonl", tmp_path)
+    assert (asked, made.name, made.training) == ([7], "a-start7-seed9", 7)
 
 
 def test_the_cost_of_training_by_hand():
@@ -789,7 +799,7 @@ def test_a_result_of_other_settings_is_not_mistaken_for_this_run(jobs, tmp_path)
     run_all(jobs[:1], launch=pretend)
     flags = [*QUICK.split(), "--kl", "0.5"]
     other = jobs_of(
-        {"grpo": "--algo grpo"}, [0], flags, [tmp_path / "start"], tmp_path / "bench.jsonl", tmp_path / "runs"
+        {"grpo": "--algo grpo"}, [0], flags, {0: tmp_path / "start"}, tmp_path / "bench.jsonl", tmp_path / "runs"
     )
     with pytest.raises(ValueError, match="other settings of kl"):
         is_there(other[0])
@@ -810,7 +820,7 @@ def test_a_result_from_other_starting_weights_is_not_mistaken_for_this_run(jobs,
     run_all(jobs[:1], launch=pretend)
     (tmp_path / "start").mkdir()
     (tmp_path / "start/model.safetensors").write_bytes(b"others")
-    folders = [tmp_path / "start"], tmp_path / "bench.jsonl", tmp_path / "runs"
+    folders = {0: tmp_path / "start"}, tmp_path / "bench.jsonl", tmp_path / "runs"
     with pytest.raises(ValueError, match="other starting weights"):
         is_there(jobs_of(PLAIN, [0], QUICK.split(), *folders)[0])
 
