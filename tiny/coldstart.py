@@ -48,8 +48,8 @@ def setting(default, help: str, choices: tuple[str, ...] | None = None):
 
 @dataclass
 class ColdStart:
-    """What a cold start is a function of (bit for bit on one kind of CPU, with as many threads; and of its day, which is
-    in its record, where the chat template prints one). Raises ValueError for a value out of range."""
+    """What a cold start is a function of, bit for bit on one kind of CPU with as many threads; and of its day, which
+    is in its record, where the chat template prints one. Raises ValueError for a value out of range."""
 
     model: str = setting("smollm2", "'smollm2', a folder or a hub id: an instruct model")
     env: str = setting("alfworld", "environment", ENVIRONMENTS)

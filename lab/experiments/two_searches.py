@@ -1,4 +1,4 @@
-"""How near a policy is to searching twice: python lab/experiments/two_searches.py [--runs runs/search-sparse]
+"""How near a policy is to searching twice: python lab/experiments/two_searches.py [--runs runs/search-replicated]
 
 Three of five generated questions need two searches, and success says nothing until both are made. This tells what a
 policy learns before: it reads the held-out questions of that kind as somebody sees them who searches right, and at each
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "search-sparse", help="where compare.py left them")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/search-replicated", help="where compare.py left them")
     parser.add_argument("--games", type=int, help="questions of each split (default: those of an evaluation)")
     parser.add_argument("--results", type=Path, default=RESULTS / "two-searches.jsonl", help="NAME.jsonl")
     args = parser.parse_args(argv)

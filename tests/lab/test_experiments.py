@@ -401,7 +401,7 @@ def test_arms_are_runs_of_their_own(jobs, tmp_path):
     made = jobs_of(arms, [0], [*QUICK.split(), "--step-weight", "0.2", "--skill-writer", "reference"], *folders)
     assert len({json.dumps(compare.settings(job.config)) for job in made}) == len(arms)
     a = {job.arm: job.config for job in made}
-    assert a["opid"].step_weight == a["opid-episode-alone"].step_weight == 0.2
+    assert a["opid"].step_weight == a["opid-clipped"].step_weight == 0.2
     assert a["opid-lambda-0.3"].step_weight == 0.3  # the arm's own flags come last
     assert a["opid"].skill_writer == "reference" and a["opid-policy-0.1"].skill_writer == "policy"
 
@@ -827,14 +827,14 @@ def test_a_result_from_other_starting_weights_is_not_mistaken_for_this_run(jobs,
 
 def test_quick_comparison_from_end_to_end(tmp_path):
     file = tmp_path / "bench.jsonl"
-    argv = ["--quick", "--methods", "grpo", "--arms", "opid-episode-alone", "--seeds", "1", "--final-games", "3"]
+    argv = ["--quick", "--methods", "grpo", "--arms", "opid-lambda-0.3", "--seeds", "1", "--final-games", "3"]
     text = compare.main([*argv, "--results", str(file), "--runs", str(tmp_path / "runs")])
-    assert [line.split(" | ")[0] for line in text.splitlines()][2:4] == ["| grpo", "| opid-episode-alone"]
+    assert [line.split(" | ")[0] for line in text.splitlines()][2:4] == ["| grpo", "| opid-lambda-0.3"]
     assert text == (tmp_path / "bench.md").read_text().strip()
-    arm = find(file, "opid-episode-alone-seed0")
-    assert arm["config"]["routing"] == "episode"
+    arm = find(file, "opid-lambda-0.3-seed0")
+    assert arm["config"]["episode_weight"] == 0.3
     assert len(arm["signal"]["skills/parse_rate"]) == 2
-    assert (tmp_path / "runs/opid-episode-alone-seed0/policy/config.json").exists()
+    assert (tmp_path / "runs/opid-lambda-0.3-seed0/policy/config.json").exists()
     result = find(file, "grpo-seed0")
     assert [point["iteration"] for point in result["curve"]] == [0, 1, 2]
     assert result["episodes"] == 8
