@@ -9,14 +9,12 @@ An arm is a method by its defaults (--methods), or a variant named in lab/experi
 Every run starts from the same weights, warm-started or those of --model; runs of one seed meet the same tasks in the
 same iteration, and all play the same number of episodes. --trainings N does this from each of N starting models, which
 differ in the seed of their own training: that is what results depend on most. Made on another kind of processor they
-are others: add new ones by --first-training. --at-once runs at a time, one thread
-each. A finished run is one line of lab/results/NAME.jsonl (config, commit, curve, seconds), and is never made again;
-its folder, with the final policy and the last checkpoint, stays under runs/NAME. A comparison that is stopped (Ctrl-C,
-SIGTERM) stops its runs, too, and goes on from their checkpoints. Seeds are 0 to N - 1, all of them reported: NAME.md
-and NAME.png beside NAME.jsonl. --report makes these again from all seeds that are there, of the named arms, else of
-those that NAME.md has. What is tuned is tuned on other seeds (--first-seed 100, in another --results), so that none of
-those reported was chosen by.
-"""
+are others: add new ones by --first-training. --at-once runs at a time, one thread each. A finished run is one line of
+lab/results/NAME.jsonl (config, commit, curve, seconds), and is never made again; its folder, with the final policy and
+the last checkpoint, stays under runs/NAME. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs, too, and goes
+on from their checkpoints. Seeds are 0 to N - 1, all of them reported: NAME.md and NAME.png beside NAME.jsonl. --report
+makes these again from all seeds that are there, of the named arms, else of those that NAME.md has. What is tuned is
+tuned on other seeds (--first-seed 100, in another --results), so that none of those reported was chosen by."""
 
 from __future__ import annotations
 
