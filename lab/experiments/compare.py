@@ -14,7 +14,8 @@ lab/results/NAME.jsonl (config, commit, curve, seconds), and is never made again
 the last checkpoint, stays under runs/NAME. A comparison that is stopped (Ctrl-C, SIGTERM) stops its runs, too, and goes
 on from their checkpoints. Seeds are 0 to N - 1, all of them reported: NAME.md and NAME.png beside NAME.jsonl. --report
 makes these again from all seeds that are there, of the named arms, else of those that NAME.md has. What is tuned is
-tuned on other seeds (--first-seed 100, in another --results), so that none of those reported was chosen by."""
+tuned on other seeds (--first-seed 100, in another --results), so that none of those reported was chosen by.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +101,7 @@ def jobs_of(
     for seed in seeds:
         for training, start in starts.items():
             for arm, own in arms.items():
-                name = f"{arm}-seed{seed}" if list(starts) == [0] else f"{arm}-start{training}-seed{seed}"
+                name = f"{arm}-seed{seed}" if start.name == "start" else f"{arm}-{start.name}-seed{seed}"
                 fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", str(runs / name)]
                 config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"], for_several=True)
                 jobs.append(Job(name, arm, seed, training, config, results, weights[training]))
