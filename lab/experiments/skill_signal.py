@@ -12,7 +12,8 @@ Reported for all guided steps, those of each level, and those of groups without 
 where the skills are all that there is:
 
     AUC        P(A_skill, mean over a step's tokens, is higher on a good step than on another one)
-    in a turn  the same, of steps of the same turn: a context may favour all first turns, good or bad
+    alike      the same, of steps of the same turn in episodes that ended alike: a context may favour all first turns,
+               good or bad, and one that tells the outcome all steps of a success
     agreement  share of steps where A_skill and A_ep have the same sign, of those where neither is 0
     |A|        mean size a token in nats (A_skill) and of A_ep
 
@@ -68,6 +69,7 @@ class Guided:
     group: int
     turn: int  # of its episode
     silent: bool  # all rollouts of its task had the same outcome
+    won: bool  # its episode
     good: bool | None  # None: nobody knows what a good player would have done
     skill: float  # A_skill, mean over the step's tokens
     size: float  # |A_skill|, mean over the step's tokens
@@ -169,7 +171,8 @@ def guided_steps(config: Config, batch: Batch) -> list[Guided]:
                 level = "+".join(g.level for g in guidance if g.level in config.levels) or "none"
                 means = shift.mean().item(), shift.abs().mean().item()
                 group, outcome = trajectory.group, batch.advantages.outcome[b].item()
-                steps.append(Guided(level, group, turn, silent[group], good, *means, len(shift), outcome))
+                won, tokens = trajectory.success, len(shift)
+                steps.append(Guided(level, group, turn, silent[group], won, good, *means, tokens, outcome))
             b += 1
     return steps
 
@@ -177,7 +180,7 @@ def guided_steps(config: Config, batch: Batch) -> list[Guided]:
 # ---- what is said about it ------------------------------------------------------------------------------------------
 
 
-def auc(steps: list[Guided], kind_of: Callable[[Guided], int] = lambda step: 0) -> float:
+def auc(steps: list[Guided], kind_of: Callable[[Guided], tuple] = lambda step: ()) -> float:
     """P(A_skill of a good step > that of another step), ties counted half, over all pairs of one kind; NaN without a
     pair."""
     won = pairs = 0.0
@@ -190,11 +193,12 @@ def auc(steps: list[Guided], kind_of: Callable[[Guided], int] = lambda step: 0) 
     return won / pairs if pairs else math.nan
 
 
-def auc_in_a_turn(steps: list[Guided]) -> float:
-    return auc(steps, lambda step: step.turn)
+def auc_alike(steps: list[Guided]) -> float:
+    return auc(steps, lambda step: (step.turn, step.won))
 
 
-MEASURES = {"auc": auc, "auc_turn": auc_in_a_turn}
+MEASURES = {"auc": auc, "auc_alike": auc_alike}
+COLUMNS = {"auc": "AUC", "auc_turn": "in a turn", "auc_alike": "alike"}  # lines of older commits have the second
 
 
 def interval(measure: Callable[..., float], *scored: list[Guided], samples: int = 200) -> tuple[float, float]:
@@ -264,7 +268,7 @@ def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
 
 
 def table(result: dict) -> str:
-    kinds = {"auc": "AUC"} | ({"auc_turn": "in a turn"} if "auc_turn" in result["rows"]["all"] else {})  # older: none
+    kinds = {kind: name for kind, name in COLUMNS.items() if kind in result["rows"]["all"]}
     head = ["guided steps", "number", "good steps, %", *(text for name in kinds.values() for text in (name, "95%"))]
     head += ["agreement, %", "|A_skill|", "|A_ep|"]
     rows = []
@@ -281,8 +285,8 @@ def table(result: dict) -> str:
     text = f"{result['name']}: {shares} of {result['groups']}\n\n" + markdown(head, rows)
     for algo, numbers in result.get("against", {}).items():
         n = with_nan(numbers)
-        told = [f"{n[kind]:+.3f} [{n[f'{kind}_low']:.3f}, {n[f'{kind}_high']:.3f}]" for kind in MEASURES]
-        text += f"\n\nIts AUC less that of {algo}: {told[0]}, in a turn {told[1]}"
+        told = [f"{kinds[k]} {n[k]:+.3f} [{n[f'{k}_low']:.3f}, {n[f'{k}_high']:.3f}]" for k in kinds]
+        text += f"\n\nLess that of {algo}: {', '.join(told)}"
     return text
 
 

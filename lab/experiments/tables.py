@@ -320,16 +320,28 @@ def by_episodes(runs: Runs) -> str:
 
 
 def by_run(runs: Runs) -> str:
-    """Where each run ends: one row an arm, the seeds of one training side by side. Where seeds are the units: none."""
+    """Where each run ends, and its last evaluation in the task type that is solved least at the first one: a mean over
+    types hides what only some runs learn. One row an arm, the seeds of one training side by side. Where seeds are the
+    units: none."""
     if not by_training(runs):
         return ""
+    grids = [each_run(runs, "end of each run", lambda run: run.end)]
+    lines = [run for own in runs.values() for run in own]
+    if all(run.tables for run in lines):
+        first = {name: shares.mean() for name, shares in by_types(lines, 0).items()}
+        hardest = min(first, key=lambda name: (np.isnan(first[name]), first[name]))  # NaN: a split has none of the type
+        grids.append(each_run(runs, f"{hardest} of each run", lambda run: by_types([run], -1)[hardest].mean()))
+    return "\n\n".join(grids)
+
+
+def each_run(runs: Runs, title: str, share: Callable[[Run], float]) -> str:
     trainings = sorted({run.training for own in runs.values() for run in own})
     rows = []
     for arm, own in runs.items():
         in_order = sorted(own, key=lambda run: run.seed)
-        cells = [" / ".join(show(run.end) for run in in_order if run.training == training) for training in trainings]
+        cells = [" / ".join(show(share(run)) for run in in_order if run.training == training) for training in trainings]
         rows.append([arm, *(cell or "-" for cell in cells)])
-    return markdown(["end of each run, %", *(f"start {training}" for training in trainings)], rows)
+    return markdown([f"{title}, %", *(f"start {training}" for training in trainings)], rows)
 
 
 def by_type(runs: Runs) -> str:
@@ -337,18 +349,20 @@ def by_type(runs: Runs) -> str:
     lines = [run for own in runs.values() for run in own if run.tables]
     if not lines:
         return ""
-    types = list(read_table(lines[0].tables[0])[lines[0].splits[0]])
     untrained = [run for run in lines if run.cost[EPISODES][0] == 0]  # else it was evaluated at the end alone
-    rows = [["before training", *_by_type(untrained, 0, types)]] if untrained else []
-    rows += [[arm, *_by_type(own, -1, types)] for arm, own in runs.items() if all(run.tables for run in own)]
+    told = {"before training": by_types(untrained, 0)} if untrained else {}
+    told |= {arm: by_types(own, -1) for arm, own in runs.items() if all(run.tables for run in own)}
+    rows = [[name, *(" / ".join(show(x, 0) for x in shares) for shares in of.values())] for name, of in told.items()]
+    types = by_types(lines[:1], 0)
     return markdown([f"success by type, {' / '.join(lines[0].splits)}, %", *types], rows)
 
 
-def _by_type(runs: list[Run], at: int, types: list[str]) -> list[str]:
+def by_types(runs: list[Run], at: int) -> dict[str, np.ndarray]:
+    """Task type -> success in % of each split (splits,), mean over units, in the first (`at` 0) or last evaluation (-1)."""
     tables = [(run.splits, read_table(run.tables[at])) for run in runs]
-    shares = [[[table[split][name] for name in types] for split in splits] for splits, table in tables]
-    mean = by_unit(runs, shares).mean(axis=0)  # (splits, types)
-    return [" / ".join(show(share, 0) for share in column) for column in mean.T]
+    types = list(tables[0][1][tables[0][0][0]])
+    shares = [[[table[split][name] for split in splits] for name in types] for splits, table in tables]
+    return dict(zip(types, by_unit(runs, shares).mean(axis=0), strict=True))
 
 
 def read_table(text: str) -> dict[str, dict[str, float]]:

@@ -379,6 +379,18 @@ def test_every_run_is_told_where_trainings_are_the_units():
     assert by_run(runs_of(bench())) == ""
 
 
+def test_every_run_is_told_in_the_type_that_was_hardest():
+    """Means of 35 and 20% before; Heat is not in both splits. In the end Pick is the harder one."""
+    before = "split  Pick Pick2 Heat All\nseen 30.0 20.0 - 25.0\nunseen 40.0 20.0 0.0 25.0"
+    after = "split  Pick Pick2 Heat All\nseen 10.0 {} - 25.0\nunseen 0.0 {} 0.0 25.0"
+    runs = [made(0, 0, 0.5, training=k, tables=[before, after.format(60 + k, 40)]) for k in range(2)]
+    assert by_run(runs_of({"opid": runs})).splitlines()[4:] == [
+        "| Pick2 of each run, % | start 0 | start 1 |",
+        "|---|---|---|",
+        "| opid | 50.0 | 50.5 |",
+    ]
+
+
 def test_a_figure_has_a_panel_for_each_kind_of_cost(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.pyplot.close", figures.append)

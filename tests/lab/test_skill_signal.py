@@ -22,7 +22,7 @@ from lab.experiments.skill_signal import (
     Guided,
     as_advised,
     auc,
-    auc_in_a_turn,
+    auc_alike,
     batch_of,
     describe,
     differences,
@@ -39,7 +39,7 @@ from tiny.loading import load_model
 from tiny.warmstart import tiny_model
 from train import train
 
-STEP = Guided("step", 0, 0, False, True, 0.0, 0.0, 1, 1.0)
+STEP = Guided("step", 0, 0, False, False, True, 0.0, 0.0, 1, 1.0)
 
 
 def steps_of(good, bad, **changes):
@@ -54,14 +54,16 @@ def test_auc_by_hand():
     assert math.isnan(auc([replace(STEP, good=None)]))
 
 
-def test_auc_in_a_turn_by_hand():
+def test_auc_of_the_same_turn_and_outcome_by_hand():
     """First turns are praised, and most of them are good: that alone is no order within a turn."""
     first = steps_of([2.0, 3.0], [2.5], turn=0)
     last = steps_of([], [0.0], turn=1)
-    assert auc(first + last) == (2 + 1) / 4 and auc_in_a_turn(first + last) == 1 / 2
+    assert auc(first + last) == (2 + 1) / 4 and auc_alike(first + last) == 1 / 2
     both = first + steps_of([1.0], [0.0], turn=1)  # three pairs of one turn
-    assert auc_in_a_turn(both) == pytest.approx(2 / 3)
-    assert math.isnan(auc_in_a_turn(steps_of([1.0], [], turn=0) + last))
+    assert auc_alike(both) == pytest.approx(2 / 3)
+    assert math.isnan(auc_alike(steps_of([1.0], [], turn=0) + last))
+    won, lost = steps_of([2.0, 3.0], [2.5], won=True), steps_of([0.0], [0.5, 1.0])  # a success is praised as such
+    assert auc(won + lost) == 5 / 9 and auc_alike(won + lost) == 1 / 4
 
 
 def test_differences_are_of_the_same_groups():
@@ -91,17 +93,17 @@ def test_auc_interval_draws_whole_groups():
 
 def test_description_by_hand():
     steps = [
-        Guided("step", 0, 0, False, True, 0.2, 0.3, 2, 1.0),
-        Guided("step", 0, 1, False, False, -0.1, 0.1, 1, 2.0),
-        Guided("episode", 1, 0, True, True, -0.4, 0.6, 1, 0.0),  # no outcome: no sign to agree with
-        Guided("episode", 2, 0, False, None, -0.5, 0.5, 4, -1.0),
+        Guided("step", 0, 0, False, False, True, 0.2, 0.3, 2, 1.0),
+        Guided("step", 0, 1, False, False, False, -0.1, 0.1, 1, 2.0),
+        Guided("episode", 1, 0, True, False, True, -0.4, 0.6, 1, 0.0),  # no outcome: no sign to agree with
+        Guided("episode", 2, 0, False, False, None, -0.5, 0.5, 4, -1.0),
     ]
     rows = rows_of(steps)
     assert list(rows) == ["all", "episode", "step", "no outcome signal", "outcome signal"]
     everything = rows["all"]
     assert everything["good"] == pytest.approx(2 / 3)
     assert everything["auc"] == 0.5  # 0.2 > -0.1 > -0.4
-    assert everything["auc_turn"] is None  # each turn has only good ones, or others
+    assert everything["auc_alike"] is None  # each turn has only good ones, or others
     assert everything["agreement"] == pytest.approx(2 / 3)  # the first and the last
     assert everything["skill_abs"] == pytest.approx((2 * 0.3 + 0.1 + 0.6 + 4 * 0.5) / 8)
     assert everything["outcome_abs"] == pytest.approx((2 * 1 + 2 + 0 + 4) / 8)
@@ -212,7 +214,7 @@ def test_two_methods_score_the_same_episodes(start, tmp_path, monkeypatch):
     text = skill_signal.main([*argv, "--against", "opid-oracle"])
     (result,) = read(tmp_path / "signal.jsonl")
     assert set(result["against"]["opid-oracle"].values()) == {0}
-    assert text.endswith("Its AUC less that of opid-oracle: +0.000 [0.000, 0.000], in a turn +0.000 [0.000, 0.000]")
+    assert text.endswith("Less that of opid-oracle: AUC +0.000 [0.000, 0.000], alike +0.000 [0.000, 0.000]")
     skill_signal.main([*argv, "--against", "opid-placebo"])
     (again,) = read(tmp_path / "signal.jsonl")
     assert again["rows"] == result["rows"] and again["config"]["algo"] == "opid-oracle"
