@@ -358,7 +358,7 @@ def by_type(runs: Runs) -> str:
 
 
 def by_types(runs: list[Run], at: int) -> dict[str, np.ndarray]:
-    """Task type -> success in % of each split (splits,), mean over units, in the first (`at` 0) or last evaluation (-1)."""
+    """Task type -> success in % of each split (splits,), mean over units; `at` 0: first evaluation, -1: last."""
     tables = [(run.splits, read_table(run.tables[at])) for run in runs]
     types = list(tables[0][1][tables[0][0][0]])
     shares = [[[table[split][name] for split in splits] for name in types] for splits, table in tables]
