@@ -294,3 +294,19 @@ def test_every_estimate_of_the_results_is_one_of_a_report():
     told = [found.replace(" points", "") for found in estimate.findall(page)]
     assert len(told) > 40
     assert [found for found in told if found not in reports] == []
+
+
+def test_how_many_runs_search_twice_is_counted_in_the_report():
+    """Of the first table's arms: runs that solve a tenth or more of the questions with two searches."""
+    report = (ROOT / "lab/results/search-replicated.md").read_text().partition("| 2-hop of each run, % |")[2]
+    runs = {cells[0]: cells[1:] for cells in cells_of(report.partition("\n\n")[0])}
+    page = (ROOT / "docs/results.md").read_text().partition("| twice |")[2].partition("\n\n")[0]
+    told = {cells[0].strip("`"): cells[3] for cells in cells_of(page) if cells[0].startswith("`")}
+    assert len(told) == 7
+    for arm, count in told.items():
+        shares = [float(share) for cell in runs[arm] if cell != "-" for share in cell.split(" / ")]
+        assert count == f"{sum(share >= 10 for share in shares)} of {len(shares)}", arm
+
+
+def cells_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
