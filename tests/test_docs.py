@@ -289,7 +289,7 @@ def test_the_notebook_adds_both_advantages_up():
 def test_every_estimate_of_the_results_is_one_of_a_report():
     """Each "mean [low, high]" of the page stands in a table that compare.py or skill_signal.py wrote."""
     estimate = re.compile(r"-?\d[\d.]*(?: points)? \[-?[\d.]+, -?[\d.]+\]")
-    page = re.sub(r"\s+", " ", (ROOT / "docs/results.md").read_text().replace("−", "-"))
+    page = re.sub(r"\s+", " ", TEXTS["docs/results.md"].replace("−", "-"))
     reports = " ".join(path.read_text() for path in (ROOT / "lab/results").glob("*.md")).replace(" | [", " [")
     told = [found.replace(" points", "") for found in estimate.findall(page)]
     assert len(told) > 40
@@ -300,7 +300,7 @@ def test_how_many_runs_search_twice_is_counted_in_the_report():
     """Of the first table's arms: runs that solve a tenth or more of the questions with two searches."""
     report = (ROOT / "lab/results/search-replicated.md").read_text().partition("| 2-hop of each run, % |")[2]
     runs = {cells[0]: cells[1:] for cells in cells_of(report.partition("\n\n")[0])}
-    page = (ROOT / "docs/results.md").read_text().partition("| twice |")[2].partition("\n\n")[0]
+    page = TEXTS["docs/results.md"].partition("| twice |")[2].partition("\n\n")[0]
     told = {cells[0].strip("`"): cells[3] for cells in cells_of(page) if cells[0].startswith("`")}
     assert len(told) == 7
     for arm, count in told.items():

@@ -285,7 +285,9 @@ def table(result: dict) -> str:
     text = f"{result['name']}: {shares} of {result['groups']}\n\n" + markdown(head, rows)
     for algo, numbers in result.get("against", {}).items():
         n = with_nan(numbers)
-        told = [f"{kinds[k]} {n[k]:+.3f} [{n[f'{k}_low']:.3f}, {n[f'{k}_high']:.3f}]" for k in kinds]
+        told = [
+            f"{name} {n[kind]:+.3f} [{n[f'{kind}_low']:.3f}, {n[f'{kind}_high']:.3f}]" for kind, name in kinds.items()
+        ]
         text += f"\n\nLess that of {algo}: {', '.join(told)}"
     return text
 

@@ -347,13 +347,13 @@ def each_run(runs: Runs, title: str, share: Callable[[Run], float]) -> str:
 def by_type(runs: Runs) -> str:
     """Success by task type, mean over units, split by split: one row before training, and one an arm at its end."""
     lines = [run for own in runs.values() for run in own if run.tables]
-    if not lines:
-        return ""
     untrained = [run for run in lines if run.cost[EPISODES][0] == 0]  # else it was evaluated at the end alone
     told = {"before training": by_types(untrained, 0)} if untrained else {}
     told |= {arm: by_types(own, -1) for arm, own in runs.items() if all(run.tables for run in own)}
+    if not told:
+        return ""
     rows = [[name, *(" / ".join(show(x, 0) for x in shares) for shares in of.values())] for name, of in told.items()]
-    types = by_types(lines[:1], 0)
+    types = next(iter(told.values()))
     return markdown([f"success by type, {' / '.join(lines[0].splits)}, %", *types], rows)
 
 
