@@ -27,7 +27,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, fla
 from lab.experiments.stored import add, alone, differing, find, read
 from lab.experiments.tables import (
     LONGER,
+    TIMES,
     by_episodes,
     by_run,
     by_type,
@@ -104,6 +105,9 @@ def jobs_of(
                 name = f"{arm}-seed{seed}" if start.name == "start" else f"{arm}-{start.name}-seed{seed}"
                 fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", str(runs / name)]
                 config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"], for_several=True)
+                if arm == LONGER:
+                    longer = {"iterations": TIMES * config.iterations, "eval_every": TIMES * config.eval_every}
+                    config = replace(config, **longer)
                 jobs.append(Job(name, arm, seed, training, config, results, weights[training]))
     return jobs
 

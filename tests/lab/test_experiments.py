@@ -416,6 +416,8 @@ def test_arms_are_runs_of_their_own(jobs, tmp_path):
     assert a["opid"].step_weight == a["opid-clipped"].step_weight == 0.2
     assert a["opid-lambda-0.3"].step_weight == 0.3  # the arm's own flags come last
     assert a["opid"].skill_writer == "reference" and a["opid-policy-0.1"].skill_writer == "policy"
+    assert (a["grpo"].iterations, a["grpo"].eval_every) == (2, 1)
+    assert (a["grpo-longer"].iterations, a["grpo-longer"].eval_every) == (10, 5)
 
 
 def test_each_arm_has_stored_runs():
