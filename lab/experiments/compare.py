@@ -43,7 +43,6 @@ from lab.experiments.runs import RESULTS, ROOT, arm_of, commit, fingerprint, fla
 from lab.experiments.stored import add, alone, differing, find, read
 from lab.experiments.tables import (
     LONGER,
-    TIMES,
     by_episodes,
     by_run,
     by_type,
@@ -69,6 +68,7 @@ SIGNAL = ("advantage/outcome_abs", "advantage/silent_groups", "advantage/skill_a
 SIGNAL += ("skills/parse_rate", "guided/episode", "guided/step", "rollout/valid_actions")
 SIGNAL += ("rollout/steps", "rollout/response_tokens", "rollout/entropy")
 
+TIMES = 5  # so many times the iterations has the arm LONGER: about as many tokens as OPID's run
 FINAL = "final.txt"  # what evaluate.py printed of a run's policy
 
 # What all arms of one table have in common.
@@ -106,8 +106,7 @@ def jobs_of(
                 fixed = ["--seed", str(seed), "--model", str(start), "--prompt", "compact", "--out", str(runs / name)]
                 config = parse_args([*on_the_laptop(flags), *shlex.split(own), *fixed, "--resume"], for_several=True)
                 if arm == LONGER:
-                    longer = {"iterations": TIMES * config.iterations, "eval_every": TIMES * config.eval_every}
-                    config = replace(config, **longer)
+                    config = replace(config, iterations=TIMES * config.iterations, eval_every=TIMES * config.eval_every)
                 jobs.append(Job(name, arm, seed, training, config, results, weights[training]))
     return jobs
 

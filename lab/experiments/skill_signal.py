@@ -277,19 +277,20 @@ def table(result: dict) -> str:
         good = n.get("good", n.get("on_plan", math.nan))  # older lines were of ALFWorld alone
         cells = [name, f"{n['steps']:.0f}", f"{100 * good:.1f}"]
         for kind in kinds:
-            value, low, high = (n[f"{kind}{end}"] for end in ("", "_low", "_high"))
-            cells += [f"{value:.3f}", f"[{low:.3f}, {high:.3f}]"]
+            cells += [f"{n[kind]:.3f}", bounds(n, kind)]
         cells += [f"{100 * n['agreement']:.1f}", f"{n['skill_abs']:.4f}", f"{n['outcome_abs']:.3f}"]
         rows.append([cell.replace("nan", "-") for cell in cells])
     shares = f"success {100 * result['success']:.1f}%, groups without outcome signal {100 * result['silent']:.1f}%"
     text = f"{result['name']}: {shares} of {result['groups']}\n\n" + markdown(head, rows)
     for algo, numbers in result.get("against", {}).items():
         n = with_nan(numbers)
-        told = [
-            f"{name} {n[kind]:+.3f} [{n[f'{kind}_low']:.3f}, {n[f'{kind}_high']:.3f}]" for kind, name in kinds.items()
-        ]
+        told = [f"{name} {n[kind]:+.3f} {bounds(n, kind)}" for kind, name in kinds.items()]
         text += f"\n\nLess that of {algo}: {', '.join(told)}"
     return text
+
+
+def bounds(numbers: dict[str, float], kind: str) -> str:
+    return f"[{numbers[f'{kind}_low']:.3f}, {numbers[f'{kind}_high']:.3f}]"
 
 
 def main(argv: list[str] | None = None) -> str:

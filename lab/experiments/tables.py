@@ -18,8 +18,7 @@ import numpy as np
 
 from lab.experiments.estimates import FEWEST, Estimate, bootstrap_interval, estimate, holm
 
-# An arm that plays on until it has used about as many tokens as OPID's run uses: so many times the bench's iterations.
-LONGER, TIMES = "grpo-longer", 5
+LONGER = "grpo-longer"  # an arm that plays on until it has used what OPID's run uses, and so has other iterations
 # Without skills, for as long or as much; skills of other tasks; words that say nothing.
 CONTROLS = ("grpo", LONGER, "opid-shuffled", "opid-placebo")
 NOT_SPLITS = {"iteration", "sampled", "skills", "seconds", "writing"}  # what a point of a curve holds beside its splits
